@@ -1,0 +1,259 @@
+"""Where weights come from: the table of known models and files, and how each becomes a path on this machine.
+
+    folder("embedded")              -> the folder of a whole model in the official layout (SPEC of each part: sanasr.py)
+    folder("sana-600m-512", "bf16") -> the same, downloaded on first use: one whole set of weight files, no more
+    file("musiq-koniq")             -> a single file of weights (metrics, tagger)
+    python -m weights               -> what is known, and what is present
+
+The order of search, for both:
+    1. the folder named by the environment variable SANASR_WEIGHTS (machines without a network): a model lies there
+       under its name or its repository's, a single file under its name or file name;
+    2. this folder, for what the repository carries;
+    3. the Hugging Face cache (HF_HOME, HF_HUB_CACHE), without a request to the network;
+    4. the Hugging Face Hub, unless HF_HUB_OFFLINE=1. An interrupted download goes on where it stopped.
+
+Other parts add their lines to MODELS and FILES; nothing else has to change.
+"""
+import hashlib
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+PARTS = ("transformer", "vae", "text_encoder")  # the folders that hold config.json and weights; tokenizer/ has neither
+
+
+class Unavailable(RuntimeError):
+    """Known weights that cannot be had here and now; the message, one line, says what to do."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A whole model: transformer/, vae/, text_encoder/, tokenizer/. Without `repo` it is carried in weights/."""
+    licence: str
+    repo: str | None = None
+    revision: str = "main"
+    gigabytes: float = 0.0  # of the plain set, to warn before a download
+
+
+@dataclass(frozen=True)
+class File:
+    """One file. Without `repo` it is carried in weights/. `sha256` may be given by its first digits."""
+    filename: str
+    licence: str
+    repo: str | None = None
+    revision: str = "main"
+    sha256: str | None = None
+    megabytes: float = 0.0
+
+
+_SANA = "NVIDIA Source Code License NSCL v2-custom, non-commercial; text encoder: Gemma Terms of Use"
+MODELS = {
+    "embedded": Model("this project's own, see weights/embedded/README.md"),
+    "sana-600m-512": Model(_SANA, "Efficient-Large-Model/Sana_600M_512px_diffusers", gigabytes=8.9),
+    "sana-600m-1024": Model(_SANA, "Efficient-Large-Model/Sana_600M_1024px_diffusers", gigabytes=8.9),
+    "sana-1600m-1024": Model(_SANA, "Efficient-Large-Model/Sana_1600M_1024px_diffusers", gigabytes=12.9),
+}
+
+_IQA, _NC = "chaofengc/IQA-PyTorch-Weights", "CC BY-NC-SA 4.0 (collection); the authors' own terms apply"
+FILES = {
+    # The classification weights of torchvision and OpenAI, as safetensors.
+    "vgg16": File("model.safetensors", "BSD-3-Clause", "timm/vgg16.tv_in1k", megabytes=553),
+    "clip-rn50": File("open_clip_model.safetensors", "MIT", "timm/resnet50_clip.openai", megabytes=408,
+                      sha256="da0baa37fb2211eee5729ab69ed587eb10d48f5b7076ceeed01552fc3d4cb4ee"),
+    # Pickled checkpoints of tensors only: read with torch.load(weights_only=True).
+    "musiq-koniq": File("musiq_koniq_ckpt-e95806b9.pth", _NC, _IQA, megabytes=109,
+                        sha256="e95806b9eae5f3814c410f574ba8e552362bd5bc63d758ed5b97860f5d6185aa"),
+    "maniqa-pipal": File("MANIQA_PIPAL-ae6d356b.pth", _NC, _IQA, sha256="ae6d356b", megabytes=543),
+    "maniqa-koniq": File("ckpt_koniq10k.pt", _NC, _IQA, megabytes=543,
+                         sha256="a207f8ab57322e6be38ff5c8d019301dc032b454bef21c3c9f9dbf7974eebff6"),
+    "ram": File("ram_swin_large_14m.pth", "Apache-2.0", "xinyu1205/recognize_anything_model", megabytes=5630),
+    "dape": File("DAPE.pth", "Apache-2.0", "CSWRY/SeeSR", megabytes=7.2),
+}
+
+# --- which files of a part form one whole set ---
+
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|model)(?:\.(?P<v1>fp32|fp16|bf16))?"
+    r"(?:-(?P<shard>\d{5})-of-(?P<total>\d{5}))?(?:\.(?P<v2>fp32|fp16|bf16))?\.safetensors")
+_DTYPES = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16",
+           "torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}
+
+
+def pick_files(names, dtype=None):
+    """The weight files, out of all file names of a part's folder, that are to be loaded together.
+
+    Several variants may lie side by side (`model.fp16.safetensors`, `model.safetensors`, either as one file or as
+    shards `model-00001-of-00002.safetensors`); taking two of them would load every key twice. The set of the dtype
+    asked for is taken, else the plain one, else whichever there is; one file goes before shards.
+
+    names: file names without folder. dtype: None, a torch.dtype, or "fp32", "fp16", "bf16".
+    Returns the names in order. Raises FileNotFoundError where there is no set, or names the missing shard.
+    """
+    if dtype is not None and str(dtype) not in _DTYPES:
+        raise ValueError(f"dtype must be fp32, bf16 or fp16, not {dtype}")
+    sets = {}  # (variant, number of shards) -> {shard: name}
+    for name in sorted(names):
+        if match := _WEIGHTS.fullmatch(name):
+            variant = match["v1"] or match["v2"] or "plain"
+            sets.setdefault((variant, int(match["total"] or 0)), {})[int(match["shard"] or 0)] = name
+    for variant in (_DTYPES.get(str(dtype)), "plain", "bf16", "fp16", "fp32"):
+        totals = sorted(total for v, total in sets if v == variant)
+        if not totals:
+            continue
+        if 0 in totals:
+            return list(sets[variant, 0].values())
+        if len(totals) > 1:
+            raise FileNotFoundError(f"shards of two different sets lie side by side: {sets[variant, totals[0]]} and "
+                                    f"{sets[variant, totals[1]]}; keep one of them")
+        total, shards = totals[0], sets[variant, totals[0]]
+        if missing := sorted(set(range(1, total + 1)) - set(shards)):
+            like = next(iter(shards.values()))
+            raise FileNotFoundError("missing shard " + ", ".join(
+                re.sub(r"-\d{5}-of-", f"-{i:05d}-of-", like) for i in missing))
+        return [shards[i] for i in range(1, total + 1)]
+    raise FileNotFoundError("no weights: expected diffusion_pytorch_model.safetensors or model.safetensors, "
+                            "whole or in shards")
+
+
+def part_dtype(part, dtype):
+    """The dtype in which `part` is stored best when the model is to run in `dtype`: fp16 is for the transformer alone,
+    the autoencoder (whose activations overflow fp16) and the text encoder then run in bf16."""
+    return "bf16" if part != "transformer" and _DTYPES.get(str(dtype)) == "fp16" else dtype
+
+
+def _needed(names, dtype):
+    """The paths, out of all paths of a model's folder or repository, that the model needs."""
+    wanted = ["tokenizer/tokenizer.json"]
+    for part in PARTS:
+        inside = [name.removeprefix(part + "/") for name in names if name.startswith(part + "/")]
+        try:
+            weights = pick_files(inside, part_dtype(part, dtype))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{part}/: {error}") from None
+        wanted += [f"{part}/{name}" for name in ["config.json", *weights]]
+    if missing := sorted(set(wanted) - set(names)):
+        raise FileNotFoundError("missing " + ", ".join(missing))
+    return wanted
+
+
+def _listing(path):
+    """Every file below `path` that can be opened, as posix paths (links into the cache included, dangling ones not)."""
+    return [p.relative_to(path).as_posix() for p in Path(path).rglob("*") if p.is_file()]
+
+
+# --- names to paths ---
+
+def _own(*names):
+    """The first of `names` that lies in the folder SANASR_WEIGHTS, or None."""
+    if root := os.environ.get("SANASR_WEIGHTS"):
+        return next((Path(root) / name for name in names if (Path(root) / name).exists()), None)
+
+
+def present(name, dtype=None):
+    """Where the model or file `name` lies on this machine; None where it does not. Asks nothing of the network."""
+    if name in MODELS:
+        known, own = MODELS[name], _own(name, (MODELS[name].repo or name).split("/")[-1])
+    else:
+        known, own = FILES[name], _own(name + Path(FILES[name].filename).suffix, FILES[name].filename)
+    if own:
+        return own
+    if known.repo is None:
+        path = HERE / (name if name in MODELS else known.filename)
+        return path if path.exists() else None
+    import huggingface_hub as hub
+    if name in FILES:
+        path = hub.try_to_load_from_cache(known.repo, known.filename, revision=known.revision)
+        return Path(path) if isinstance(path, str) else None  # else None, or a mark: "known not to exist"
+    try:
+        path = Path(hub.snapshot_download(known.repo, revision=known.revision, local_files_only=True))
+        _needed(_listing(path), dtype)
+        return path
+    except FileNotFoundError:  # not in the cache, or not the whole set
+        return None
+
+
+def _hub(name, known, size):
+    """huggingface_hub, once it is known to be reachable: its own retries would keep the user waiting half a minute."""
+    import huggingface_hub as hub
+    from huggingface_hub import constants
+    if known.repo is None:
+        raise Unavailable(f"{name}: it belongs into {HERE} but is not there; restore it with `git checkout weights`")
+    if constants.HF_HUB_OFFLINE:
+        reason = "HF_HUB_OFFLINE is set"
+    else:
+        try:
+            hub.get_session().head(constants.ENDPOINT, timeout=10)
+            print(f"downloading {name} from {known.repo} ({size}; licence: {known.licence})", file=sys.stderr)
+            return hub
+        except Exception as error:
+            reason = f"{constants.ENDPOINT} cannot be reached ({_line(error)})"
+    what = known.repo + (f"/{known.filename}" if name in FILES else "")
+    raise Unavailable(f"{name} is not on this machine and {reason}: fetch {what} ({size}) on a machine with a network "
+                      f"and put it as {name} into the folder named by the environment variable SANASR_WEIGHTS")
+
+
+def _line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def folder(name_or_path, dtype=None):
+    """The folder of a model, from a name in MODELS (downloaded if need be) or from a path, which is returned as it is.
+
+    dtype: None, a torch.dtype, or "fp32", "bf16", "fp16": the set of files to prefer, see `pick_files`.
+    Raises Unavailable where a known model cannot be had, FileNotFoundError for a name that is neither.
+    """
+    name = str(name_or_path)
+    if name not in MODELS:
+        if Path(name).is_dir():
+            return Path(name)
+        raise FileNotFoundError(f"{name}: neither a folder nor a known model ({', '.join(MODELS)})")
+    if path := present(name, dtype):
+        return path
+    model = MODELS[name]
+    hub = _hub(name, model, f"up to {model.gigabytes:.1f} GB")
+    try:
+        names = hub.HfApi().list_repo_files(model.repo, revision=model.revision)
+        return Path(hub.snapshot_download(model.repo, revision=model.revision, allow_patterns=_needed(names, dtype)))
+    except Exception as error:
+        raise Unavailable(f"{name}: the download from {model.repo} failed ({_line(error)}); "
+                          "run the same command again, it goes on where it stopped") from error
+
+
+def file(name):
+    """The path of the single file `name`, a key of FILES, downloaded if need be.
+
+    Its SHA-256 is checked after a download and for a file found through SANASR_WEIGHTS. Raises Unavailable.
+    """
+    known = FILES[name]
+    if path := present(name):
+        own = known.repo and os.environ.get("SANASR_WEIGHTS") and path.is_relative_to(os.environ["SANASR_WEIGHTS"])
+        return _checked(path, known) if own else path
+    hub = _hub(name, known, f"{known.megabytes:.0f} MB")
+    try:
+        path = Path(hub.hf_hub_download(known.repo, known.filename, revision=known.revision))
+    except Exception as error:
+        raise Unavailable(f"{name}: the download of {known.filename} from {known.repo} failed ({_line(error)}); "
+                          "run the same command again, it goes on where it stopped") from error
+    try:
+        return _checked(path, known)
+    except Unavailable:
+        path.resolve().unlink()  # the blob that the cache's link points to: a bad file must not be found next time
+        raise
+
+
+def sha256(path):
+    """The SHA-256 of a file, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _checked(path, known):
+    if known.sha256 and not (actual := sha256(path)).startswith(known.sha256):
+        raise Unavailable(f"{path}: its SHA-256 is {actual[:16]}…, not {known.sha256[:16]}…; delete it and try again")
+    return path
