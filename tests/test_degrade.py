@@ -1,0 +1,233 @@
+"""The degradation: kernels by their moments, noise by its statistics, JPEG against another codec, and seeding."""
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import degrade as d
+
+
+def photo(height=128, width=160):
+    """A smooth coloured picture with edges, (3, H, W) in [0, 1]."""
+    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
+    rgb = torch.stack([x, y, 0.5 + 0.5 * torch.sin(9 * x * y)])
+    return (0.2 + 0.6 * rgb - 0.3 * ((x - 0.5) ** 2 + (y - 0.5) ** 2 < 0.05)).clamp(0, 1)
+
+
+def moments(kernel):
+    axis = torch.arange(len(kernel), dtype=torch.float64) - len(kernel) // 2
+    return ((kernel * axis ** 2).sum(), (kernel.T * axis ** 2).sum(), (kernel * axis * axis[:, None]).sum())
+
+
+@pytest.mark.parametrize("sigma_x, sigma_y, angle", [(1.5, 1.5, 0.0), (2.5, 1.0, 0.7), (0.8, 1.9, -2.0)])
+def test_gaussian_moments_are_its_covariance(sigma_x, sigma_y, angle):
+    k = d.gaussian_kernel(21, sigma_x, sigma_y, angle)
+    assert k.shape == (21, 21) and abs(k.sum() - 1) < 1e-12 and (k >= 0).all()
+    rotation = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    cov = rotation @ torch.diag(torch.tensor([sigma_x ** 2, sigma_y ** 2])) @ rotation.T
+    xx, yy, xy = moments(k)
+    assert torch.allclose(torch.stack([xx, yy, xy]).float(), torch.stack([cov[0, 0], cov[1, 1], cov[0, 1]]), atol=0.02)
+
+
+def test_generalised_and_plateau_shapes():
+    # the defining ratio k(r) / k(0) along the axis
+    for beta in (0.5, 1.0, 3.0):
+        k = d.gaussian_kernel(21, 2.0, 2.0, 0.0, beta)
+        assert math.isclose(k[10, 13] / k[10, 10], math.exp(-0.5 * (9 / 4) ** beta), rel_tol=1e-9)
+    for beta in (1.0, 2.0):
+        k = d.gaussian_kernel(21, 2.0, 2.0, 0.0, beta, plateau=True)
+        assert math.isclose(k[10, 13] / k[10, 10], 1 / (1 + (9 / 4) ** beta), rel_tol=1e-9)
+
+
+def test_sinc_is_a_low_pass():
+    for size, cutoff in ((21, 1.5), (13, 2.0)):
+        k = d.sinc_kernel(size, cutoff)
+        assert abs(k.sum() - 1) < 1e-12 and torch.allclose(k, k.T) and torch.allclose(k, k.flip(0)) and (k < 0).any()
+        gain = torch.fft.fft2(k, s=(64, 64)).abs()[0]                      # along one axis, 2 pi / 64 apart
+        edge = cutoff * 64 / (2 * math.pi)
+        assert (gain[:int(edge * 0.6)] > 0.85).all() and gain[int(edge * 1.6):33].max() < 0.2
+    k, x = d.sinc_kernel(7, 1.2), 1.2                                      # J1(x)/x by its series
+    j1 = sum((-1) ** m / (math.factorial(m) * math.factorial(m + 1)) * (x / 2) ** (2 * m + 1) for m in range(12))
+    assert math.isclose(k[3, 4] / k[3, 3], (j1 / x) / 0.5, rel_tol=1e-9)
+
+
+def test_random_kernels_are_normal_and_of_the_sizes():
+    rng = np.random.default_rng(0)
+    kinds, sizes = Counter(), set()
+    n = 3000
+    for _ in range(n):
+        name, k = d.random_kernel(rng, d.FIRST.sigma)
+        kind, size = name.rsplit(" ", 1)
+        kinds[kind] += 1
+        sizes.add(int(size))
+        assert k.shape == (int(size), int(size)) and abs(k.sum() - 1) < 1e-9 and k.isfinite().all()
+    assert sizes == {7, 9, 11, 13, 15, 17, 19, 21}
+    for kind, p in {"sinc": d.SINC, **{k: p * (1 - d.SINC) for k, p in d.KERNELS.items()}}.items():
+        assert abs(kinds[kind] / n - p) < 4 * math.sqrt(p * (1 - p) / n) + 1e-9, kind
+
+
+@pytest.mark.parametrize("size", [7, 13, 21])
+def test_blur_is_the_reflected_convolution(size):
+    x = photo(37, 53).double()
+    k = d.gaussian_kernel(size, 2.0, 0.7, 0.5) + 0.01 * torch.rand(size, size, dtype=torch.float64)   # asymmetric
+    p = size // 2
+    want = F.conv2d(F.pad(x[:, None], (p,) * 4, mode="reflect"), k.flip(0, 1)[None, None])[:, 0]
+    assert torch.allclose(d.blur(x, k), want, atol=1e-10)
+
+
+def test_gaussian_noise_statistics():
+    x = torch.full((3, 256, 256), 0.5)
+    noise = (d.gaussian_noise(x, np.random.default_rng(1), 10, grey=False) - x) * 255
+    assert abs(noise.mean()) < 0.1 and abs(noise.std() - 10) < 0.1
+    assert torch.corrcoef(noise.flatten(1)).fill_diagonal_(0).abs().max() < 0.02
+    noise = d.gaussian_noise(x, np.random.default_rng(1), 10, grey=True) - x
+    assert torch.equal(noise[0], noise[1]) and torch.equal(noise[0], noise[2])
+
+
+def test_poisson_noise_statistics():
+    # 256 grey levels in equal parts: 256 photons at white, so the variance is value / 256, times scale squared
+    x = (torch.arange(256).repeat_interleave(256).reshape(256, 256) / 255).expand(3, -1, -1)
+    noise = d.poisson_noise(x, np.random.default_rng(2), 0.5, grey=False) - x
+    for level in (40, 128, 200):
+        got = noise[:, level].std()
+        assert abs(got / (0.5 * math.sqrt(level / 255 / 256)) - 1) < 0.1 and abs(noise[:, level].mean()) < 0.002
+    noise = d.poisson_noise(x * 0.8, np.random.default_rng(2), 0.2, grey=True) - x * 0.8
+    assert torch.allclose(noise[0], noise[2], atol=1e-6) and noise.std() > 0
+
+
+LUMA = """16 11 10 16 24 40 51 61 12 12 14 19 26 58 60 55 14 13 16 24 40 57 69 56 14 17 22 29 51 87 80 62
+18 22 37 56 68 109 103 77 24 35 55 64 81 104 113 92 49 64 78 87 103 121 120 101 72 92 95 98 112 100 103 99"""
+CHROMA = """17 18 24 47 99 99 99 99 18 21 26 66 99 99 99 99 24 26 56 99 99 99 99 99 47 66""" + 38 * " 99"
+
+
+def dct_jpeg(x, quality):
+    """JPEG's quantisation written out (ITU T.81 Annex K tables, 4:2:0) on (3, H, W) in [0, 1], multiples of 16."""
+    scale = 5000 / quality if quality < 50 else 200 - 2 * quality
+    n = torch.arange(8.0)
+    basis = torch.cos((2 * n + 1) * n[:, None] * math.pi / 16) / 2
+    basis[0] /= math.sqrt(2)
+
+    def plane(p, table):
+        table = torch.tensor([float(v) for v in table.split()]).reshape(8, 8)
+        table = ((table * scale + 50) / 100).floor().clamp(1, 255)
+        h, w = p.shape
+        blocks = p.reshape(h // 8, 8, w // 8, 8).transpose(1, 2) - 128
+        blocks = basis.T @ ((basis @ blocks @ basis.T / table).round() * table) @ basis + 128
+        return blocks.transpose(1, 2).reshape(h, w).round().clamp(0, 255)
+
+    to_ycc = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
+    offset = torch.tensor([0.0, 128, 128])[:, None, None]
+    y, *chroma = torch.einsum("ij,jhw->ihw", to_ycc, (x * 255).round()) + offset
+    small = [plane(F.avg_pool2d(c[None], 2)[0], CHROMA) for c in chroma]
+    large = F.interpolate(torch.stack(small)[None], scale_factor=2, mode="bilinear")[0]     # libjpeg's triangle filter
+    ycc = torch.cat([plane(y, LUMA)[None], large]) - offset
+    return (torch.einsum("ij,jhw->ihw", torch.linalg.inv(to_ycc), ycc) / 255).clamp(0, 1)
+
+
+@pytest.mark.parametrize("quality", [30, 50, 75, 95])
+def test_jpeg_is_the_standard_quantisation(quality):
+    x = (photo() + 0.05 * torch.randn(3, 128, 160, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    got, want = d.jpeg(x, quality), dct_jpeg(x, quality)
+    ours, loss = (got - want).square().mean(), (want - x).square().mean()
+    assert ours < 0.05 * loss, "differs from the standard by far less than the compression itself changes"
+    assert 10 * math.log10(1 / ours) > 40
+
+
+def test_output_is_eight_bit_quarter_size_and_seeded():
+    x = photo()
+    a, b, c = d.degrade(x, (3, 1, 5)), d.degrade(x, (3, 1, 5)), d.degrade(x, (3, 1, 6))
+    assert a.shape == (3, 32, 40) and torch.equal(a, b) and not torch.equal(a, c)
+    assert a.min() >= 0 and a.max() <= 1 and torch.equal(a, (a * 255).round() / 255)
+    assert torch.equal(x, photo()), "the input is left alone"
+
+
+def test_distribution_of_choices():
+    x, n = photo(80, 80), 600
+    count, finals, jpegs = Counter(), Counter(), []
+    for i in range(n):
+        trace = []
+        d.degrade(x, (0, 0, i), trace)
+        names = [name for name, _ in trace]
+        first = names.index(next(s for s in names if s.startswith("jpeg")))            # ends the first order
+        for order, part in (("1", names[:first]), ("2", names[first + 1:])):
+            for name in part:
+                word = name.split()
+                if word[0] in ("resize", "noise") and word[1] != "final":
+                    count[f"{order} {word[1]}"] += 1
+                    if word[0] == "resize":
+                        count[word[2]] += 1
+                        low, high = d.FIRST.factor if order == "1" else d.SECOND.factor
+                        assert low <= float(word[3]) + 5e-3 and float(word[3]) <= high + 5e-3
+                    else:
+                        count[word[2]] += 1
+                count[f"{order} blur"] += word[0] == "blur"
+        finals["sinc"] += any(s.startswith("final sinc") for s in names)
+        finals["jpeg last"] += names[-1].startswith("jpeg")
+        jpegs += [int(s.split()[1]) for s in names if s.startswith("jpeg")]
+    assert len(jpegs) == 2 * n and 30 <= min(jpegs) <= 32 and 93 <= max(jpegs) <= 95
+
+    def near(got, p, trials=n):
+        assert abs(got / trials - p) < 4 * math.sqrt(p * (1 - p) / trials) + 1e-9, (got, trials, p)
+
+    for way, p1, p2 in zip(("up", "down", "keep"), d.FIRST.up_down_keep, d.SECOND.up_down_keep, strict=True):
+        near(count[f"1 {way}"], p1)
+        near(count[f"2 {way}"], p2)
+    near(count["1 blur"], 1.0)
+    near(count["2 blur"], 0.8)
+    near(count["1 gaussian"], 0.5)
+    near(count["2 gaussian"], 0.5)
+    near(count["grey"], 0.4, 2 * n)
+    for mode in d.MODES:
+        near(count[mode], 1 / 3, 2 * n)
+    near(finals["sinc"], 0.8)
+    near(finals["jpeg last"], 0.5)
+
+
+class Samples(torch.utils.data.Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, i):
+        return d.degrade(photo(80, 80), (7, 0, i))
+
+
+def test_the_same_samples_whatever_the_number_of_workers():
+    runs = [torch.cat(list(torch.utils.data.DataLoader(Samples(), batch_size=2, num_workers=w))) for w in (0, 1, 2)]
+    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
+
+
+def test_enlarge_is_pillows_bicubic_on_eight_bits():
+    lr = d.degrade(photo(), 0)
+    image = d.to_image(lr)
+    want = np.asarray(image.resize((160, 128), Image.BICUBIC)).astype(np.float32).transpose(2, 0, 1) / 127.5 - 1
+    x_l, x_h = d.pair(photo(), 0)
+    assert np.allclose(x_l.numpy(), want, atol=1e-6) and torch.equal(d.enlarge(image), x_l)
+    assert x_h.shape == x_l.shape == (3, 128, 160) and torch.allclose(x_h, photo() * 2 - 1)
+
+
+def test_sharpen_steepens_edges_only():
+    flat = torch.full((3, 96, 96), 0.4)
+    assert torch.allclose(d.sharpen(flat), flat, atol=1e-6)
+    edge = torch.cat([flat[..., :48] * 0.5, flat[..., 48:]], -1)
+    assert d.sharpen(edge).std() > edge.std() * 1.01
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (3, 82, 80), (1, 80, 80), (2, 3, 80, 80)])
+def test_bad_sizes_are_named(shape):
+    with pytest.raises(ValueError, match="multiples of 4"):
+        d.degrade(torch.zeros(shape), 0)
+
+
+def test_command_line(tmp_path, capsys):
+    d.to_image(photo(131, 97)).save(tmp_path / "hq.png")
+    d.main([str(tmp_path / "hq.png"), "--out", str(tmp_path / "lr.png"), "--seed", "5", "--sheet"])
+    assert Image.open(tmp_path / "lr.png").size == (24, 32)
+    assert Image.open(tmp_path / "lr.sheet.png").width > 300 and "jpeg" in capsys.readouterr().out
+    (tmp_path / "bad.png").write_bytes(b"nothing")
+    with pytest.raises(SystemExit, match="bad.png"):
+        d.main([str(tmp_path / "bad.png"), "--out", str(tmp_path / "no.png")])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.png", "hq.png", "lr.png", "lr.sheet.png"]
