@@ -1,0 +1,127 @@
+"""Full-reference distances between the features of ImageNet networks: LPIPS (AlexNet, VGG16) and DISTS (VGG16).
+
+Both see an image as the ReLU outputs of a classifier at several depths, compare those, and weigh the differences with
+numbers that were fitted to human judgements. They are plain modules: `LPIPS` also serves as a training loss.
+
+    LPIPS  Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", CVPR 2018, v0.1 heads
+    DISTS  Ding et al., "Image Quality Assessment: Unifying Structure and Texture Similarity", TPAMI 2020
+"""
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import weights
+
+EMBEDDED = Path(weights.__path__[0]) / "metrics"  # small parameters that live in the repository
+
+
+def _conv(c_in, c_out, kernel=3, stride=1, padding=1):
+    return nn.Conv2d(c_in, c_out, kernel, stride, padding)
+
+
+class AlexNet(nn.Module):
+    """AlexNet's convolutions, with torchvision's key names. (B,3,H,W) -> the five ReLU outputs; H, W at least 63."""
+
+    channels = (64, 192, 384, 256, 256)
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.ModuleDict({
+            "0": _conv(3, 64, 11, 4, 2), "3": _conv(64, 192, 5, 1, 2), "6": _conv(192, 384),
+            "8": _conv(384, 256), "10": _conv(256, 256)})
+
+    def forward(self, x):
+        taps = []
+        for name, conv in self.features.items():
+            if name in ("3", "6"):
+                x = F.max_pool2d(x, 3, 2)
+            x = F.relu(conv(x))
+            taps.append(x)
+        return taps
+
+
+class VGG16(nn.Module):
+    """VGG16's convolutions, with torchvision's key names. (B,3,H,W) -> ReLU outputs 1_2, 2_2, 3_3, 4_3 and 5_3.
+
+    `pool` halves the size between the stages: max-pooling for the classifier and LPIPS, L2 pooling for DISTS.
+    """
+
+    channels = (64, 128, 256, 512, 512)
+    stages = (("0", "2"), ("5", "7"), ("10", "12", "14"), ("17", "19", "21"), ("24", "26", "28"))
+
+    def __init__(self, pool=lambda x: F.max_pool2d(x, 2)):
+        super().__init__()
+        self.pool = pool
+        self.features = nn.ModuleDict()
+        c_in = 3
+        for c, names in zip(self.channels, self.stages, strict=True):
+            for name in names:
+                self.features[name] = _conv(c_in, c)
+                c_in = c
+
+    def forward(self, x):
+        taps = []
+        for names in self.stages:
+            x = self.pool(x) if taps else x
+            for name in names:
+                x = F.relu(self.features[name](x))
+            taps.append(x)
+        return taps
+
+
+def vgg16_trunk():
+    """The convolutions of torchvision's VGG16 (IMAGENET1K_V1) as a float32 state_dict `features.N.weight`, `.bias`.
+
+    Raises weights.Unavailable where the file is neither cached nor reachable.
+    """
+    state = load_file(weights.file("vgg16"))
+    return {k: v.float() for k, v in state.items() if k.startswith("features.")}
+
+
+class LPIPS(nn.Module):
+    """Learned perceptual distance v0.1. x, y: (B,3,H,W) in [-1, 1], not clamped -> (B,), 0 for equal images.
+
+    Per tap, features are divided by their L2 norm over channels; the squared difference goes through a non-negative
+    1x1 head and is averaged over positions; the five averages add up. Differentiable, nothing is done in place.
+    """
+
+    def __init__(self, net="alex"):
+        super().__init__()
+        if net not in ("alex", "vgg"):
+            raise ValueError(f"LPIPS knows the networks alex and vgg, not {net!r}")
+        self.net = AlexNet() if net == "alex" else VGG16()
+        self.heads = nn.ParameterList([nn.Parameter(torch.zeros(1, c, 1, 1)) for c in self.net.channels])
+        self.register_buffer("shift", torch.tensor([-.030, -.088, -.188]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor([.458, .448, .450]).view(1, 3, 1, 1), persistent=False)
+
+    @classmethod
+    def from_pretrained(cls, net="alex"):
+        """The official weights, frozen. AlexNet is embedded (fp16, widened); VGG16's trunk comes by `weights.file`."""
+        model = cls(net)
+        if net == "alex":
+            state = load_file(EMBEDDED / "lpips_alex_fp16.safetensors")
+        else:
+            state = load_file(EMBEDDED / "lpips_vgg_heads.safetensors") | vgg16_trunk()
+        return model.load(state).requires_grad_(False).eval()
+
+    def load(self, state):
+        """Take a state_dict with keys `features.N.*` (trunk) and `linK.weight` (heads), any float dtype."""
+        self.load_state_dict({
+            f"net.{k}" if k.startswith("features.") else f"heads.{k[3]}": v.float() for k, v in state.items()})
+        return self
+
+    def per_layer(self, x, y):
+        """The five terms, (B,5)."""
+        taps_x, taps_y = (self.net((t - self.shift) / self.scale) for t in (x, y))
+        terms = []
+        for fx, fy, head in zip(taps_x, taps_y, self.heads, strict=True):
+            # 1e-10 stands outside the root, as in the original; vector_norm's gradient at 0 is 0, where sqrt's is NaN
+            fx, fy = (f / (torch.linalg.vector_norm(f, dim=1, keepdim=True) + 1e-10) for f in (fx, fy))
+            terms.append(((fx - fy).square() * head).sum(1).mean((1, 2)))
+        return torch.stack(terms, 1)
+
+    def forward(self, x, y):
+        return self.per_layer(x, y).sum(1)
