@@ -190,9 +190,11 @@ def _hub(name, known, size):
             return hub
         except Exception as error:
             reason = f"{constants.ENDPOINT} cannot be reached ({_line(error)})"
-    what = known.repo + (f"/{known.filename}" if name in FILES else "")
+    what, keep = known.repo, name
+    if name in FILES:
+        what, keep = f"{what}/{known.filename}", name + Path(known.filename).suffix
     raise Unavailable(f"{name} is not on this machine and {reason}: fetch {what} ({size}) on a machine with a network "
-                      f"and put it as {name} into the folder named by the environment variable SANASR_WEIGHTS")
+                      f"and put it as {keep} into the folder that the environment variable SANASR_WEIGHTS names")
 
 
 def _line(error):

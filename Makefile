@@ -1,0 +1,37 @@
+# make demo    restores the example pictures with the model that the repository carries, on a CPU, into results/
+# make test    runs the tests and the linter
+# Both set up a virtual environment in .venv first, once. By hand: pip install -r requirements.txt, then the last line
+# of each rule. Another Python: make test PYTHON=/path/to/python3.12
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+IN := $(VENV)/bin/python
+
+.PHONY: demo test slow lint clean
+
+demo: $(VENV)/runtime
+	$(IN) eval.py examples --compare
+
+test: $(VENV)/dev
+	$(IN) -m pytest
+
+slow: $(VENV)/dev  # official sizes: minutes to hours, and gigabytes of memory
+	$(IN) -m pytest -m slow
+
+lint: $(VENV)/dev
+	$(IN) -m ruff check
+
+clean:
+	rm -rf $(VENV)
+
+$(IN):
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=…")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/runtime: requirements.txt | $(IN)
+	$(IN) -m pip install -r requirements.txt
+	touch $@
+
+$(VENV)/dev: requirements-dev.txt requirements.txt | $(IN)
+	$(IN) -m pip install -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,373 @@
+"""Restores pictures to four times their size.
+
+    python eval.py lr.png                              -> results/lr_x4.png, with the model that the repository carries
+    python eval.py photos/ --out restored --compare    a folder; bicubic enlargements are written beside the results
+    python eval.py lr.png --model sana-600m-512 --adapter lora.safetensors --device cuda --prompt "a red brick wall"
+    torchrun --nproc_per_node 4 eval.py photos/        the files are split among the ranks
+
+Reads every picture format that Pillow decodes, with EXIF orientation applied. Grey pictures come out grey, alpha is
+enlarged (bicubic) and kept, 16 bits become 8, of an animation the first frame is taken. Inputs are never overwritten
+and every result appears whole or not at all. A broken file among many is reported and skipped: the exit code is then 1.
+It needs the packages of requirements.txt; --model embedded needs no download. `python -m weights` lists the models.
+"""
+import argparse
+import json
+import os
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms, ImageOps
+from tqdm import tqdm
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# --- pictures in ---
+
+NO_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow knows these formats by name but decodes none of them
+
+
+def picture_suffixes(table):
+    """The lower-case suffixes of the formats in `table`: Image.OPEN for reading, Image.SAVE for writing."""
+    return {s for s, f in Image.registered_extensions().items() if f in table and f not in NO_PICTURES}
+
+
+@dataclass
+class Picture:
+    """A decoded input: what the network sees, and what must be put back afterwards."""
+    rgb: Image.Image           # 8 bits, upright
+    alpha: Image.Image | None  # mode L, the same size
+    grey: bool
+    icc: bytes | None          # the colour profile that `rgb` is still in
+
+    @property
+    def mode(self):
+        return ("LA" if self.alpha else "L") if self.grey else ("RGBA" if self.alpha else "RGB")
+
+
+def to_8_bit(image):
+    """Modes of more than 8 bits, which Pillow's own conversion would clip: I;16… and I (0…65535), F (0…1 or 0…255)."""
+    x = np.asarray(image, np.float64)
+    if not np.isfinite(x).all():
+        raise ValueError("it has pixels that are not finite numbers")
+    scale = 65535 if image.mode.startswith("I") else 1 if x.max() <= 1 else 255
+    if x.max() > 65535:
+        raise ValueError("it has pixel values of more than 16 bits")
+    return Image.fromarray((x / scale * 255).clip(0, 255).round().astype(np.uint8))
+
+
+def read(path):
+    """Decodes `path`, a file name or a file object. Raises whatever Pillow does: OSError, ValueError, SyntaxError…"""
+    with Image.open(path) as image:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+    if 0 in image.size:
+        raise ValueError("it has no pixels")
+    icc = image.info.get("icc_profile")
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = to_8_bit(image)
+    elif image.mode == "LAB":  # Pillow converts it by profile only
+        image = ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"),
+                                          outputMode="RGB")
+    grey = image.mode in ("1", "L", "LA", "La")
+    if image.mode not in ("L", "LA", "P", "PA", "RGB", "RGBA"):
+        icc = None  # CMYK, YCbCr, …: the profile does not describe the RGB made of it
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Picture(image.convert("RGB"), image.getchannel("A"), grey, icc)
+    return Picture(image.convert("RGB"), None, grey, icc)
+
+
+def bicubic(image):
+    """Four times the size: the x_L that the network restores, and the yardstick of --compare."""
+    return image.resize((4 * image.width, 4 * image.height), Image.Resampling.BICUBIC)
+
+
+# --- colour correction: the result takes over the colours of the enlarged input (as StableSR does) ---
+
+def adain(result, reference):
+    """Gives each channel of `result` the mean and the deviation of `reference`. Both float32, 3,H,W."""
+    def moments(x):
+        deviation, mean = torch.std_mean(x.double().flatten(1), 1, correction=0)
+        return mean[:, None, None].float(), (deviation[:, None, None].square() + 1e-5).sqrt().float()
+    (mean, deviation), (mean_ref, deviation_ref) = moments(result), moments(reference)
+    return (result - mean) / deviation * deviation_ref + mean_ref
+
+
+def low_frequencies(x, levels=5):
+    """What is left of the channels x: 3,H,W after smoothing by (1 2 1)/4 in both directions at steps 1, 2, 4, 8, 16."""
+    for step in (2 ** i for i in range(levels)):
+        for dim in (1, 2):
+            n = x.shape[dim]
+            around = x.index_select(dim, torch.arange(-step, n + step).clamp(0, n - 1))  # edges replicated
+            x = around.narrow(dim, 0, n) / 4 + around.narrow(dim, step, n) / 2 + around.narrow(dim, 2 * step, n) / 4
+    return x
+
+
+def wavelet(result, reference):
+    """The high frequencies of `result` on the low ones of `reference`. Both float32, 3,H,W."""
+    return result - low_frequencies(result) + low_frequencies(reference)
+
+
+def fix_colours(result, reference, how):
+    """`result` with the colours of `reference`, 8-bit RGB pictures of one size; how: none, adain or wavelet."""
+    if how == "none":
+        return result
+    planes = [torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 for image in (result, reference)]
+    fixed = {"adain": adain, "wavelet": wavelet}[how](*planes)
+    return Image.fromarray((fixed * 255).round_().clamp_(0, 255).byte().permute(1, 2, 0).numpy())
+
+
+# --- pictures out ---
+
+def write(image, path, icc=None):
+    """Writes `image` under a temporary name, then renames it: an interrupted run leaves no half picture."""
+    options = {"quality": 95} if path.suffix.lower() in (".jpg", ".jpeg", ".webp") else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            image.save(f, Image.registered_extensions()[path.suffix.lower()], icc_profile=icc, **options)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to restore."""
+    source: Path
+    target: Path
+
+    @property
+    def compare(self):
+        return self.target.with_name(f"{self.target.stem}_bicubic{self.target.suffix}")
+
+
+def find_inputs(paths):
+    """The files that `paths` name, each once, folders sorted by name. Raises SystemExit for an empty folder."""
+    files = {}
+    known = picture_suffixes(Image.OPEN)
+    for path in map(Path, paths):
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir()
+                            if p.suffix.lower() in known and not p.name.startswith(".") and p.is_file())
+            if not inside:
+                sys.exit(f"error: {path}: no pictures in this folder")
+        files |= {p.resolve(): p for p in inside if p.resolve() not in files}
+    return list(files.values())
+
+
+def plan(inputs, out=None):
+    """Where each input's result goes: `out` is a file for a single input, else a folder, results/ by default.
+
+    Inputs of one stem (a.png, a.jpg) get different results. Raises SystemExit where an input would be overwritten.
+    """
+    folder = Path(out or "results")
+    single = None
+    if out and not folder.is_dir() and not out.endswith(("/", os.sep)) and folder.suffix:
+        if folder.suffix.lower() not in picture_suffixes(Image.SAVE):
+            sys.exit(f"error: --out {out}: no picture format is called {folder.suffix}; end a folder's name with /")
+        if len(inputs) != 1:
+            sys.exit(f"error: --out {out} is one file but there are {len(inputs)} inputs: name a folder")
+        single = folder
+    elif folder.exists() and not folder.is_dir():
+        sys.exit(f"error: --out {folder} is a file, not a folder")
+    jobs, taken = [], set()
+    for source in inputs:
+        stem, n = source.stem, 1
+        while stem.lower() in taken:  # lower: macOS and Windows tell no difference
+            n += 1
+            stem = f"{source.stem}-{n}"
+        taken.add(stem.lower())
+        jobs.append(Job(source, single or folder / f"{stem}_x4.png"))
+    sources = {p.resolve() for p in inputs}
+    for job in jobs:
+        for target in (job.target, job.compare):
+            hard_links = (p for p in sources if target.exists() and p.exists() and target.samefile(p))
+            if target.resolve() in sources or any(hard_links):
+                sys.exit(f"error: the result of {job.source} would overwrite the input {target}: choose another --out")
+    return jobs
+
+
+# --- one picture ---
+
+def peak_memory(device):
+    """Gigabytes: of GPU memory since the last picture, else of the whole process since its start; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+class Skipped(Exception):
+    """This picture cannot be restored, others may; the message says why."""
+
+
+def restore(job, model, args, tagger=None):
+    """Reads, restores and writes one picture. Returns what is worth reporting; raises Skipped."""
+    start = time.perf_counter()
+    if args.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(args.device)
+    if not job.source.exists():
+        raise Skipped("no such file or folder")
+    try:
+        picture = read(job.source)
+    except Exception as error:  # on broken files the decoders raise anything, from struct.error to IndexError
+        raise Skipped(f"not a picture that can be read ({why(error, job.source)})") from error
+    options = {"tile": args.tile} if args.tile else {}
+    if args.timestep is not None:
+        options["timestep"] = args.timestep
+    try:
+        enlarged = bicubic(picture.rgb)
+        prompt = ", ".join(filter(None, [args.prompt, tagger(enlarged) if tagger else ""]))
+        result = model.restore(picture.rgb, prompt, suffix=args.suffix, **options)
+        result = fix_colours(result, enlarged, args.color_fix)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise Skipped(f"{picture.rgb.width}×{picture.rgb.height} needs more memory than there is; "
+                          "try a smaller --tile") from error
+        raise
+
+    def finish(image):  # what the network does not see: alpha, and that grey is grey
+        if picture.alpha:
+            image = image.copy()
+            image.putalpha(bicubic(picture.alpha))
+        return image if image.mode == picture.mode else image.convert(picture.mode)
+    try:
+        write(finish(result), job.target, picture.icc)
+        if args.compare:
+            write(finish(enlarged), job.compare, picture.icc)
+    except (OSError, ValueError) as error:
+        raise Skipped(f"{job.target} cannot be written ({why(error, job.target)})") from error
+    return {"image": job.source.name, "width": picture.rgb.width, "height": picture.rgb.height, "prompt": prompt,
+            "ms": dict(model.stages), "seconds": time.perf_counter() - start, "peak_gb": peak_memory(args.device)}
+
+
+def why(error, path=""):
+    """An exception in one line, without the file name that the message around it already has."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror
+    return text.replace(f" {str(path)!r}", "").replace(f" '{Path(path).resolve()}'", "")
+
+
+def describe(row, target):
+    """The line that is printed for one restored picture."""
+    w, h = row["width"], row["height"]
+    stages = "  ".join(f"{stage} {ms:.0f}" for stage, ms in row["ms"].items())
+    peak = "" if row["peak_gb"] is None else f"  peak {row['peak_gb']:.2f} GB"
+    return f"{row['image']}  {w}×{h} → {4 * w}×{4 * h}  ms: {stages}  total {row['seconds']:.2f} s{peak}  → {target}"
+
+
+# --- the command ---
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="INPUT", help="pictures and folders of pictures")
+    add("--out", metavar="PATH", help="folder, or file for one input (default: results/<stem>_x4.png)")
+    add("--model", default="embedded", metavar="NAME|FOLDER", help="see `python -m weights` (default: embedded)")
+    add("--adapter", metavar="PATH", help="LoRA weights, as written by train.py")
+    add("--prompt", default="", metavar="TEXT", help="what the picture shows")
+    add("--suffix", default="appendix", metavar="appendix|main|none|TEXT", help="quality words after the prompt")
+    add("--tagger", choices=["none", "ram", "dape"], default="none", help="finds tags for the prompt in the picture")
+    add("--timestep", type=float, metavar="N", help="τ of the one update, 0 to 1000 (default: the model's, 900)")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bf16 on a GPU that has it, else fp32")
+    add("--seed", type=int, default=0, metavar="N", help="no step draws noise today: equal for every seed")
+    add("--tile", type=int, metavar="N", help="side of a tile, in pixels of the enlarged picture")
+    add("--color-fix", choices=["none", "adain", "wavelet"], default="none", help="colours of the enlarged input")
+    add("--compare", action="store_true", help="write the bicubic enlargement beside the result")
+    args = parser.parse_args(argv)
+    if args.tile is not None and args.tile < 1:
+        parser.error(f"--tile must be positive, not {args.tile}")
+    if args.timestep is not None and not 0 <= args.timestep <= 1000:
+        parser.error(f"--timestep must lie in 0 to 1000, not {args.timestep:g}")
+    return args
+
+
+def pick_device(name, local_rank=0):
+    """The torch.device for cpu, cuda, mps or auto (the best there is). Raises SystemExit for one that is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(n for n in there if there[n])
+    if not there[name]:
+        sys.exit(f"error: --device {name}: PyTorch {torch.__version__} finds none here; use --device cpu")
+    return torch.device(name, local_rank % torch.cuda.device_count()) if name == "cuda" else torch.device(name)
+
+
+def pick_dtype(name, device):
+    if name == "auto":
+        native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # older cards emulate it
+        name = "bf16" if native else "fp32"
+    return DTYPES[name]
+
+
+def load_model(args):
+    """SanaSR from --model and --adapter, and the note on an untrained placeholder. Raises SystemExit in one line."""
+    import weights
+    from sanasr import SanaSR
+    try:
+        folder = weights.folder(args.model, args.dtype)
+        model = SanaSR.from_pretrained(folder, device=args.device, dtype=args.dtype, adapter=args.adapter)
+    except (OSError, ValueError, weights.Unavailable) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    provenance = folder / "provenance.json"
+    if provenance.is_file() and not json.loads(provenance.read_text()).get("trained", True) and not args.adapter:
+        print(f"note: {args.model} is an untrained placeholder: its results show that the path works, not what the "
+              "method can do", file=sys.stderr)
+    return model
+
+
+def load_tagger(args):
+    """A function from a picture to "tag, tag, …", or None."""
+    if args.tagger == "none":
+        return None
+    import tagger
+    return tagger.load(args.tagger, device=args.device)
+
+
+def main(argv=None):
+    args = parse(argv)
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    args.device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+    args.dtype = pick_dtype(args.dtype, args.device)
+    torch.manual_seed(args.seed)
+    warnings.filterwarnings("ignore", module="PIL")  # on odd files; what matters is raised
+    jobs = plan(find_inputs(args.inputs), args.out)
+    if ranks > 1:  # only to leave together: torchrun ends the others as soon as one rank fails
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+    model, tagger = load_model(args), load_tagger(args)
+
+    rows, skipped = [], 0
+    for job in tqdm(jobs[rank::ranks], unit="img", disable=len(jobs) == 1 or rank > 0):
+        try:
+            rows.append(restore(job, model, args, tagger))
+            tqdm.write(describe(rows[-1], job.target))
+        except Skipped as reason:
+            skipped += 1
+            tqdm.write(f"error: {job.source}: {reason}", file=sys.stderr)
+    if len(jobs) > 1:
+        print(f"{len(rows)} restored, {skipped} skipped" + (f" (rank {rank})" if ranks > 1 else ""))
+    if ranks > 1:
+        total = torch.tensor(skipped)
+        torch.distributed.all_reduce(total)
+        torch.distributed.destroy_process_group()
+        skipped = int(total)
+    return 1 if skipped else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
