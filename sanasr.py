@@ -18,11 +18,27 @@ Compression and Linear Attention" (arXiv 2605.23451); DC-AE: arXiv 2410.10733; S
 """
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import heapq
+import json
+import math
+import os
+import re
+import time
+from pathlib import Path
+
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
 
 import kernels
+import weights
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configs: the official config.json files, taken at their word
@@ -58,6 +74,30 @@ DCAE_DEFAULTS = dict(
 )
 DCAE_NEUTRAL = dict(decoder_norm_types="rms_norm", decoder_act_fns="silu", decoder_conv_act_fn="relu")
 
+GEMMA2_DEFAULTS = dict(
+    vocab_size=256000, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
+    num_key_value_heads=4, head_dim=256, rms_norm_eps=1e-6, rope_theta=10000.0, query_pre_attn_scalar=256,
+    sliding_window=4096, attn_logit_softcapping=50.0, layer_types=None,
+)
+GEMMA2_NEUTRAL = dict(
+    attention_bias=False, attention_dropout=0.0, hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh",
+    use_bidirectional_attention=None, is_encoder_decoder=False, add_cross_attention=False, model_type="gemma2",
+    rope_scaling=None, partial_rotary_factor=1.0, tie_word_embeddings=True,
+)
+# `final_logit_softcapping` belongs to the language-model head, which a text encoder does not have
+GEMMA2_IGNORED = set("""architectures bos_token_id eos_token_id pad_token_id chunk_size_feed_forward dtype torch_dtype
+    final_logit_softcapping id2label label2id initializer_range max_position_embeddings output_attentions
+    output_hidden_states problem_type return_dict transformers_version use_cache cache_implementation""".split())
+
+DIT_DEFAULTS = dict(
+    in_channels=32, out_channels=32, num_layers=20, num_attention_heads=70, attention_head_dim=32,
+    num_cross_attention_heads=20, cross_attention_head_dim=112, cross_attention_dim=2240, caption_channels=2304,
+    mlp_ratio=2.5, attention_bias=False, norm_eps=1e-6,
+)
+DIT_NEUTRAL = dict(patch_size=1, norm_elementwise_affine=False, dropout=0.0, guidance_embeds=False, qk_norm=None,
+                   interpolation_scale=None, timestep_scale=1.0)
+DIT_IGNORED = {"sample_size", "guidance_embeds_scale"}  # the latent size trained at; without positions, without effect
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Operators shared by the networks
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,6 +111,11 @@ def to_tokens(x):
 def to_picture(x, height, width):
     """B,H·W,C -> B,C,H,W, again without a copy."""
     return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+def run(block, *args, checkpointing=False):
+    """block(*args); with `checkpointing` its activations are recomputed in the backward pass, not stored."""
+    return checkpoint(block, *args, use_reentrant=False) if checkpointing and torch.is_grad_enabled() else block(*args)
 
 
 class Linear(nn.Linear):
@@ -267,6 +312,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    checkpointing = False
+
     def __init__(self, config):
         super().__init__()
         widths, depths = config["decoder_block_out_channels"], config["decoder_layers_per_block"]
@@ -287,7 +334,7 @@ class Decoder(nn.Module):
         if self.repeats:
             x = x + z.repeat_interleave(self.repeats, 1)
         for stage in reversed(self.up_blocks):
-            x = stage(x)
+            x = run(stage, x, checkpointing=self.checkpointing)
         x = self.norm_out(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return self.conv_out(F.relu(x))
 
@@ -313,3 +360,331 @@ class DCAE(nn.Module):
     def decode(self, z):
         """Latents B,C,h,w (divided by `scaling_factor`) -> picture B,3,32h,32w, not clamped."""
         return self.decoder(z.contiguous(memory_format=torch.channels_last))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gemma-2: the text encoder, and its tokenizer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class GemmaRMSNorm(nn.Module):
+    """x / rms(x) · (1 + weight) in float32. Trap: Gemma stores the gain minus one."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), x.shape[-1:], 1 + self.weight.float(), self.eps).to(x.dtype)
+
+
+class GemmaAttention(nn.Module):
+    """Grouped-query attention with rotary positions and the tanh soft-cap on the logits."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads, self.kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+        self.head_dim, width = config["head_dim"], config["hidden_size"]
+        self.scale, self.softcap = config["query_pre_attn_scalar"] ** -0.5, config["attn_logit_softcapping"]
+        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=False)
+
+    def forward(self, x, rope, bias):  # x: B,T,width; bias: B,1,T,T
+        def heads(y):
+            return y.unflatten(2, (-1, self.head_dim)).transpose(1, 2)  # B,n,T,d
+
+        def rotate(y):  # by halves: (a, b) -> (a cos − b sin, b cos + a sin)
+            a, b = y.chunk(2, dim=3)
+            return y * rope[0] + torch.cat([-b, a], dim=3) * rope[1]
+
+        q, k, v = rotate(heads(self.q_proj(x))), rotate(heads(self.k_proj(x))), heads(self.v_proj(x))
+        k, v = (y.repeat_interleave(self.heads // self.kv_heads, dim=1) for y in (k, v))
+        logits = q @ k.transpose(2, 3) * self.scale  # B,n,T,T
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)  # before the mask
+        probs = (logits.float() + bias).softmax(dim=3).to(v.dtype)
+        return self.o_proj((probs @ v).transpose(1, 2).flatten(2))
+
+
+class GemmaMLP(nn.Module):
+    """GeGLU: down(gelu(gate x) · up x), tanh approximation."""
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+class GemmaLayer(nn.Module):
+    """Four norms a layer: one before and one after each half, the latter before the residual addition."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, eps = config["hidden_size"], config["rms_norm_eps"]
+        self.self_attn = GemmaAttention(config)
+        self.mlp = GemmaMLP(width, config["intermediate_size"])
+        self.input_layernorm = GemmaRMSNorm(width, eps)
+        self.post_attention_layernorm = GemmaRMSNorm(width, eps)
+        self.pre_feedforward_layernorm = GemmaRMSNorm(width, eps)
+        self.post_feedforward_layernorm = GemmaRMSNorm(width, eps)
+
+    def forward(self, x, rope, bias):
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rope, bias))
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+class Gemma2(nn.Module):
+    """The decoder-only Gemma-2, used as a text encoder: the states after the last norm, no language-model head."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        config = dict(config)
+        rope = config.pop("rope_parameters", None)  # the newer spelling of rope_theta
+        if rope is not None:
+            config |= read_config("Gemma2 rope", rope, dict(rope_theta=10000.0), dict(rope_type="default"))
+        self.config = config = read_config("Gemma2", config, GEMMA2_DEFAULTS, GEMMA2_NEUTRAL, GEMMA2_IGNORED)
+        kinds = config["layer_types"] or ["sliding_attention", "full_attention"] * config["num_hidden_layers"]
+        self.slides = [kind == "sliding_attention" for kind in kinds[:config["num_hidden_layers"]]]  # even layers do
+        self.embed_tokens = nn.Embedding(config["vocab_size"], config["hidden_size"])
+        self.layers = nn.ModuleList(GemmaLayer(config) for _ in range(config["num_hidden_layers"]))
+        self.norm = GemmaRMSNorm(config["hidden_size"], config["rms_norm_eps"])
+
+    def forward(self, ids, mask):
+        """Token ids B,T and mask B,T (1 = token, 0 = padding) -> states B,T,width; meaningless where mask is 0."""
+        x = self.embed_tokens(ids)
+        x = x * torch.tensor(x.shape[2] ** 0.5, dtype=x.dtype)  # B,T,width
+        position = torch.arange(ids.shape[1], device=ids.device)
+        half = self.config["head_dim"] // 2
+        frequency = self.config["rope_theta"] ** (-torch.arange(half, device=ids.device) / half)
+        angle = (position[:, None] * frequency).repeat(1, 2)  # T,d
+        rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        distance = position[:, None] - position
+        seen = (distance >= 0) & mask[:, None, None, :].bool()  # B,1,T,T: causal, and no padding
+        near = seen & (distance < self.config["sliding_window"])
+        full, sliding = (torch.zeros_like(m, dtype=torch.float32).masked_fill(~m, torch.finfo(torch.float32).min)
+                         for m in (seen, near))
+        for layer, slides in zip(self.layers, self.slides, strict=True):
+            x = layer(x, rope, sliding if slides else full)
+        return self.norm(x)
+
+
+class GemmaTokenizer:
+    """Byte-fallback BPE read from a Hugging Face `tokenizer.json` (a file, or the folder that holds it).
+
+    Added tokens are cut out first, spaces become "▁", a character outside the vocabulary becomes its UTF-8 bytes, and
+    the merge of lowest rank (leftmost first) is applied until none is left.
+    """
+
+    def __init__(self, path):
+        path = Path(path)
+        path = path / "tokenizer.json" if path.is_dir() else path
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            bpe = data["model"]
+            self.vocab = bpe["vocab"]
+            merges = [m.split(" ") if isinstance(m, str) else m for m in bpe["merges"]]  # both forms of the list
+            self.merges = {(self.vocab[a], self.vocab[b]): (rank, self.vocab[a + b]) for rank, (a, b) in enumerate(merges)}
+            self.added = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
+            self.bos, self.unk = self.added["<bos>"], self.vocab["<unk>"]
+            self.bytes = [self.vocab.get(f"<0x{b:02X}>", self.unk) for b in range(256)]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not a byte-fallback BPE tokenizer.json ({error!r})") from None
+        longest_first = sorted(self.added, key=len, reverse=True)
+        self.splitter = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self.pieces = {i: piece for piece, i in (self.vocab | self.added).items()}
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, <bos> first. The text is taken as it is: lower-casing is `SanaSR.encode_prompt`'s."""
+        ids = [self.bos]
+        for part in self.splitter.split(text):
+            ids += [self.added[part]] if part in self.added else self._merge(part.replace(" ", "▁"))
+        return ids
+
+    def spans(self, ids):
+        """For every id the (start, end) of its UTF-8 bytes in the text that was encoded; <bos> is empty."""
+        spans, end = [], 0
+        for n, i in enumerate(ids):
+            piece, start = self.pieces[i], end
+            if n:  # after <bos>
+                end += 1 if re.fullmatch("<0x[0-9A-F]{2}>", piece) else len(piece.replace("▁", " ").encode())
+            spans.append((start, end))
+        return spans
+
+    def _merge(self, text):
+        """BPE of one part, O(n log n): a heap of possible merges over a doubly linked list of symbols."""
+        symbols = []
+        for char in text:
+            i = self.vocab.get(char)
+            symbols += [i] if i is not None else [self.bytes[b] for b in char.encode()]
+        before, after = list(range(-1, len(symbols) - 1)), list(range(1, len(symbols) + 1))
+        heap = []
+
+        def push(left):
+            right = after[left] if left >= 0 else len(symbols)
+            if right < len(symbols) and (merge := self.merges.get((symbols[left], symbols[right]))):
+                heapq.heappush(heap, (merge[0], left, merge[1]))
+
+        for left in range(len(symbols)):
+            push(left)
+        while heap:
+            _, left, merged = heapq.heappop(heap)
+            right = after[left]
+            if symbols[left] is None or right >= len(symbols):
+                continue
+            if self.merges.get((symbols[left], symbols[right]), (0, None))[1] != merged:
+                continue  # a neighbour has changed since this merge was noted
+            symbols[left], symbols[right] = merged, None
+            after[left] = after[right]
+            if after[left] < len(symbols):
+                before[after[left]] = left
+            push(before[left])
+            push(left)
+        return [s for s in symbols if s is not None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LinearDiT: SANA's diffusion transformer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoid of τ, cosine half first, then linear, SiLU, linear."""
+
+    def __init__(self, width, frequencies=256):
+        super().__init__()
+        self.half = frequencies // 2
+        self.linear_1 = nn.Linear(frequencies, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, t):  # B -> B,D
+        frequency = torch.exp(-math.log(10000) / self.half * torch.arange(self.half, device=t.device))
+        angle = t.float()[:, None] * frequency  # B,128
+        x = torch.cat([angle.cos(), angle.sin()], dim=1).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class AdaLayerNormSingle(nn.Module):
+    """One timestep embedding for all blocks: (modulation of the blocks B,6,D; the embedding itself B,D)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.emb = nn.ModuleDict({"timestep_embedder": TimestepEmbedder(width)})
+        self.linear = nn.Linear(width, 6 * width)
+
+    def forward(self, t):
+        e = self.emb["timestep_embedder"](t)
+        return self.linear(F.silu(e)).unflatten(1, (6, -1)), e
+
+
+class CaptionProjection(nn.Module):
+    """Text states to the transformer's width: linear, tanh-GELU, linear."""
+
+    def __init__(self, in_channels, width):
+        super().__init__()
+        self.linear_1 = nn.Linear(in_channels, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, c):  # B,T,Dt -> B,T,D
+        return self.linear_2(F.gelu(self.linear_1(c), approximate="tanh"))
+
+
+class LinearAttention(nn.Module):
+    """ReLU linear self-attention, O(N) (Eq. 3)."""
+
+    def __init__(self, width, heads, bias):
+        super().__init__()
+        self.heads = heads
+        self.to_q = Linear(width, width, bias=bias)
+        self.to_k = Linear(width, width, bias=bias)
+        self.to_v = Linear(width, width, bias=bias)
+        self.to_out = nn.ModuleList([Linear(width, width)])
+
+    def forward(self, x):  # B,N,D
+        q, k, v = (proj(x).unflatten(2, (self.heads, -1)) for proj in (self.to_q, self.to_k, self.to_v))  # B,N,n,d
+        y = self.to_out[0](kernels.linear_attention(q, k, v, eps=1e-15).flatten(2))
+        return y.clip(-65504, 65504) if y.dtype == torch.float16 else y
+
+
+class CrossAttention(nn.Module):
+    """Softmax attention of the picture's tokens to the text; `bias` is 0 for a kept and −10000 for a masked token."""
+
+    def __init__(self, width, heads, head_dim):
+        super().__init__()
+        self.heads = heads
+        self.to_q = Linear(width, heads * head_dim)
+        self.to_k = Linear(width, heads * head_dim)
+        self.to_v = Linear(width, heads * head_dim)
+        self.to_out = nn.ModuleList([Linear(heads * head_dim, width)])
+
+    def forward(self, x, c, bias):  # x: B,N,D; c: B,T,D; bias: B,1,1,T
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2)  # B,n,N,d and B,n,T,d
+                   for y in (self.to_q(x), self.to_k(c), self.to_v(c)))
+        return self.to_out[0](F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
+
+
+class DiTBlock(nn.Module):
+    """x += gate · LA(AdaLN x);  x += cross-attention(x, text);  x += gate · Mix-FFN(AdaLN x)."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, self.eps = config["num_attention_heads"] * config["attention_head_dim"], config["norm_eps"]
+        self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
+        self.attn1 = LinearAttention(width, config["num_attention_heads"], config["attention_bias"])
+        self.attn2 = CrossAttention(width, config["num_cross_attention_heads"], config["cross_attention_head_dim"])
+        self.ff = GLUMBConv(width, int(config["mlp_ratio"] * width))
+
+    def forward(self, x, c, bias, modulation, height, width):  # x: B,N,D; c: B,T,D; modulation: B,6,D
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + modulation).chunk(6, dim=1)  # B,1,D
+        h = F.layer_norm(x, x.shape[2:], eps=self.eps) * (1 + scale1) + shift1
+        x = x + gate1 * self.attn1(h)
+        x = x + self.attn2(x, c, bias)  # trap: neither norm nor gate here; the official `norm2` is the FFN's
+        h = F.layer_norm(x, x.shape[2:], eps=self.eps) * (1 + scale2) + shift2
+        return x + gate2 * self.ff(h, height, width)
+
+
+class LinearDiT(nn.Module):
+    """SANA's transformer (diffusers' SanaTransformer2DModel): predicts ε − x_0 of x_t = (1 − σ) x_0 + σ ε.
+
+    There is no positional embedding: position comes from the Mix-FFN's depthwise convolution.
+    """
+
+    checkpointing = False
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.config = config = read_config("LinearDiT", config, DIT_DEFAULTS, DIT_NEUTRAL, DIT_IGNORED)
+        width, self.eps = config["num_attention_heads"] * config["attention_head_dim"], config["norm_eps"]
+        if config["cross_attention_dim"] != width:
+            raise ValueError(f"LinearDiT config: cross_attention_dim = {config['cross_attention_dim']} is not supported, "
+                             f"only the width of the blocks, {width}")
+        self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
+        self.patch_embed = nn.ModuleDict({"proj": Conv1x1(config["in_channels"], width)})
+        self.time_embed = AdaLayerNormSingle(width)
+        self.caption_projection = CaptionProjection(config["caption_channels"], width)
+        self.caption_norm = RMSNorm(width)
+        self.transformer_blocks = nn.ModuleList(DiTBlock(config) for _ in range(config["num_layers"]))
+        self.proj_out = nn.Linear(width, config["out_channels"] or config["in_channels"])
+
+    def forward(self, z, t, c, mask):
+        """z: B,C,h,w scaled latents; t: B timesteps in [0, 1000]; c: B,T,Dt text states; mask: B,T of 0/1 -> B,C,h,w."""
+        if z.ndim != 4 or c.ndim != 3 or mask.shape != c.shape[:2] or t.shape != z.shape[:1]:
+            raise ValueError(f"LinearDiT: expected z B,C,h,w, t B, c B,T,D, mask B,T; got "
+                             f"{tuple(z.shape)}, {tuple(t.shape)}, {tuple(c.shape)}, {tuple(mask.shape)}")
+        height, width = z.shape[2:]
+        x = self.patch_embed["proj"](to_tokens(z))  # B,N,D
+        modulation, e = self.time_embed(t)  # B,6,D and B,D
+        c = self.caption_norm(self.caption_projection(c))  # B,T,D
+        bias = ((1 - mask.to(x.dtype)) * -10000)[:, None, None]  # B,1,1,T
+        for block in self.transformer_blocks:
+            x = run(block, x, c, bias, modulation, height, width, checkpointing=self.checkpointing)
+        # trap: the output's AdaLN takes the embedding before SiLU + linear
+        shift, scale = (self.scale_shift_table + e[:, None]).chunk(2, dim=1)  # B,1,D
+        x = F.layer_norm(x, x.shape[2:], eps=1e-6) * (1 + scale) + shift
+        return to_picture(self.proj_out(x), height, width)
