@@ -7,7 +7,8 @@
 
 The order of search, for both:
     1. the folder named by the environment variable SANASR_WEIGHTS (machines without a network): a model lies there
-       under its name or its repository's, a single file under its name or file name;
+       under its name or its repository's, a single file under its file name, or, unchecked, under its name: that may
+       be a smaller copy (vgg16.safetensors with the `features.*` of VGG16 in float16 is 29 MB and serves as well);
     2. this folder, for what the repository carries;
     3. the Hugging Face cache (HF_HOME, HF_HUB_CACHE), without a request to the network;
     4. the Hugging Face Hub, unless HF_HUB_OFFLINE=1. An interrupted download goes on where it stopped.
@@ -60,8 +61,11 @@ MODELS = {
 _IQA, _NC = "chaofengc/IQA-PyTorch-Weights", "CC BY-NC-SA 4.0 (collection); the authors' own terms apply"
 FILES = {
     # The classification weights of torchvision and OpenAI, as safetensors.
-    "vgg16": File("model.safetensors", "BSD-3-Clause", "timm/vgg16.tv_in1k", megabytes=553),
+    "vgg16": File("model.safetensors", "BSD-3-Clause", "timm/vgg16.tv_in1k", megabytes=553,
+                  revision="b8d8aa2dd860af9233c8c67385a8097fd6c35d3f",
+                  sha256="57b026918159a6bf9faf8405c3a551903768e7138989d9c6224a14227203fad8"),
     "clip-rn50": File("open_clip_model.safetensors", "MIT", "timm/resnet50_clip.openai", megabytes=408,
+                      revision="ec3d92cf63a5f9d591f0d611b736895966c73076",
                       sha256="da0baa37fb2211eee5729ab69ed587eb10d48f5b7076ceeed01552fc3d4cb4ee"),
     # Pickled checkpoints of tensors only: read with torch.load(weights_only=True).
     "musiq-koniq": File("musiq_koniq_ckpt-e95806b9.pth", _NC, _IQA, megabytes=109,
@@ -227,12 +231,12 @@ def folder(name_or_path, dtype=None):
 def file(name):
     """The path of the single file `name`, a key of FILES, downloaded if need be.
 
-    Its SHA-256 is checked after a download and for a file found through SANASR_WEIGHTS. Raises Unavailable.
+    Its SHA-256 is checked after a download and for a file found under its file name in SANASR_WEIGHTS.
+    Raises Unavailable.
     """
     known = FILES[name]
     if path := present(name):
-        own = known.repo and os.environ.get("SANASR_WEIGHTS") and path.is_relative_to(os.environ["SANASR_WEIGHTS"])
-        return _checked(path, known) if own else path
+        return _checked(path, known) if known.repo and path == _own(known.filename) else path
     hub = _hub(name, known, f"{known.megabytes:.0f} MB")
     try:
         path = Path(hub.hf_hub_download(known.repo, known.filename, revision=known.revision))
