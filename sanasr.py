@@ -28,17 +28,16 @@ import re
 import time
 from pathlib import Path
 
+import kernels
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import weights
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
-
-import kernels
-import weights
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configs: the official config.json files, taken at their word
@@ -131,7 +130,7 @@ class Linear(nn.Linear):
 
 
 class Conv1x1(Linear):
-    """A 1×1 convolution, applied to tokens (B,N,C). Only the weight's official shape, (out, in, 1, 1), is a picture's."""
+    """A 1×1 convolution applied to tokens (B,N,C); its weight keeps the official shape (out, in, 1, 1)."""
 
     def __init__(self, in_channels, out_channels, bias=True):
         super().__init__(in_channels, out_channels, bias=bias)
@@ -490,7 +489,8 @@ class GemmaTokenizer:
             bpe = data["model"]
             self.vocab = bpe["vocab"]
             merges = [m.split(" ") if isinstance(m, str) else m for m in bpe["merges"]]  # both forms of the list
-            self.merges = {(self.vocab[a], self.vocab[b]): (rank, self.vocab[a + b]) for rank, (a, b) in enumerate(merges)}
+            v = self.vocab
+            self.merges = {(v[a], v[b]): (rank, v[a + b]) for rank, (a, b) in enumerate(merges)}
             self.added = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
             self.bos, self.unk = self.added["<bos>"], self.vocab["<unk>"]
             self.bytes = [self.vocab.get(f"<0x{b:02X}>", self.unk) for b in range(256)]
@@ -508,12 +508,12 @@ class GemmaTokenizer:
         return ids
 
     def spans(self, ids):
-        """For every id the (start, end) of its UTF-8 bytes in the text that was encoded; <bos> is empty."""
+        """For every id the (start, end) of its UTF-8 bytes in the text with spaces as "▁"; <bos> is empty."""
         spans, end = [], 0
         for n, i in enumerate(ids):
             piece, start = self.pieces[i], end
             if n:  # after <bos>
-                end += 1 if re.fullmatch("<0x[0-9A-F]{2}>", piece) else len(piece.replace("▁", " ").encode())
+                end += 1 if re.fullmatch("<0x[0-9A-F]{2}>", piece) else len(piece.encode())
             spans.append((start, end))
         return spans
 
@@ -662,8 +662,7 @@ class LinearDiT(nn.Module):
         self.config = config = read_config("LinearDiT", config, DIT_DEFAULTS, DIT_NEUTRAL, DIT_IGNORED)
         width, self.eps = config["num_attention_heads"] * config["attention_head_dim"], config["norm_eps"]
         if config["cross_attention_dim"] != width:
-            raise ValueError(f"LinearDiT config: cross_attention_dim = {config['cross_attention_dim']} is not supported, "
-                             f"only the width of the blocks, {width}")
+            raise ValueError(f"LinearDiT config: cross_attention_dim must be the width of the blocks, {width}")
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
         self.patch_embed = nn.ModuleDict({"proj": Conv1x1(config["in_channels"], width)})
         self.time_embed = AdaLayerNormSingle(width)
@@ -673,7 +672,7 @@ class LinearDiT(nn.Module):
         self.proj_out = nn.Linear(width, config["out_channels"] or config["in_channels"])
 
     def forward(self, z, t, c, mask):
-        """z: B,C,h,w scaled latents; t: B timesteps in [0, 1000]; c: B,T,Dt text states; mask: B,T of 0/1 -> B,C,h,w."""
+        """z: B,C,h,w scaled latents; t: B in [0, 1000]; c: B,T,Dt text states; mask: B,T of 0/1 -> B,C,h,w."""
         if z.ndim != 4 or c.ndim != 3 or mask.shape != c.shape[:2] or t.shape != z.shape[:1]:
             raise ValueError(f"LinearDiT: expected z B,C,h,w, t B, c B,T,D, mask B,T; got "
                              f"{tuple(z.shape)}, {tuple(t.shape)}, {tuple(c.shape)}, {tuple(mask.shape)}")
@@ -688,3 +687,423 @@ class LinearDiT(nn.Module):
         shift, scale = (self.scale_shift_table + e[:, None]).chunk(2, dim=1)  # B,1,D
         x = F.layer_norm(x, x.shape[2:], eps=1e-6) * (1 + scale) + shift
         return to_picture(self.proj_out(x), height, width)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA: low-rank adapters on the frozen prior (Eq. 13)
+# ---------------------------------------------------------------------------------------------------------------------
+
+LORA_TARGETS = {
+    "attn": ("to_q", "to_k", "to_v", "to_out.0"),  # self- and cross-attention: the paper's Appendix B
+    "attn+ffn": ("to_q", "to_k", "to_v", "to_out.0", "ff.conv_inverted", "ff.conv_point"),  # its §3.2
+}
+
+
+def inject_lora(model, rank=64, alpha=None, targets="attn"):
+    """Give every target projection of the transformer's blocks a trainable adapter, W + (α/r) B A with B = 0.
+
+    rank: r; alpha: α, by default r. targets: "attn" or "attn+ffn". All other parameters are frozen. The adapters live
+    in float32 whatever the model's dtype. Returns the names of the adapted modules.
+    """
+    if targets not in LORA_TARGETS:
+        raise ValueError(f"LoRA targets must be one of {', '.join(LORA_TARGETS)}, not {targets!r}")
+    model.requires_grad_(False)
+    names = [name for name, module in model.named_modules()
+             if isinstance(module, Linear) and name.endswith(tuple("." + t for t in LORA_TARGETS[targets]))]
+    for name in names:
+        _attach_lora(model.get_submodule(name), rank, (rank if alpha is None else alpha) / rank)
+    return names
+
+
+def _attach_lora(module, rank, scale):
+    out_features, in_features = module.weight.shape[:2]
+    module.lora_A = nn.Linear(in_features, rank, bias=False, device=module.weight.device)  # Kaiming-uniform
+    module.lora_B = nn.Linear(rank, out_features, bias=False, device=module.weight.device)
+    nn.init.zeros_(module.lora_B.weight)
+    module.adapter_scale = scale
+
+
+def lora_modules(model):
+    """{name: module} of all modules that carry an adapter."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+def lora_parameters(model):
+    """{key: parameter} of the adapters, keys as in the adapter file: `<module>.lora_A.weight`, `.lora_B.weight`."""
+    return {key: p for key, p in model.named_parameters() if ".lora_A." in key or ".lora_B." in key}
+
+
+@contextlib.contextmanager
+def adapters_off(model):
+    """Within the block the model is the frozen prior f0."""
+    modules = lora_modules(model).values()
+    scales = [module.adapter_scale for module in modules]
+    for module in modules:
+        module.adapter_scale = 0.0
+    try:
+        yield
+    finally:
+        for module, scale in zip(modules, scales, strict=True):
+            module.adapter_scale = scale
+
+
+def save_lora(model, path, metadata=None, state=None):
+    """Write the adapters (or `state` in their place, say averaged ones) as safetensors, atomically.
+
+    metadata: {str: str}; "rank" and "alpha" are added.
+    """
+    state = lora_parameters(model) if state is None else state
+    module = next(iter(lora_modules(model).values()))
+    rank = module.lora_A.weight.shape[0]
+    save_tensors({key: p.detach() for key, p in state.items()}, path,
+                 (metadata or {}) | {"rank": str(rank), "alpha": f"{module.adapter_scale * rank:g}"})
+
+
+def load_lora(model, path):
+    """Attach the adapters of a file to `model`, injecting where there are none; returns the file's metadata.
+
+    PEFT's key prefixes `transformer.` and `base_model.model.` are read; without an "alpha" in the metadata α = r.
+    Raises ValueError, naming file and key, where the adapter belongs to another base.
+    """
+    state, metadata = {}, {}
+    with open_weights(path) as file:
+        metadata = file.metadata() or {}
+        for key in file.keys():
+            state[re.sub(r"^(base_model\.model\.|transformer\.)+", "", key)] = file.get_tensor(key).flatten(1)
+    modules = dict(model.named_modules())
+    for key in state:
+        name, _, half = key.removesuffix(".weight").rpartition(".")
+        if not isinstance(modules.get(name), Linear) or half not in ("lora_A", "lora_B"):
+            raise ValueError(f"{path}: {key} fits no projection of this model; was the adapter made for another one?")
+        a, b, (out_features, in_features) = (state.get(f"{name}.lora_A.weight"), state.get(f"{name}.lora_B.weight"),
+                                             modules[name].weight.shape[:2])
+        if a is None or b is None or (a.shape[1], *b.shape) != (in_features, out_features, a.shape[0]):
+            raise ValueError(f"{path}: {key} does not fit a projection of {in_features} to {out_features} channels")
+    for name in {key.rpartition(".lora_")[0] for key in state}:
+        rank = state[f"{name}.lora_A.weight"].shape[0]
+        _attach_lora(modules[name], rank, float(metadata.get("alpha", rank)) / rank)
+    with torch.no_grad():
+        for key, p in lora_parameters(model).items():
+            if key in state:
+                p.copy_(state[key])
+    return metadata
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """W ← W + (α/r) B A, in float32, then back to the weight's dtype; the adapters are gone afterwards."""
+    for module in lora_modules(model).values():
+        delta = module.adapter_scale * module.lora_B.weight.float() @ module.lora_A.weight.float()
+        module.weight.copy_(module.weight.float() + delta.view_as(module.weight))
+        del module.lora_A, module.lora_B, module.adapter_scale
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts: p = tags ⊕ quality suffix, and the mask m (Eq. 2)
+# ---------------------------------------------------------------------------------------------------------------------
+
+SUFFIXES = {
+    "appendix": "clean, extremely detailed, best quality, sharp, high-resolution",  # Appendix B: the default
+    "main": "clean, sharp, best quality, detailed, 8K, high-resolution",  # §3.2
+    "none": "",
+}
+DEGRADATION_WORDS = ("blurry", "blurred", "blur", "noise", "noisy", "low quality", "low resolution", "jpeg", "artifact",
+                     "artifacts", "pixelated", "grainy", "compressed", "distorted")
+_DEGRADED = re.compile(r"(?<!\w)(" + "|".join(w.replace(" ", "[ ▁_-]") for w in DEGRADATION_WORDS) + r")(?!\w)")
+MAX_TOKENS = 300  # of text, <bos> included, as SANA was trained
+
+
+def clean_tags(tags):
+    """The tags without those that speak of a degradation, order kept."""
+    return [tag for tag in tags if not _DEGRADED.search(tag.lower())]
+
+
+def build_prompt(content, suffix="appendix"):
+    """content: a user's text, or a list of tags (which are cleaned); suffix: a name in SUFFIXES or a text of one's own.
+
+    "tree, branch" and "appendix" give "tree, branch, clean, extremely detailed, …"; either half may be empty.
+    """
+    content = content if isinstance(content, str) else ", ".join(clean_tags(content))
+    return ", ".join(part for part in (content.strip(), SUFFIXES.get(suffix, suffix)) if part)
+
+
+def tokenize_prompt(tokenizer, prompt, instruction=""):
+    """-> (ids, mask, kept): ids for the encoder; of its states, those at `kept` go on, each with 0 or 1 in `mask`.
+
+    The prompt is lower-cased and stripped, as SANA does, and cut to 300 tokens with <bos>, without <eos>. Padding
+    would be masked everywhere and Gemma is causal, so none is made. Degradation words in it get mask 0 (Eq. 2).
+    With an instruction before it, of n tokens, n + 298 are encoded, and the first and the last 299 places kept.
+    """
+    prompt = prompt.lower().strip()
+    text = (instruction + prompt).replace(" ", "▁")
+    ids = tokenizer.encode(instruction + prompt)
+    n = len(tokenizer.encode(instruction)) if instruction else 2
+    ids = ids[:n + MAX_TOKENS - 2]
+    words = [(len(text[:m.start()].encode()), len(text[:m.end()].encode()))
+             for m in _DEGRADED.finditer(text, len(instruction))]
+    mask = [0 if any(start < b and a < end for a, b in words) else 1 for start, end in tokenizer.spans(ids)]
+    kept = [0, *range(n - 1, len(ids))]
+    return ids, [mask[i] for i in kept], kept
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading and saving: official folders, safetensors only, all or nothing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def open_weights(path):
+    """safe_open with an error that names the file."""
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
+
+
+def save_tensors(state, path, metadata=None):
+    """Write a safetensors file to a temporary name, then rename it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: x.contiguous() for key, x in state.items()}, f"{path}.tmp", metadata)
+    os.replace(f"{path}.tmp", path)
+
+
+def load_module(cls, folder, dtype=None, device="cpu"):
+    """Build `cls` from an official folder: config.json and safetensors, one file or shards.
+
+    The module is made on the meta device and the mapped tensors are assigned, so that memory holds the weights once;
+    with another `dtype` than the stored one they are converted one by one. dtype None keeps what is stored.
+    Raises ValueError or OSError, naming the file and the keys, before anything is half loaded.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        with torch.device("meta"):
+            module = cls(config)
+    except ValueError as error:  # of JSON, too
+        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+    expected, state, problems = module.state_dict(), {}, []
+    for name in weights.pick_files(os.listdir(folder), dtype):
+        with open_weights(folder / name) as file:
+            for stored in file.keys():
+                key = stored.removeprefix("model.")
+                if key == "lm_head.weight":  # the language-model head, tied to the embedding
+                    continue
+                shape = file.get_slice(stored).get_shape()
+                if key not in expected:
+                    problems.append(f"unexpected {stored} in {name}")
+                elif list(expected[key].shape) != shape:
+                    problems.append(f"{stored} in {name} is {shape}, expected {list(expected[key].shape)}")
+                else:
+                    state[key] = file.get_tensor(stored).to(device=device, dtype=dtype)
+    problems += [f"missing {key}" for key in expected if key not in state and not any(key in p for p in problems)]
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"{folder}: the weights do not fit config.json: {'; '.join(problems[:5])}{more}")
+    module.load_state_dict(state, strict=True, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def save_module(module, folder, dtype=None, metadata=None):
+    """Write config.json and one safetensors file in the official layout; `metadata` goes under "_provenance"."""
+    state = {key: x.detach().to(dtype=dtype, device="cpu") for key, x in module.state_dict().items()}
+    name = "model.safetensors" if isinstance(module, Gemma2) else "diffusion_pytorch_model.safetensors"
+    save_tensors(state, Path(folder) / name)
+    config = module.config | ({"_provenance": metadata} if metadata else {})
+    path = Path(folder) / "config.json"
+    Path(f"{path}.tmp").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    os.replace(f"{path}.tmp", path)
+
+
+for _cls in (DCAE, Gemma2, LinearDiT):  # X.from_pretrained(folder, dtype=None, device="cpu")
+    _cls.from_pretrained = classmethod(load_module)
+
+
+def fingerprint(folder):
+    """A hash that changes with any file of `folder`: names, sizes, and 16 samples of 64 KiB of each file."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            for i in range(16):
+                file.seek(max(0, size - 65536) * i // 15)
+                digest.update(file.read(65536))
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method: one latent update, and a restorer around it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sigma(t):
+    """Noise level of the timestep τ ∈ [0, 1000] that the network is given (SANA's own, after its flow shift)."""
+    return t / 1000
+
+
+def one_step(dit, z, t, c, mask):
+    """ẑ = z_L − σ_τ · f(z_L, τ, c, m) (Eq. 4). z: B,C,h,w scaled latents; t: B; c: B,T,Dt; mask: B,T."""
+    return z - sigma(t).to(z.dtype)[:, None, None, None] * dit(z, t, c, mask)
+
+
+def spans(length, tile, overlap):
+    """Cover 0…length by equal pieces of at most `tile` that share `overlap` or a little more: [(start, end), …]."""
+    if length <= tile:
+        return [(0, length)]
+    count = math.ceil((length - overlap) / (tile - overlap))
+    size = math.ceil((length + (count - 1) * overlap) / count)
+    return [(start, start + size) for start in ((length - size) * i // (count - 1) for i in range(count))]
+
+
+def blend_weights(pieces, up):
+    """Per piece a weight for each of its positions × `up`: linear ramps across the overlaps, 1 elsewhere, sum 1."""
+    ramps = []
+    for i, (start, end) in enumerate(pieces):
+        w = torch.ones((end - start) * up)
+        if i:
+            n = (pieces[i - 1][1] - start) * up
+            w[:n] = (torch.arange(n) + 0.5) / n
+        if i + 1 < len(pieces):
+            n = (end - pieces[i + 1][0]) * up
+            w[-n:] = 1 - (torch.arange(n) + 0.5) / n
+        ramps.append(w)
+    return ramps
+
+
+def tiled(f, x, tile, overlap, down=1, up=1):
+    """f(x) by overlapping tiles, blended, so that memory does not grow with the picture but for input and output.
+
+    x: B,C,h·down,w·down; f returns B,C',h·up,w·up of what it is given. tile and overlap count positions of the h×w
+    grid. f sees a tile at a time: where it mixes globally (attention) the result differs from f(x).
+    """
+    rows, cols = spans(x.shape[2] // down, tile, overlap), spans(x.shape[3] // down, tile, overlap)
+    if len(rows) == len(cols) == 1:
+        return f(x)
+    y = None
+    for (top, bottom), wy in zip(rows, blend_weights(rows, up), strict=True):
+        for (left, right), wx in zip(cols, blend_weights(cols, up), strict=True):
+            part = f(x[:, :, top * down:bottom * down, left * down:right * down])
+            if y is None:
+                size = *part.shape[:2], x.shape[2] // down * up, x.shape[3] // down * up
+                y = torch.zeros(size, device=x.device)  # float32: the ramps need more than bfloat16's 8 bits
+            y[:, :, top * up:bottom * up, left * up:right * up] += part * (wy[:, None] * wx).to(x.device)
+    return y
+
+
+class SanaSR:
+    """The whole restorer: frozen autoencoder, prior with its adapter merged, text encoder loaded only when needed.
+
+    vae: DCAE; dit: LinearDiT; scaling_factor: s; timestep: τ the adapter was trained for; stages: milliseconds by
+    stage of the last `restore`; metadata: what the adapter's file says of itself.
+    """
+
+    TILE, OVERLAP = 32, 2  # latent positions: tiles of 1024 pixels that share 64
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder, device="cpu", dtype=None, adapter=None, merge=True):
+        """Load an official folder (or a name in `weights.MODELS`) with vae/, transformer/, text_encoder/, tokenizer/.
+
+        dtype: torch.float32 (default on a CPU), bfloat16 (default on a GPU) or float16, which holds for the transformer
+        alone: the autoencoder's activations overflow it, so that and the text encoder run in bfloat16 instead.
+        adapter: a LoRA file; None takes `adapter.safetensors` of the folder where there is one; False takes none.
+        merge: fold the adapter into the weights (inference); False keeps it apart (training).
+        """
+        self = cls()
+        self.device = torch.device(device)
+        self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
+        self.folder = weights.folder(name_or_folder, self.dtype)
+        self.vae_dtype = torch.bfloat16 if self.dtype == torch.float16 else self.dtype
+        if self.vae_dtype == torch.bfloat16 and self.device.type == "cuda" and not torch.cuda.is_bf16_supported():
+            self.vae_dtype = torch.float32
+        self.vae = DCAE.from_pretrained(self.folder / "vae", self.vae_dtype, self.device)
+        self.dit = LinearDiT.from_pretrained(self.folder / "transformer", self.dtype, self.device)
+        self.scaling_factor = self.vae.config["scaling_factor"]
+        if self.vae.config["latent_channels"] != self.dit.config["in_channels"]:
+            raise ValueError(f"{self.folder}: vae/ makes {self.vae.config['latent_channels']} latent channels, "
+                             f"transformer/ wants {self.dit.config['in_channels']}")
+        if adapter is None and (self.folder / "adapter.safetensors").exists():
+            adapter = self.folder / "adapter.safetensors"
+        self.metadata = load_lora(self.dit, adapter) if adapter else {}
+        if merge:
+            merge_lora(self.dit)
+        self.timestep = float(self.metadata.get("timestep", 900))
+        self.stages = {}
+        return self
+
+    @torch.inference_mode()
+    def encode_prompt(self, prompts, instruction=""):
+        """One prompt or several -> (c: B,T,Dt text states, m: B,T of 0/1), T the longest's length, at most 300.
+
+        States are kept on disk ($SANASR_CACHE, by default ~/.cache/sanasr) under a hash of prompt and encoder, so the
+        text encoder, the largest part, is loaded only for a prompt not seen before, and freed before this returns.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        cache = Path(os.environ.get("SANASR_CACHE", Path.home() / ".cache" / "sanasr")) / "prompts"
+        identity = [fingerprint(self.folder / "text_encoder"), fingerprint(self.folder / "tokenizer"),
+                    str(self.vae_dtype), instruction]
+        found, tokenizer, encoder = {}, None, None
+        for prompt in dict.fromkeys(prompts):
+            path = cache / (hashlib.sha256(json.dumps([*identity, prompt]).encode()).hexdigest() + ".safetensors")
+            try:
+                with safe_open(path, "pt") as file:
+                    found[prompt] = file.get_tensor("c"), file.get_tensor("m")
+                continue
+            except (OSError, SafetensorError):
+                pass  # not there, or damaged: made again
+            if encoder is None:
+                tokenizer = GemmaTokenizer(self.folder / "tokenizer")
+                encoder = Gemma2.from_pretrained(self.folder / "text_encoder", self.vae_dtype, self.device)
+            ids, mask, kept = tokenize_prompt(tokenizer, prompt, instruction)
+            ids = torch.tensor([ids], device=self.device)
+            c = encoder(ids, torch.ones_like(ids))[0, kept].cpu()
+            found[prompt] = c, torch.tensor(mask)
+            with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+                save_tensors(dict(c=c, m=found[prompt][1]), path)
+        states, masks = zip(*(found[prompt] for prompt in prompts), strict=True)
+        pad = nn.utils.rnn.pad_sequence
+        return pad(states, batch_first=True).to(self.device, self.dtype), pad(masks, batch_first=True).to(self.device)
+
+    @torch.inference_mode()
+    def restore(self, image, prompt="", *, suffix="appendix", timestep=None, tile=None, instruction=""):
+        """PIL image -> PIL image (RGB) of exactly 4× the size.
+
+        prompt: what the picture shows (a text, or a list of tags), to which `suffix` is joined, see `build_prompt`.
+        timestep: τ in (0, 1000], by default the adapter's. tile: the largest side, in pixels of the result, that the
+        networks see at once (a multiple of 32, 0 for no limit, 1024 by default).
+        """
+        timestep = self.timestep if timestep is None else timestep
+        tile = self.TILE if tile is None else math.ceil(tile / self.vae.factor) or math.inf
+        t = torch.full((1,), timestep, device=self.device)
+        overlap = min(self.OVERLAP, tile // 4) if tile < math.inf else 0
+        clock = Stopwatch(self.device)
+
+        c, m = self.encode_prompt(build_prompt(prompt, suffix), instruction)  # 1,T,Dt and 1,T
+        clock.lap("text")
+        width, height = 4 * image.width, 4 * image.height
+        x = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC))
+        x = torch.from_numpy(x.copy()).permute(2, 0, 1)[None].to(self.device, self.vae_dtype) / 127.5 - 1  # 1,3,H,W
+        x = F.pad(x, (0, -width % self.vae.factor, 0, -height % self.vae.factor), mode="replicate")
+        z = self.scaling_factor * tiled(self.vae.encode, x, tile, overlap, down=self.vae.factor)  # 1,C,h,w
+        clock.lap("encode")
+        z = tiled(lambda part: one_step(self.dit, part, t, c, m), z.to(self.dtype), tile, overlap)
+        clock.lap("dit")
+        z = z.to(self.vae_dtype) / self.scaling_factor
+        x = tiled(self.vae.decode, z, tile, overlap, up=self.vae.factor)[0, :, :height, :width]  # 3,H,W
+        x = ((x + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0)
+        result = Image.fromarray(x.cpu().numpy())
+        clock.lap("decode")
+        self.stages = clock.laps
+        return result
+
+
+class Stopwatch:
+    """Wall-clock milliseconds by stage, waiting for the device at every lap."""
+
+    def __init__(self, device):
+        self.device, self.laps, self.last = device, {}, time.perf_counter()
+
+    def lap(self, name):
+        if self.device.type in ("cuda", "mps"):
+            getattr(torch, self.device.type).synchronize()
+        now = time.perf_counter()
+        self.laps[name], self.last = 1000 * (now - self.last), now
