@@ -230,7 +230,7 @@ def restore(job, model, args, tagger=None):
         options["timestep"] = args.timestep
     try:
         enlarged = bicubic(picture.rgb)
-        prompt = ", ".join(filter(None, [args.prompt, tagger(enlarged) if tagger else ""]))
+        prompt = ", ".join(filter(None, [args.prompt, *(tagger.tags(enlarged) if tagger else [])]))
         result = model.restore(picture.rgb, prompt, suffix=args.suffix, **options)
         result = fix_colours(result, enlarged, args.color_fix)
     except (MemoryError, RuntimeError) as error:
@@ -331,14 +331,6 @@ def load_model(args):
     return model
 
 
-def load_tagger(args):
-    """A function from a picture to "tag, tag, …", or None."""
-    if args.tagger == "none":
-        return None
-    import tagger
-    return tagger.load(args.tagger, device=args.device)
-
-
 def main(argv=None):
     args = parse(argv)
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -349,7 +341,10 @@ def main(argv=None):
     jobs = plan(find_inputs(args.inputs), args.out)
     if ranks > 1:  # only to leave together: torchrun ends the others as soon as one rank fails
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
-    model, tagger = load_model(args), load_tagger(args)
+    model, tagger = load_model(args), None
+    if args.tagger != "none":
+        from tagger import open_tagger
+        tagger = open_tagger(args.tagger, args.device)
 
     rows, skipped = [], 0
     for job in tqdm(jobs[rank::ranks], unit="img", disable=len(jobs) == 1 or rank > 0):

@@ -11,7 +11,8 @@ The order of search, for both:
        be a smaller copy (vgg16.safetensors with the `features.*` of VGG16 in float16 is 29 MB and serves as well);
     2. this folder, for what the repository carries;
     3. the Hugging Face cache (HF_HOME, HF_HUB_CACHE), without a request to the network;
-    4. the Hugging Face Hub, unless HF_HUB_OFFLINE=1. An interrupted download goes on where it stopped.
+    4. the Hugging Face Hub, unless HF_HUB_OFFLINE=1. A broken connection is taken up again within a file; after an
+       interrupted run the files that were complete are kept.
 
 Other parts add their lines to MODELS and FILES; nothing else has to change.
 """
@@ -73,8 +74,11 @@ FILES = {
     "maniqa-pipal": File("MANIQA_PIPAL-ae6d356b.pth", _NC, _IQA, sha256="ae6d356b", megabytes=543),
     "maniqa-koniq": File("ckpt_koniq10k.pt", _NC, _IQA, megabytes=543,
                          sha256="a207f8ab57322e6be38ff5c8d019301dc032b454bef21c3c9f9dbf7974eebff6"),
-    "ram": File("ram_swin_large_14m.pth", "Apache-2.0", "xinyu1205/recognize_anything_model", megabytes=5630),
-    "dape": File("DAPE.pth", "Apache-2.0", "CSWRY/SeeSR", megabytes=7.2),
+    # The tagger's; `python tagger.py --convert` makes the first one lean.
+    "ram": File("ram_swin_large_14m.pth", "Apache-2.0", "xinyu1205/recognize_anything_model", megabytes=5626,
+                sha256="15c729c793af28b9d107c69f85836a1356d76ea830d4714699fb62e55fcc08ed"),
+    "dape": File("DAPE.pth", "Apache-2.0", "CSWRY/SeeSR", megabytes=7.2,
+                 sha256="a7028be2edcbe9ab0bd1c4ab6f2a2a86f4b44d32261a4faa50ae10fdd9b2feba"),
 }
 
 # --- which files of a part form one whole set ---
@@ -86,12 +90,12 @@ _DTYPES = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16",
            "torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}
 
 
-def pick_files(names, dtype=None):
+def pick_files(names, dtype=None, others=True):
     """The weight files, out of all file names of a part's folder, that are to be loaded together.
 
     Several variants may lie side by side (`model.fp16.safetensors`, `model.safetensors`, either as one file or as
     shards `model-00001-of-00002.safetensors`); taking two of them would load every key twice. The set of the dtype
-    asked for is taken, else the plain one, else whichever there is; one file goes before shards.
+    asked for is taken, else the plain one, else (`others`) whichever there is; one file goes before shards.
 
     names: file names without folder. dtype: None, a torch.dtype, or "fp32", "fp16", "bf16".
     Returns the names in order. Raises FileNotFoundError where there is no set, or names the missing shard.
@@ -103,7 +107,7 @@ def pick_files(names, dtype=None):
         if match := _WEIGHTS.fullmatch(name):
             variant = match["v1"] or match["v2"] or "plain"
             sets.setdefault((variant, int(match["total"] or 0)), {})[int(match["shard"] or 0)] = name
-    for variant in (_DTYPES.get(str(dtype)), "plain", "bf16", "fp16", "fp32"):
+    for variant in (_DTYPES.get(str(dtype)), "plain", *(("bf16", "fp16", "fp32") if others else ())):
         totals = sorted(total for v, total in sets if v == variant)
         if not totals:
             continue
@@ -128,13 +132,13 @@ def part_dtype(part, dtype):
     return "bf16" if part != "transformer" and _DTYPES.get(str(dtype)) == "fp16" else dtype
 
 
-def _needed(names, dtype):
+def _needed(names, dtype, others=True):
     """The paths, out of all paths of a model's folder or repository, that the model needs."""
     wanted = ["tokenizer/tokenizer.json"]
     for part in PARTS:
         inside = [name.removeprefix(part + "/") for name in names if name.startswith(part + "/")]
         try:
-            weights = pick_files(inside, part_dtype(part, dtype))
+            weights = pick_files(inside, part_dtype(part, dtype), others)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{part}/: {error}") from None
         wanted += [f"{part}/{name}" for name in ["config.json", *weights]]
@@ -168,14 +172,17 @@ def present(name, dtype=None):
         path = HERE / (name if name in MODELS else known.filename)
         return path if path.exists() else None
     import huggingface_hub as hub
+    filename = "transformer/config.json" if name in MODELS else known.filename
+    path = hub.try_to_load_from_cache(known.repo, filename, revision=known.revision)
+    if not isinstance(path, str):  # None, or a mark: "known not to exist"
+        return None
     if name in FILES:
-        path = hub.try_to_load_from_cache(known.repo, known.filename, revision=known.revision)
-        return Path(path) if isinstance(path, str) else None  # else None, or a mark: "known not to exist"
+        return Path(path)
+    snapshot = Path(path).parent.parent
     try:
-        path = Path(hub.snapshot_download(known.repo, revision=known.revision, local_files_only=True))
-        _needed(_listing(path), dtype)
-        return path
-    except FileNotFoundError:  # not in the cache, or not the whole set
+        _needed(_listing(snapshot), dtype, others=False)  # or the result would depend on what was fetched before
+        return snapshot
+    except FileNotFoundError:  # not the whole set
         return None
 
 
@@ -225,7 +232,7 @@ def folder(name_or_path, dtype=None):
         return Path(hub.snapshot_download(model.repo, revision=model.revision, allow_patterns=_needed(names, dtype)))
     except Exception as error:
         raise Unavailable(f"{name}: the download from {model.repo} failed ({_line(error)}); "
-                          "run the same command again, it goes on where it stopped") from error
+                          "run the same command again, files that are complete are kept") from error
 
 
 def file(name):
@@ -242,7 +249,7 @@ def file(name):
         path = Path(hub.hf_hub_download(known.repo, known.filename, revision=known.revision))
     except Exception as error:
         raise Unavailable(f"{name}: the download of {known.filename} from {known.repo} failed ({_line(error)}); "
-                          "run the same command again, it goes on where it stopped") from error
+                          "run the same command again, files that are complete are kept") from error
     try:
         return _checked(path, known)
     except Unavailable:

@@ -21,7 +21,7 @@ def main():
     for title, table in (("models", MODELS), ("files", FILES)):
         print(f"{title}:")
         for name, known in table.items():
-            path = present(name)
+            path = next(filter(None, (present(name, dtype) for dtype in (None, "bf16", "fp16"))), None)
             if path:
                 state = f"present  {_size(path):>9}  {path}"
                 if args.check and getattr(known, "sha256", None):
