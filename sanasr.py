@@ -113,8 +113,15 @@ def to_picture(x, height, width):
 
 
 def run(block, *args, checkpointing=False):
-    """block(*args); with `checkpointing` its activations are recomputed in the backward pass, not stored."""
-    return checkpoint(block, *args, use_reentrant=False) if checkpointing and torch.is_grad_enabled() else block(*args)
+    """block(*args); with `checkpointing` its activations are recomputed in the backward pass, not stored.
+
+    Trap: by then `adapters_off` has been left, so the recomputation sets the adapters as they are now.
+    """
+    if not (checkpointing and torch.is_grad_enabled()):
+        return block(*args)
+    scales = [module.adapter_scale for module in lora_modules(block).values()]
+    return checkpoint(block, *args, use_reentrant=False,
+                      context_fn=lambda: (contextlib.nullcontext(), adapters_at(block, scales)))
 
 
 class Linear(nn.Linear):
@@ -734,17 +741,24 @@ def lora_parameters(model):
 
 
 @contextlib.contextmanager
-def adapters_off(model):
-    """Within the block the model is the frozen prior f0."""
+def adapters_at(model, scales):
+    """Within the block the adapters of `model` count by `scales`, in the order of `lora_modules`."""
     modules = lora_modules(model).values()
-    scales = [module.adapter_scale for module in modules]
-    for module in modules:
-        module.adapter_scale = 0.0
+    before = [module.adapter_scale for module in modules]
+
+    def put(values):
+        for module, value in zip(modules, values, strict=True):
+            module.adapter_scale = value
+    put(scales)
     try:
         yield
     finally:
-        for module, scale in zip(modules, scales, strict=True):
-            module.adapter_scale = scale
+        put(before)
+
+
+def adapters_off(model):
+    """A context within which the model is the frozen prior f0."""
+    return adapters_at(model, [0.0] * len(lora_modules(model)))
 
 
 def save_lora(model, path, metadata=None, state=None):
