@@ -1,0 +1,502 @@
+"""Content tags of a photo: the prompt extractor Π of Eq. 2 and 12, as the paper takes it from SeeSR.
+
+    python tagger.py photo.png                   the tags with their probabilities, then the joined line
+    python tagger.py --tagger ram photo.png      RAM without DAPE's adaptation to degraded photos
+    python tagger.py --convert                   once: a lean fp16 copy (0.43 GB) of the 5.6 GB checkpoint
+
+RAM (Recognize Anything, Zhang et al. 2023) and DAPE (SeeSR, Wu et al. 2024: RAM plus LoRA, tuned so that a degraded
+photo gets the tags of the clean one). Needs ram_swin_large_14m.pth and, for DAPE, DAPE.pth; both are fetched once. A
+photo takes about 4 CPU-seconds on one core; its tags are then remembered in ~/.cache/sanasr (or $SANASR_CACHE).
+
+    photo, any size              ┌ window attention 12×12, every second block shifted by 6 ┐
+      │ resize, normalise        │                                                         │
+    3×384×384 ── patches 4×4 ── 96×96×192 ─ 48×48×384 ─ 24×24×768 ─ 12×12×1536 ── [mean token, 144 tokens] → 145×512
+                                                                                                  │ keys, values
+    4585 tag embeddings of 512 ── 4585×768 queries ── 2 × (cross-attention, FFN) ── one logit a tag ── > its threshold
+
+Module attributes carry the official key names, so a state dict loads strictly and without renaming.
+"""
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import weights
+from sanasr import clean_tags
+
+DATA = Path(__file__).parent / "weights" / "ram"  # the tag list and the thresholds, one entry a logit
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of RAM with Swin-L, the only published ones; tests use smaller."""
+    size: int = 384                # height and width of the input
+    width: int = 192               # channels of the first stage, doubled by each merging
+    depths: tuple = (2, 2, 18, 2)
+    heads: tuple = (6, 12, 24, 48)
+    window: int = 12
+    tags: int = 4585
+    embed: int = 512               # what image and tag embeddings share
+    hidden: int = 768              # of the tagging head, 4 heads, FFN 4 times as wide
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the image encoder: Swin (Liu et al. 2021). B, H, W, C throughout
+
+
+@cache
+def relative_index(window, device):
+    """N, N → row of the bias table, N = window². (Δy + w − 1)(2w − 1) + Δx + w − 1 with Δ = query − key."""
+    yx = torch.cartesian_prod(*[torch.arange(window, device=device)] * 2)  # N, 2
+    delta = yx[:, None] - yx[None] + window - 1                             # N, N, 2
+    return delta[..., 0] * (2 * window - 1) + delta[..., 1]
+
+
+@cache
+def shift_mask(side, window, device):
+    """nW, 1, N, N: −100 between tokens that only the cyclic shift brought into one window, else 0.
+
+    After the roll the last window of a row holds, from its middle on, what was at the picture's other edge.
+    """
+    part = torch.zeros(side, dtype=torch.long, device=device)
+    part[side - window:] = 1
+    part[side - window // 2:] = 2
+    region = part[:, None] * 3 + part                                                     # side, side
+    n = side // window
+    region = region.view(n, window, n, window).transpose(1, 2).reshape(n * n, 1, -1)      # nW, 1, N
+    return -100.0 * (region[..., None] != region[..., None, :]).float()
+
+
+class WindowAttention(nn.Module):
+    """Softmax attention inside windows, with a learnt bias for every relative position and head."""
+
+    def __init__(self, width, heads, window, shift):
+        super().__init__()
+        self.heads, self.window, self.shift = heads, window, shift
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, heads))
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        (B, H, W, C), w, heads = x.shape, self.window, self.heads
+        n = H // w                                                                 # windows along one side, H = W
+        bias = self.relative_position_bias_table.t()[:, relative_index(w, x.device)]    # heads, N, N
+        bias = bias[None].expand(n * n, -1, -1, -1)                                # nW, heads, N, N
+        if self.shift:
+            x = x.roll((-self.shift, -self.shift), (1, 2))
+            bias = bias + shift_mask(H, w, x.device).to(x.dtype)
+        qkv = self.qkv(x).view(B, n, w, n, w, 3, heads, C // heads)
+        # one copy brings windows and heads to the front: 3, B, nW·heads, N, d
+        q, k, v = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, B, n * n * heads, w * w, C // heads)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.flatten(0, 1)[None])
+        x = x.view(B, n, n, heads, w, w, C // heads).permute(0, 1, 4, 2, 5, 3, 6).reshape(B, H, W, C)
+        x = self.proj(x)
+        return x.roll((self.shift, self.shift), (1, 2)) if self.shift else x
+
+
+class Block(nn.Module):
+    """Pre-norm window attention and MLP, the GELU by erf (tanh is off by 1e-3)."""
+
+    def __init__(self, width, heads, window, shift):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = WindowAttention(width, heads, window, shift)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+
+
+class PatchMerging(nn.Module):
+    """B, H, W, C → B, H/2, W/2, 2C. The four neighbours go column by column: (0,0), (1,0), (0,1), (1,1)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
+        self.norm = nn.LayerNorm(4 * width)
+
+    def forward(self, x):
+        B, H, W, C = x.shape
+        x = x.view(B, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 4, 2, 5).reshape(B, H // 2, W // 2, 4 * C)
+        return self.reduction(self.norm(x))
+
+
+class Stage(nn.Module):
+    """Blocks, every second one shifted unless a single window holds everything; then the merging, if any."""
+
+    def __init__(self, width, depth, heads, window, side, last):
+        super().__init__()
+        shift = window // 2 if side > window else 0
+        self.blocks = nn.ModuleList(Block(width, heads, window, shift * (i % 2)) for i in range(depth))
+        self.downsample = None if last else PatchMerging(width)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.downsample(x) if self.downsample else x
+
+
+class PatchEmbed(nn.Module):
+    """B, 3, H, W → B, H/4, W/4, C."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, 4, stride=4)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x):
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class Swin(nn.Module):
+    """B, 3, size, size → B, 1 + L, 8·width: the mean of all tokens, then the L tokens of the last stage."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.patch_embed = PatchEmbed(config.width)
+        last = len(config.depths) - 1
+        self.layers = nn.ModuleList(
+            Stage(config.width << i, depth, heads, config.window, config.size // 4 >> i, i == last)
+            for i, (depth, heads) in enumerate(zip(config.depths, config.heads, strict=True)))
+        self.norm = nn.LayerNorm(config.width << last)
+
+    def forward(self, x):
+        x = self.patch_embed(x)
+        for layer in self.layers:
+            x = layer(x)
+        x = self.norm(x).flatten(1, 2)
+        return torch.cat([x.mean(1, keepdim=True), x], 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the tagging head: each tag asks the image for itself, tags never see one another
+
+
+class QueryLayer(nn.Module):
+    """Post-norm cross-attention and FFN with BERT's names and its LayerNorm eps."""
+
+    def __init__(self, width, image_width):
+        super().__init__()
+        def norm():
+            return nn.LayerNorm(width, eps=1e-12)
+        self.crossattention = nn.ModuleDict({
+            "self": nn.ModuleDict({"query": nn.Linear(width, width), "key": nn.Linear(image_width, width),
+                                   "value": nn.Linear(image_width, width)}),
+            "output": nn.ModuleDict({"dense": nn.Linear(width, width), "LayerNorm": norm()})})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, 4 * width)})
+        self.output = nn.ModuleDict({"dense": nn.Linear(4 * width, width), "LayerNorm": norm()})
+
+    def query(self, x):
+        return self.crossattention["self"]["query"](x)
+
+    def forward(self, x, image, q=None):
+        """x: B, tags, width; image: B, L, image_width; q: query(x) where it is known already."""
+        def heads(y):
+            return y.unflatten(-1, (4, -1)).transpose(1, 2)                # B, 4, ·, width/4
+        attn, out = self.crossattention["self"], self.crossattention["output"]
+        q = heads(self.query(x) if q is None else q)
+        a = F.scaled_dot_product_attention(q, heads(attn["key"](image)), heads(attn["value"](image)))
+        x = out["LayerNorm"](x + out["dense"](a.transpose(1, 2).flatten(2)))
+        h = F.gelu(self.intermediate["dense"](x))
+        return self.output["LayerNorm"](x + self.output["dense"](h))
+
+
+class RAM(nn.Module):
+    """The tagger's network: B, 3, size, size, ImageNet-normalised → logits B, tags."""
+
+    def __init__(self, config=None):
+        super().__init__()
+        self.config = config = config or Config()
+        self.label_embed = nn.Parameter(torch.empty(config.tags, config.embed))
+        self.visual_encoder = Swin(config)
+        self.image_proj = nn.Linear(config.width << len(config.depths) - 1, config.embed)
+        self.wordvec_proj = nn.Linear(config.embed, config.hidden)
+        layers = nn.ModuleList(QueryLayer(config.hidden, config.embed) for _ in range(2))
+        self.tagging_head = nn.ModuleDict({"encoder": nn.ModuleDict({"layer": layers})})
+        self.fc = nn.Linear(config.hidden, 1)
+
+    @classmethod
+    def from_state(cls, state, device="cpu", dtype=torch.float32, config=None):
+        """A network on the given weights (all keys of an official checkpoint that tagging needs, LoRA merged)."""
+        with torch.device("meta"):
+            net = cls(config)
+        net.load_state_dict({k: v.to(device, dtype) for k, v in state.items()}, strict=True, assign=True)
+        return net.requires_grad_(False).eval().prepare()
+
+    @torch.no_grad()
+    def prepare(self):
+        """Computes what depends on no image: the tags' queries and their projection in the first layer."""
+        self.words = F.relu(self.wordvec_proj(self.label_embed))                      # tags, hidden
+        self.words_q = self.tagging_head["encoder"]["layer"][0].query(self.words)    # tags, hidden
+        return self
+
+    def forward(self, x):
+        image = self.image_proj(self.visual_encoder(x))                               # B, 145, 512
+        first, second = self.tagging_head["encoder"]["layer"]
+        words, words_q = (t.expand(len(x), -1, -1) for t in (self.words, self.words_q))
+        return self.fc(second(first(words, image, words_q), image)).squeeze(-1)       # B, tags
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def read_checkpoint(path):
+    """The flat state dict in a file; mapped, so only what is used is read from the disk.
+
+    path: `.safetensors`, or a PyTorch pickle of tensors, flat or under "model". Raises ValueError naming the file.
+    """
+    try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}); fetch it again") from error
+    except Exception as error:  # pickle.UnpicklingError and relatives: what weights_only refuses
+        raise ValueError(f"{path}: holds more than tensors, it is not the official file; fetch it again") from error
+    return state.get("model", state)
+
+
+def _pick(state, shapes, path):
+    """The entries of `state` that `shapes` asks for. Early checkpoints call the tagging head `vision_multi`."""
+    state = {k.replace("vision_multi.", "tagging_head."): v for k, v in state.items()}
+    missing = [k for k in shapes if k not in state]
+    wrong = [f"{k} is {tuple(state[k].shape)}, not {tuple(shapes[k])}"
+             for k in shapes if k in state and tuple(state[k].shape) != tuple(shapes[k])]
+    if missing or wrong:
+        few = ", ".join((missing + wrong)[:3])
+        raise ValueError(f"{path}: {len(missing)} keys missing and {len(wrong)} of another shape: {few}")
+    return {k: state[k] for k in shapes}
+
+
+def ram_state(path, config=None):
+    """What tagging needs of a RAM checkpoint, under RAM's keys.
+
+    The rest of the 5.6 GB (optimiser, caption decoder, tag encoder; buffers, which are recomputed) is left unread.
+    """
+    with torch.device("meta"):
+        shapes = {k: v.shape for k, v in RAM(config).state_dict().items()}
+    return _pick(read_checkpoint(path), shapes, path)
+
+
+def add_dape(state, path, rank=8, alpha=1):
+    """`state`, from `ram_state`, with DAPE's LoRA merged: W + α/r·B·A. Computed in float32; `state` is not changed.
+
+    Swin: q and v of every fused qkv (A holds both ranks one above the other, B both outputs); tagging head: query and
+    key. `tag_encoder.*` and `text_decoder.*` of the file take no part in tagging.
+    """
+    targets = [k.removesuffix("weight") for k in state if k.endswith(("qkv.weight", "query.weight", "key.weight"))]
+    shapes = {}
+    for name in targets:
+        (rows, columns), fused = state[name + "weight"].shape, name.endswith("qkv.")
+        shapes[name + "lora_A"] = (2 * rank if fused else rank, columns)
+        shapes[name + "lora_B"] = (rows // 3 * 2 if fused else rows, rank)
+    lora = _pick(read_checkpoint(path), shapes, path)
+    state = dict(state)
+    for name in targets:
+        a, b = lora[name + "lora_A"].float(), lora[name + "lora_B"].float()
+        if name.endswith("qkv."):
+            d = b.shape[0] // 2
+            q, v = b[:d] @ a[:rank], b[d:] @ a[rank:]
+            delta = torch.cat([q, torch.zeros_like(q), v])
+        else:
+            delta = b @ a
+        state[name + "weight"] = state[name + "weight"].float() + alpha / rank * delta
+    return state
+
+
+def cache_dir():
+    """Where tags and the lean checkpoint are kept: $SANASR_CACHE, else ~/.cache/sanasr."""
+    return Path(os.environ.get("SANASR_CACHE") or "~/.cache/sanasr").expanduser()
+
+
+LEAN = "ram_fp16.safetensors"
+
+
+def lean_path():
+    """The lean checkpoint, in $SANASR_WEIGHTS or in the cache; None where there is none (`tagger.py --convert`)."""
+    roots = [Path(root) for root in (os.environ.get("SANASR_WEIGHTS"), cache_dir()) if root]
+    return next((root / LEAN for root in roots if (root / LEAN).is_file()), None)
+
+
+def convert(out, path=None, config=None):
+    """Writes what tagging needs of RAM's checkpoint as fp16 safetensors to `out`; DAPE.pth stays as it is (7 MB)."""
+    state = ram_state(path or weights.file("ram"), config)
+    state = {k: v.to(torch.float16).contiguous() for k, v in state.items()}
+    if bad := [k for k, v in state.items() if not v.isfinite().all()]:
+        raise ValueError(f"{bad[0]} has values beyond fp16")
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _atomically(out, lambda temporary: save_file(state, temporary, {"format": "pt"}))
+    return out
+
+
+def _atomically(out, write):
+    """Calls write(temporary path beside out), then puts the result in place: no reader ever sees half a file."""
+    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# use
+
+
+def preprocess(image, size=384):
+    """PIL image → 1, 3, size, size, ImageNet-normalised. The aspect is not kept.
+
+    Bilinear *without* antialiasing even when shrinking: so did the tensors' resize that RAM and DAPE were used with.
+    """
+    x = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
+    x = F.interpolate(x, (size, size), mode="bilinear", align_corners=False, antialias=False)
+    return (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+@cache
+def tag_list():
+    """(the tags, their thresholds as a float32 tensor), in the order of the logits."""
+    tags = (DATA / "tags.txt").read_text(encoding="utf-8").splitlines()
+    thresholds = torch.tensor([float(x) for x in (DATA / "thresholds.txt").read_text().split()])
+    assert len(tags) == len(thresholds)
+    return tags, thresholds
+
+
+def select(logits):
+    """logits: 4585 → [(tag, probability), …] of those above their thresholds, strictly, in the list's order."""
+    tags, thresholds = tag_list()
+    p = logits.detach().float().cpu().sigmoid()
+    return [(tags[i], p[i].item()) for i in (p > thresholds).nonzero().flatten().tolist()]
+
+
+def joined(tags):
+    """The tags as one line, as the reference joins them."""
+    return ", ".join(tags)
+
+
+class Tagger:
+    """Tags pictures, remembering each picture's on the disk. Holds 0.85 GB in float32: `del` it when all are tagged."""
+
+    def __init__(self, net):
+        self.net = net
+        digest = hashlib.sha256()  # other weights or another precision must not find this one's results
+        for key, value in net.state_dict().items():
+            digest.update(key.encode() + str(value.dtype).encode())
+            digest.update(value.flatten()[:16].float().cpu().numpy().tobytes())
+        self.identity = digest.digest()
+
+    @classmethod
+    def from_pretrained(cls, name="dape", device=None, dtype=None, *, ram=None, dape=None, config=None):
+        """name: "ram" or "dape". ram, dape: paths of the checkpoints, where `weights` is not to find them.
+
+        By default on the GPU in bf16 where there is one, else on the CPU in float32.
+        Raises weights.Unavailable where a checkpoint cannot be had, ValueError for a bad one.
+        """
+        if name not in ("ram", "dape"):
+            raise ValueError(f"no tagger is called {name!r}: choose ram or dape")
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if dtype is None:
+            dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        lora = (dape or weights.file("dape")) if name == "dape" else None  # the small one first: it may be missing too
+        state = ram_state(ram or lean_path() or weights.file("ram"), config)
+        if lora:
+            state = add_dape(state, lora)
+        return cls(RAM.from_state(state, device, dtype, config))
+
+    def tag(self, image):
+        """PIL image → [(tag, probability), …] in the list's order, words of degradation included."""
+        image = image.convert("RGB")
+        digest = hashlib.sha256(self.identity + repr(image.size).encode())
+        digest.update(image.tobytes())
+        key = digest.hexdigest()
+        path = cache_dir() / "tags" / key[:2] / f"{key[2:]}.json"
+        with contextlib.suppress(OSError, ValueError):  # not there, or damaged: computed afresh
+            return [(str(tag), float(p)) for tag, p in json.loads(path.read_text(encoding="utf-8"))]
+        result = select(self.logits(image))
+        with contextlib.suppress(OSError):  # a full or read-only disk costs time, not the result
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(result, ensure_ascii=False)
+            _atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        return result
+
+    @torch.no_grad()
+    def logits(self, image):
+        """PIL image → 4585 logits, float32."""
+        p = self.net.label_embed
+        return self.net(preprocess(image, self.net.config.size).to(p.device, p.dtype))[0].float()
+
+    def tags(self, image):
+        """PIL image → the tags for a prompt: those of `tag` without the words of degradation (`sanasr.clean_tags`)."""
+        return clean_tags([tag for tag, _ in self.tag(image)])
+
+
+def open_tagger(kind, device=None, dtype=None):
+    """The Tagger for `--tagger kind` (none, ram, dape); None for "none" and, with a line on stderr, without weights."""
+    if kind == "none":
+        return None
+    try:
+        return Tagger.from_pretrained(kind, device, dtype)
+    except weights.Unavailable as error:
+        print(f"no tags, the prompt is the quality suffix alone: {error}", file=sys.stderr)
+        return None
+
+
+def main():
+    """The command line; see the top of the file. Photos are tagged as they are, eval.py's are enlarged before."""
+    from eval import read  # 16 bits, alpha, orientation; imported late, for eval imports this file
+
+    parser = argparse.ArgumentParser(description="Content tags of photos, by RAM or DAPE.")
+    parser.add_argument("photos", nargs="*", type=Path)
+    parser.add_argument("--tagger", choices=("ram", "dape"), default="dape")
+    parser.add_argument("--device", help="cpu, cuda, …; default: a GPU if there is one")
+    parser.add_argument("--convert", metavar="OUT.safetensors", nargs="?", type=Path, const=cache_dir() / LEAN,
+                        help=f"write the lean fp16 copy of RAM's checkpoint; by default to where it is then found, "
+                             f"also found as {LEAN} in $SANASR_WEIGHTS")
+    args = parser.parse_args()
+    if not args.photos and not args.convert:
+        parser.error("name a photo")
+    try:
+        if args.convert:
+            out = convert(args.convert)
+            print(f"wrote {out}, {out.stat().st_size / 1e6:.0f} MB")
+        if args.photos:
+            tagger = Tagger.from_pretrained(args.tagger, args.device)
+        for photo in args.photos:
+            try:
+                image = read(photo).rgb
+            except Exception as error:  # on broken files the decoders raise anything
+                raise ValueError(f"{photo}: not a picture that can be read ({error})") from error
+            start = time.perf_counter()
+            found = tagger.tag(image)
+            seconds = time.perf_counter() - start
+            tags = clean_tags([tag for tag, _ in found])
+            print(f"{photo}: {len(found)} tags, {seconds:.1f} s")
+            for tag, p in found:
+                print(f"  {p:.3f}  {tag}" + ("" if tag in tags else "   (degradation: not in the prompt)"))
+            print(joined(tags))
+    except (weights.Unavailable, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
