@@ -28,16 +28,17 @@ import re
 import time
 from pathlib import Path
 
-import kernels
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import weights
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
+
+import kernels
+import weights
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configs: the official config.json files, taken at their word
@@ -92,10 +93,11 @@ DIT_DEFAULTS = dict(
     in_channels=32, out_channels=32, num_layers=20, num_attention_heads=70, attention_head_dim=32,
     num_cross_attention_heads=20, cross_attention_head_dim=112, cross_attention_dim=2240, caption_channels=2304,
     mlp_ratio=2.5, attention_bias=False, norm_eps=1e-6,
+    sample_size=16,  # side of the latents it was trained at; without positions it sets no more than train.py's crop
 )
 DIT_NEUTRAL = dict(patch_size=1, norm_elementwise_affine=False, dropout=0.0, guidance_embeds=False, qk_norm=None,
                    interpolation_scale=None, timestep_scale=1.0)
-DIT_IGNORED = {"sample_size", "guidance_embeds_scale"}  # the latent size trained at; without positions, without effect
+DIT_IGNORED = {"guidance_embeds_scale"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Operators shared by the networks
