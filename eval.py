@@ -215,7 +215,10 @@ class Skipped(Exception):
 
 
 def restore(job, model, args, tagger=None):
-    """Reads, restores and writes one picture. Returns what is worth reporting; raises Skipped."""
+    """Reads, restores and writes one picture. Returns what is worth reporting; raises Skipped.
+
+    Raises SystemExit where the model's text encoder, which is loaded on the first new prompt, turns out broken.
+    """
     start = time.perf_counter()
     if args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(args.device)
@@ -225,14 +228,14 @@ def restore(job, model, args, tagger=None):
         picture = read(job.source)
     except Exception as error:  # on broken files the decoders raise anything, from struct.error to IndexError
         raise Skipped(f"not a picture that can be read ({why(error, job.source)})") from error
-    options = {"tile": args.tile} if args.tile else {}
-    if args.timestep is not None:
-        options["timestep"] = args.timestep
+    enlarged = bicubic(picture.rgb)
+    prompt = ", ".join(filter(None, [args.prompt, *(tagger.tags(enlarged) if tagger else [])]))
     try:
-        enlarged = bicubic(picture.rgb)
-        prompt = ", ".join(filter(None, [args.prompt, *(tagger.tags(enlarged) if tagger else [])]))
-        result = model.restore(picture.rgb, prompt, suffix=args.suffix, **options)
+        result = model.restore(picture.rgb, prompt, suffix=args.suffix, timestep=args.timestep, tile=args.tile,
+                               instruction=args.instruction)
         result = fix_colours(result, enlarged, args.color_fix)
+    except (OSError, ValueError) as error:  # of the text encoder, which is loaded here: it concerns every picture
+        sys.exit(f"error: {' '.join(str(error).split())}")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise Skipped(f"{picture.rgb.width}×{picture.rgb.height} needs more memory than there is; "
@@ -279,22 +282,29 @@ def parse(argv=None):
     add("inputs", nargs="+", metavar="INPUT", help="pictures and folders of pictures")
     add("--out", metavar="PATH", help="folder, or file for one input (default: results/<stem>_x4.png)")
     add("--model", default="embedded", metavar="NAME|FOLDER", help="see `python -m weights` (default: embedded)")
-    add("--adapter", metavar="PATH", help="LoRA weights, as written by train.py")
+    add("--adapter", metavar="PATH", help="LoRA weights, as written by train.py (default: the model's own, if it has "
+        "any); none: the bare prior")
     add("--prompt", default="", metavar="TEXT", help="what the picture shows")
     add("--suffix", default="appendix", metavar="appendix|main|none|TEXT", help="quality words after the prompt")
+    add("--instruction", type=Path, metavar="FILE", help="a text put before every prompt, as SANA's human instruction")
     add("--tagger", choices=["none", "ram", "dape"], default="none", help="finds tags for the prompt in the picture")
-    add("--timestep", type=float, metavar="N", help="τ of the one update, 0 to 1000 (default: the model's, 900)")
+    add("--timestep", type=float, metavar="N", help="τ of the one update (default: the adapter's, else 900)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bf16 on a GPU that has it, else fp32")
     add("--seed", type=int, default=0, metavar="N", help="no step draws noise today: equal for every seed")
-    add("--tile", type=int, metavar="N", help="side of a tile, in pixels of the enlarged picture")
+    add("--tile", type=int, metavar="N", help="largest side, in pixels of the result, that the networks see at once "
+        "(default: 1024; 0: no limit)")
     add("--color-fix", choices=["none", "adain", "wavelet"], default="none", help="colours of the enlarged input")
     add("--compare", action="store_true", help="write the bicubic enlargement beside the result")
     args = parser.parse_args(argv)
-    if args.tile is not None and args.tile < 1:
-        parser.error(f"--tile must be positive, not {args.tile}")
-    if args.timestep is not None and not 0 <= args.timestep <= 1000:
-        parser.error(f"--timestep must lie in 0 to 1000, not {args.timestep:g}")
+    if args.tile is not None and args.tile < 0:
+        parser.error(f"--tile must not be negative: {args.tile}")
+    if args.timestep is not None and not 0 < args.timestep <= 1000:
+        parser.error(f"--timestep must be above 0 and at most 1000, not {args.timestep:g}")
+    try:
+        args.instruction = args.instruction.read_text(encoding="utf-8") if args.instruction else ""
+    except (OSError, ValueError) as error:
+        parser.error(f"--instruction {args.instruction}: {why(error)}")
     return args
 
 
@@ -321,7 +331,8 @@ def load_model(args):
     from sanasr import SanaSR
     try:
         folder = weights.folder(args.model, args.dtype)
-        model = SanaSR.from_pretrained(folder, device=args.device, dtype=args.dtype, adapter=args.adapter)
+        adapter = False if args.adapter == "none" else args.adapter
+        model = SanaSR.from_pretrained(folder, device=args.device, dtype=args.dtype, adapter=adapter)
     except (OSError, ValueError, weights.Unavailable) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     provenance = folder / "provenance.json"
@@ -347,7 +358,7 @@ def main(argv=None):
         tagger = open_tagger(args.tagger, args.device)
 
     rows, skipped = [], 0
-    for job in tqdm(jobs[rank::ranks], unit="img", disable=len(jobs) == 1 or rank > 0):
+    for job in tqdm(jobs[rank::ranks], unit="img", disable=True if len(jobs) == 1 or rank else None):  # None: on a tty
         try:
             rows.append(restore(job, model, args, tagger))
             tqdm.write(describe(rows[-1], job.target))

@@ -898,7 +898,7 @@ def load_module(cls, folder, dtype=None, device="cpu"):
     except ValueError as error:  # of JSON, too
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
     expected, state, problems = module.state_dict(), {}, []
-    for name in weights.pick_files(os.listdir(folder), dtype):
+    for name in weights.pick_files(os.listdir(folder), dtype, where=f"{folder}: "):
         with open_weights(folder / name) as file:
             for stored in file.keys():
                 key = stored.removeprefix("model.")

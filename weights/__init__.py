@@ -90,14 +90,14 @@ _DTYPES = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16",
            "torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}
 
 
-def pick_files(names, dtype=None, others=True):
+def pick_files(names, dtype=None, others=True, where=""):
     """The weight files, out of all file names of a part's folder, that are to be loaded together.
 
     Several variants may lie side by side (`model.fp16.safetensors`, `model.safetensors`, either as one file or as
     shards `model-00001-of-00002.safetensors`); taking two of them would load every key twice. The set of the dtype
     asked for is taken, else the plain one, else (`others`) whichever there is; one file goes before shards.
 
-    names: file names without folder. dtype: None, a torch.dtype, or "fp32", "fp16", "bf16".
+    names: file names without folder. dtype: None, a torch.dtype, or "fp32", "fp16", "bf16". where: put before errors.
     Returns the names in order. Raises FileNotFoundError where there is no set, or names the missing shard.
     """
     if dtype is not None and str(dtype) not in _DTYPES:
@@ -114,15 +114,15 @@ def pick_files(names, dtype=None, others=True):
         if 0 in totals:
             return list(sets[variant, 0].values())
         if len(totals) > 1:
-            raise FileNotFoundError(f"shards of two different sets lie side by side: {sets[variant, totals[0]]} and "
-                                    f"{sets[variant, totals[1]]}; keep one of them")
+            raise FileNotFoundError(f"{where}shards of two different sets lie side by side, of {totals[0]} and of "
+                                    f"{totals[1]} files; keep one of them")
         total, shards = totals[0], sets[variant, totals[0]]
         if missing := sorted(set(range(1, total + 1)) - set(shards)):
             like = next(iter(shards.values()))
-            raise FileNotFoundError("missing shard " + ", ".join(
+            raise FileNotFoundError(where + "missing shard " + ", ".join(
                 re.sub(r"-\d{5}-of-", f"-{i:05d}-of-", like) for i in missing))
         return [shards[i] for i in range(1, total + 1)]
-    raise FileNotFoundError("no weights: expected diffusion_pytorch_model.safetensors or model.safetensors, "
+    raise FileNotFoundError(f"{where}no weights: expected diffusion_pytorch_model.safetensors or model.safetensors, "
                             "whole or in shards")
 
 
@@ -137,10 +137,7 @@ def _needed(names, dtype, others=True):
     wanted = ["tokenizer/tokenizer.json"]
     for part in PARTS:
         inside = [name.removeprefix(part + "/") for name in names if name.startswith(part + "/")]
-        try:
-            weights = pick_files(inside, part_dtype(part, dtype), others)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{part}/: {error}") from None
+        weights = pick_files(inside, part_dtype(part, dtype), others, where=f"{part}/: ")
         wanted += [f"{part}/{name}" for name in ["config.json", *weights]]
     if missing := sorted(set(wanted) - set(names)):
         raise FileNotFoundError("missing " + ", ".join(missing))

@@ -1,0 +1,441 @@
+"""eval.py: every kind of picture in, four times its size out, nothing lost or overwritten, errors in one line."""
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms
+from tiny import tiny_model
+
+import eval as evaluate
+
+ROOT = Path(__file__).parent.parent
+
+
+class Nearest:
+    """Stands for the model: every pixel four times each way, so that what eval.py does around it shows exactly."""
+    stages = {"encode": 1.0, "decode": 2.0}
+
+    def restore(self, image, prompt, **options):
+        assert image.mode == "RGB"
+        self.seen = {"prompt": prompt, **options}
+        return image.resize((4 * image.width, 4 * image.height), Image.Resampling.NEAREST)
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """run(*arguments) -> exit code, stdout, stderr of eval.py in an empty folder, with the model `Nearest`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "load_model", lambda args: Nearest())
+
+    def call(*arguments):
+        try:
+            code = evaluate.main([str(a) for a in arguments])
+        except SystemExit as stop:
+            code = stop.code
+            if isinstance(code, str):
+                print(code, file=sys.stderr)
+                code = 1
+        return code, *capsys.readouterr()
+    return call
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def png_16(x):
+    """A 16-bit RGB or RGBA PNG, which Pillow reads but does not write. x: H,W,3|4 of uint16."""
+    h, w, channels = x.shape
+    raw = b"".join(b"\0" + row.astype(">u2").tobytes() for row in x)
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, 16, {3: 2, 4: 6}[channels], 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b""))
+
+
+# --- reading ---
+
+RGB = Image.fromarray(noise(5, 7, 3))
+PICTURES = {  # file name: (picture, mode of the result)
+    "rgb.png": (RGB, "RGB"),
+    "rgb.jpg": (RGB, "RGB"),
+    "rgb.webp": (RGB, "RGB"),
+    "rgb.bmp": (RGB, "RGB"),
+    "rgb.tiff": (RGB, "RGB"),
+    "rgb.ppm": (RGB, "RGB"),
+    "rgb.tga": (RGB, "RGB"),
+    "RGB_UPPER.JPEG": (RGB, "RGB"),
+    "rgba.png": (Image.fromarray(noise(5, 7, 4)), "RGBA"),
+    "grey.png": (Image.fromarray(noise(5, 7)), "L"),
+    "grey_alpha.png": (Image.merge("LA", [Image.fromarray(noise(5, 7)), Image.fromarray(noise(5, 7, seed=1))]), "LA"),
+    "bits.png": (Image.fromarray(noise(5, 7)).convert("1"), "L"),
+    "palette.gif": (RGB.quantize(16), "RGB"),
+    "cmyk.jpg": (RGB.convert("CMYK"), "RGB"),
+    "cmyk.tiff": (RGB.convert("CMYK"), "RGB"),
+    "ycbcr.tiff": (RGB.convert("YCbCr"), "RGB"),
+    "lab.tiff": (ImageCms.profileToProfile(RGB, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"),
+                                           outputMode="LAB"), "RGB"),
+    "16bit.png": (Image.fromarray(noise(5, 7).astype(np.uint16) * 257), "L"),
+    "16bit.tiff": (Image.fromarray(noise(5, 7).astype(np.uint16) * 257), "L"),
+    "float.tiff": (Image.fromarray(noise(5, 7).astype(np.float32) / 255), "L"),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_every_kind_of_picture(run, name):
+    image, mode = PICTURES[name]
+    image.save(name)
+    code, out, err = run(name)
+    assert (code, err) == (0, "")
+    with Image.open(f"results/{Path(name).stem}_x4.png") as result:
+        assert result.size == (28, 20)
+        assert result.mode == mode
+        if not name.lower().endswith((".jpg", ".jpeg", ".webp")):  # lossless: the pixels are what they were
+            expected = evaluate.read(name)
+            got = np.asarray(result.convert("RGB"))[::4, ::4]
+            assert np.array_equal(got, np.asarray(expected.rgb))
+    assert f"{name}  7×5 → 28×20  ms: encode 1  decode 2  total" in out
+
+
+@pytest.mark.parametrize("name", ["16bit.png", "16bit.tiff", "float.tiff"])
+def test_more_than_8_bits_are_scaled_not_clipped(tmp_path, name):
+    PICTURES[name][0].save(tmp_path / name)
+    assert np.array_equal(np.asarray(evaluate.read(tmp_path / name).rgb)[..., 0], noise(5, 7))
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_16_bit_colour_and_alpha(tmp_path, channels):
+    x = noise(5, 7, channels)
+    (tmp_path / "deep.png").write_bytes(png_16(x.astype(np.uint16) * 257))
+    picture = evaluate.read(tmp_path / "deep.png")
+    assert np.array_equal(np.asarray(picture.rgb), x[..., :3])
+    assert (picture.alpha is None) if channels == 3 else np.array_equal(np.asarray(picture.alpha), x[..., 3])
+
+
+def test_alpha_is_enlarged_and_kept(run):
+    alpha = Image.fromarray(noise(5, 7, seed=1))
+    image = RGB.copy()
+    image.putalpha(alpha)
+    image.save("alpha.png")
+    assert run("alpha.png", "--compare")[0] == 0
+    with Image.open("results/alpha_x4.png") as result, Image.open("results/alpha_x4_bicubic.png") as yardstick:
+        for got in (result, yardstick):
+            assert np.array_equal(np.asarray(got.getchannel("A")), np.asarray(evaluate.bicubic(alpha)))
+        assert np.array_equal(np.asarray(result.convert("RGB"))[::4, ::4], np.asarray(RGB))
+        assert np.array_equal(np.asarray(yardstick.convert("RGB")), np.asarray(evaluate.bicubic(RGB)))
+
+
+def test_transparent_palette_colour_becomes_alpha(run):
+    indices = np.arange(35, dtype=np.uint8).reshape(5, 7) % 4
+    image = Image.fromarray(indices).convert("P")
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9])
+    image.save("clear.gif", transparency=2)
+    assert run("clear.gif")[0] == 0
+    with Image.open("results/clear_x4.png") as result:
+        assert result.mode == "RGBA"
+        alpha = np.asarray(result.getchannel("A"))[2::4, 2::4]
+        assert (alpha[indices == 2] < alpha[indices != 2].min()).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path, orientation):
+    upright = noise(5, 7, 3)
+    # how a camera stores it: the inverse of what each value asks the reader to do
+    stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+              5: upright.transpose(1, 0, 2), 6: np.rot90(upright), 7: upright[::-1, ::-1].transpose(1, 0, 2),
+              8: np.rot90(upright, -1)}[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "x.png", exif=exif)
+    assert np.array_equal(np.asarray(evaluate.read(tmp_path / "x.png").rgb), upright)
+
+
+def test_first_frame_of_an_animation(run):
+    frames = [Image.fromarray(np.full((5, 7, 3), v, np.uint8)) for v in (10, 200)]
+    frames[0].save("moving.webp", save_all=True, append_images=frames[1:], lossless=True)
+    assert run("moving.webp")[0] == 0
+    with Image.open("results/moving_x4.png") as result:
+        assert result.getpixel((0, 0)) == (10, 10, 10)
+
+
+def test_colour_profile_is_kept_where_it_still_holds(run):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    RGB.save("p.png", icc_profile=profile)
+    RGB.convert("CMYK").save("cmyk.jpg", icc_profile=profile)
+    assert run("p.png", "cmyk.jpg")[0] == 0
+    with Image.open("results/p_x4.png") as kept, Image.open("results/cmyk_x4.png") as dropped:
+        assert kept.info.get("icc_profile") == profile
+        assert "icc_profile" not in dropped.info
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1)])
+def test_the_smallest_pictures(run, size):
+    RGB.resize(size).save("small.png")
+    assert run("small.png", "--color-fix", "wavelet")[0] == 0
+    with Image.open("results/small_x4.png") as result:
+        assert result.size == (4 * size[0], 4 * size[1])
+
+
+# --- colour correction ---
+
+def test_adain_takes_over_mean_and_deviation():
+    x, reference = (torch.from_numpy(noise(3, 40, 50, seed=s)).float() / 255 for s in (0, 1))
+    fixed = evaluate.adain(x * 0.3 + 0.1, reference)
+    assert torch.allclose(fixed.mean((1, 2)), reference.mean((1, 2)), atol=1e-4)
+    assert torch.allclose(fixed.std((1, 2)), reference.std((1, 2)), atol=1e-3)
+
+
+def test_low_frequencies_are_those_of_the_dilated_kernel():
+    x = torch.from_numpy(noise(3, 21, 17)).float() / 255
+    expected = x[None]
+    kernel = torch.tensor([[1., 2, 1], [2, 4, 2], [1, 2, 1]]).repeat(3, 1, 1, 1) / 16
+    for step in (1, 2, 4, 8, 16):
+        padded = torch.nn.functional.pad(expected, (step,) * 4, mode="replicate")
+        expected = torch.nn.functional.conv2d(padded, kernel, dilation=step, groups=3)
+    assert torch.allclose(evaluate.low_frequencies(x), expected[0], atol=1e-6)
+
+
+def test_wavelet_moves_the_colour_and_keeps_the_detail():
+    reference = Image.fromarray(noise(64, 64, 3))
+    tinted = Image.fromarray((np.asarray(reference) * 0.5 + 100).astype(np.uint8))
+    fixed = np.asarray(evaluate.fix_colours(tinted, reference, "wavelet"), float)
+    detail = np.asarray(tinted, float)
+    assert abs(fixed.mean((0, 1)) - np.asarray(reference).mean((0, 1))).max() < 1.5
+    assert np.corrcoef((fixed - fixed.mean()).ravel(), (detail - detail.mean()).ravel())[0, 1] > 0.98
+    assert evaluate.fix_colours(tinted, reference, "none") is tinted
+
+
+# --- writing and planning ---
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    target = tmp_path / "x.png"
+    target.write_bytes(b"the older result")
+    def fail(self, f, *args, **kwargs):
+        f.write(b"half a picture")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="No space"):
+        evaluate.write(RGB, target)
+    assert target.read_bytes() == b"the older result"
+    assert os.listdir(tmp_path) == ["x.png"]
+
+
+def test_out_is_a_file_or_a_folder(run):
+    RGB.save("a.png")
+    assert run("a.png", "--out", "b.jpg")[0] == 0 and Image.open("b.jpg").size == (28, 20)
+    assert run("a.png", "--out", "there")[0] == 0 and os.path.exists("there/a_x4.png")
+    assert run("a.png", "--out", "v1.0/")[0] == 0 and os.path.exists("v1.0/a_x4.png")
+    assert run("a.png", "--out", "v1.0")[0] == 0                     # a folder by now
+    assert run("a.png", "--out", "deep/er/b.png", "--compare")[0] == 0 and os.path.exists("deep/er/b_bicubic.png")
+
+
+def test_inputs_of_one_stem_get_results_of_their_own(run):
+    os.mkdir("other")
+    for i, name in enumerate(["a.png", "a.bmp", "other/A.png"]):
+        Image.new("RGB", (2, 2), (i, i, i)).save(name)
+    assert run("a.png", "a.bmp", "other", "a.png")[0] == 0           # named twice: done once
+    results = sorted(Path("results").iterdir())
+    assert {Image.open(p).getpixel((0, 0))[0] for p in results} == {0, 1, 2}
+    assert len(results) == 3 and len({p.name.lower() for p in results}) == 3
+
+
+def test_a_folder_gives_its_pictures_only(run):
+    os.mkdir("in")
+    RGB.save("in/b.PNG")
+    RGB.save("in/a.jpg")
+    Path("in/notes.txt").write_text("no picture")
+    Path("in/._a.jpg").write_bytes(b"what macOS leaves")
+    os.mkdir("in/folder.png")
+    code, out, err = run("in")
+    assert (code, err) == (0, "") and out.endswith("2 restored, 0 skipped\n")
+    assert sorted(os.listdir("results")) == ["a_x4.png", "b_x4.png"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["a.png", "--out", "a.png"], "overwrite the input a.png"),
+    (["a.png", "--out", "./link.png"], "overwrite the input link.png"),
+    (["a.png", "hard.png", "--out", "."], "overwrite the input a_x4.png"),
+    (["b.png", "b_bicubic.png", "--out", "here"], None),
+    (["a.png", "b.png", "--out", "c.png"], "is one file but there are 2 inputs"),
+    (["a.png", "--out", "c.pngg"], "no picture format is called .pngg"),
+    (["a.png", "--out", "a_file"], "a_file is a file, not a folder"),
+    (["empty"], "empty: no pictures in this folder"),
+    (["a.png", "--device", "cuda"], "--device cuda"),
+    (["a.png", "--tile", "-1"], "--tile must not be negative"),
+    (["a.png", "--timestep", "1001"], "--timestep must be above 0 and at most 1000"),
+    (["a.png", "--timestep", "0"], "--timestep must be above 0"),
+    (["a.png", "--instruction", "nothing.txt"], "--instruction nothing.txt: No such file"),
+    ([], "required: INPUT"),
+])
+def test_mistakes_are_told_before_anything_is_written(run, arguments, message):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    for name in ("a.png", "b.png", "b_bicubic.png"):
+        RGB.save(name)
+    Path("a_file").write_text("")
+    os.mkdir("empty")
+    os.symlink("a.png", "link.png")
+    os.link("a.png", "a_x4.png")
+    os.link("b.png", "hard.png")
+    before = {name: Path(name).read_bytes() for name in os.listdir() if Path(name).is_file()}
+    code, out, err = run(*arguments)
+    if message:
+        assert code and message in err
+        assert {name for name in os.listdir() if Path(name).is_file()} == set(before)
+    else:
+        assert code == 0
+    assert all(Path(name).read_bytes() == content for name, content in before.items())
+
+
+def broken_files():
+    whole = io.BytesIO()
+    Image.fromarray(noise(64, 64, 3)).save(whole, "PNG")
+    jpeg = io.BytesIO()
+    Image.fromarray(noise(64, 64, 3)).save(jpeg, "JPEG")
+    damaged = bytearray(whole.getvalue())
+    damaged[200] ^= 255
+    yield "empty.png", b""
+    yield "text.png", b"this is no picture at all"
+    yield "cut.png", whole.getvalue()[:500]
+    yield "cut.jpg", jpeg.getvalue()[:700]
+    yield "damaged.png", bytes(damaged)
+    yield "header.gif", b"GIF89a"
+    yield "bomb.png", png_16(np.zeros((1, 1, 3)))[:16] + struct.pack(">II", 100000, 100000) + png_16(
+        np.zeros((1, 1, 3)))[24:]
+
+
+def test_broken_files_among_many_are_reported_and_skipped(run):
+    os.mkdir("in")
+    RGB.save("in/good.png")
+    RGB.save("in/zzz.png")
+    names = []
+    for name, content in broken_files():
+        (Path("in") / name).write_bytes(content)
+        names.append(name)
+    code, out, err = run("in", "missing.png")
+    assert code == 1
+    assert sorted(os.listdir("results")) == ["good_x4.png", "zzz_x4.png"]
+    lines = err.strip().splitlines()
+    assert len(lines) == len(names) + 1, err                         # one line each, no traceback
+    for name in names:
+        assert any(line.startswith(f"error: in/{name}: not a picture that can be read (") for line in lines), err
+    assert "error: missing.png: no such file or folder" in lines
+    assert f"2 restored, {len(names) + 1} skipped" in out
+
+
+def test_one_broken_file_alone(run):
+    Path("x.png").write_bytes(b"")
+    code, out, err = run("x.png")
+    assert (code, out) == (1, "") and err.count("\n") == 1
+
+
+def test_what_cannot_be_written_is_reported(run):
+    Image.fromarray(noise(5, 7, 4)).save("a.png")
+    code, _, err = run("a.png", "--out", "a.jpg")
+    assert code == 1 and "a.jpg cannot be written (cannot write mode RGBA as JPEG)" in err
+    assert sorted(os.listdir()) == ["a.png"]
+
+
+def test_running_out_of_memory_names_the_tile(run, monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(Nearest, "restore", fail)
+    RGB.save("a.png")
+    code, _, err = run("a.png")
+    assert code == 1 and err == "error: a.png: 7×5 needs more memory than there is; try a smaller --tile\n"
+
+
+def test_options_reach_the_model(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    model = Nearest()
+    monkeypatch.setattr(evaluate, "load_model", lambda args: model)
+    RGB.save("a.png")
+    Path("how.txt").write_text("Enhance: ")
+    assert evaluate.main(["a.png", "--prompt", "a wall", "--suffix", "main", "--timestep", "999", "--tile", "512",
+                          "--instruction", "how.txt"]) == 0
+    assert model.seen == {"prompt": "a wall", "suffix": "main", "timestep": 999.0, "tile": 512,
+                          "instruction": "Enhance: "}
+    assert evaluate.main(["a.png"]) == 0
+    assert model.seen == {"prompt": "", "suffix": "appendix", "timestep": None, "tile": None, "instruction": ""}
+
+
+# --- the command itself, on a small model of the real classes ---
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def command(folder, *arguments, torchrun=0, **env):
+    start = [sys.executable, *(["-m", "torch.distributed.run", f"--nproc_per_node={torchrun}"] if torchrun else [])]
+    return subprocess.run([*start, str(ROOT / "eval.py"), *map(str, arguments)], cwd=folder, capture_output=True,
+                          text=True, env={**os.environ, "SANASR_CACHE": str(folder / "cache"),
+                                          "OMP_NUM_THREADS": "1", **env})
+
+
+def test_the_command_restores_and_repeats_itself(model, tmp_path):
+    (model / "provenance.json").write_text(json.dumps({"trained": False}))
+    Image.fromarray(noise(9, 13, 3)).save(tmp_path / "lr.png")
+    first = command(tmp_path, "lr.png", "--model", model, "--compare")
+    assert first.returncode == 0, first.stderr
+    assert "lr.png  13×9 → 52×36  ms: text" in first.stdout and "→ results/lr_x4.png" in first.stdout
+    assert "untrained placeholder" in first.stderr
+    pixels = np.asarray(Image.open(tmp_path / "results/lr_x4.png"))
+    assert pixels.shape == (36, 52, 3)
+    (model / "provenance.json").write_text(json.dumps({"trained": True}))
+    again = command(tmp_path, "lr.png", "--model", model, "--seed", "7", "--out", "again.png")
+    assert again.returncode == 0 and again.stderr == ""
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "again.png")), pixels)
+
+
+def test_torchrun_splits_the_files_and_all_ranks_tell_of_a_failure(model, tmp_path):
+    (tmp_path / "in").mkdir()
+    for i in range(4):
+        Image.fromarray(noise(8, 8, 3, seed=i)).save(tmp_path / f"in/{i}.png")
+    (tmp_path / "in/0.png").write_bytes(b"broken: its rank is done first, and must wait for the other")
+    done = command(tmp_path, "in", "--model", model, torchrun=2)
+    assert done.returncode == 1
+    assert sorted(os.listdir(tmp_path / "results")) == ["1_x4.png", "2_x4.png", "3_x4.png"], done.stderr
+    assert "1 restored, 1 skipped (rank 0)" in done.stdout and "2 restored, 0 skipped (rank 1)" in done.stdout
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda m: m.joinpath("vae/config.json").unlink(), "config.json"),
+    (lambda m: m.joinpath("vae/config.json").write_text("{"), "vae/config.json"),
+    (lambda m: m.joinpath("transformer/diffusion_pytorch_model.safetensors").write_bytes(b"cut"),
+     "diffusion_pytorch_model.safetensors"),
+    (lambda m: m.joinpath("transformer/diffusion_pytorch_model.safetensors").unlink(), "transformer"),
+    (lambda m: m.joinpath("tokenizer/tokenizer.json").write_text("{}"), "tokenizer.json"),
+    (lambda m: m.joinpath("text_encoder/model.safetensors").unlink(), "text_encoder"),
+    (lambda m: m.joinpath("adapter.safetensors").write_bytes(b"no"), "adapter.safetensors"),
+])
+def test_a_broken_model_is_one_line_that_names_the_file(tmp_path, monkeypatch, capsys, damage, message):
+    folder = tiny_model(tmp_path / "model")
+    damage(folder)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SANASR_CACHE", str(tmp_path / "cache"))
+    RGB.save("a.png")
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["a.png", "--model", str(folder), "--device", "cpu"])
+    assert str(stop.value).startswith("error: ") and message in str(stop.value) and "\n" not in str(stop.value)
+    assert not Path("results").exists()
+
+
+@pytest.mark.skipif(not os.environ.get("SANASR_DATA"), reason="SANASR_DATA is not set: no pictures to try")
+def test_awkward_real_pictures(run):
+    folder = Path(os.environ["SANASR_DATA"]) / "inputs"
+    code, out, err = run(folder)
+    assert (code, err) == (0, "")
+    for path in folder.iterdir():
+        with Image.open(path) as source, Image.open(f"results/{path.stem}_x4.png") as result:
+            assert result.size == (4 * source.width, 4 * source.height)
+            assert ("A" in result.mode) == source.has_transparency_data
+            assert (result.mode in ("L", "LA")) == (source.mode in ("L", "LA", "1", "I;16"))
