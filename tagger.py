@@ -417,10 +417,17 @@ class Tagger:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype is None:
             dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-        lora = (dape or weights.file("dape")) if name == "dape" else None  # the small one first: it may be missing too
-        state = ram_state(ram or lean_path() or weights.file("ram"), config)
-        if lora:
-            state = add_dape(state, lora)
+        paths, missing = {"ram": ram or lean_path(), "dape": dape}, []
+        for part in sorted({"ram", name}):
+            try:
+                paths[part] = paths[part] or weights.file(part)
+            except weights.Unavailable as error:
+                missing.append(str(error))
+        if missing:  # all at once, rather than the second after the first has been fetched
+            raise weights.Unavailable("; and ".join(missing))
+        state = ram_state(paths["ram"], config)
+        if name == "dape":
+            state = add_dape(state, paths["dape"])
         return cls(RAM.from_state(state, device, dtype, config))
 
     def tag(self, image):
@@ -430,7 +437,7 @@ class Tagger:
         digest.update(image.tobytes())
         key = digest.hexdigest()
         path = cache_dir() / "tags" / key[:2] / f"{key[2:]}.json"
-        with contextlib.suppress(OSError, ValueError):  # not there, or damaged: computed afresh
+        with contextlib.suppress(OSError, ValueError, TypeError):  # not there, or damaged: computed afresh
             return [(str(tag), float(p)) for tag, p in json.loads(path.read_text(encoding="utf-8"))]
         result = select(self.logits(image))
         with contextlib.suppress(OSError):  # a full or read-only disk costs time, not the result
@@ -466,12 +473,12 @@ def main():
     from eval import read  # 16 bits, alpha, orientation; imported late, for eval imports this file
 
     parser = argparse.ArgumentParser(description="Content tags of photos, by RAM or DAPE.")
-    parser.add_argument("photos", nargs="*", type=Path)
+    parser.add_argument("photos", nargs="*", type=Path, metavar="photo")
     parser.add_argument("--tagger", choices=("ram", "dape"), default="dape")
     parser.add_argument("--device", help="cpu, cuda, …; default: a GPU if there is one")
     parser.add_argument("--convert", metavar="OUT.safetensors", nargs="?", type=Path, const=cache_dir() / LEAN,
-                        help=f"write the lean fp16 copy of RAM's checkpoint; by default to where it is then found, "
-                             f"also found as {LEAN} in $SANASR_WEIGHTS")
+                        help=f"write the lean fp16 copy of RAM's checkpoint, by default into the cache; it is found "
+                             f"there and, as {LEAN}, in $SANASR_WEIGHTS")
     args = parser.parse_args()
     if not args.photos and not args.convert:
         parser.error("name a photo")
