@@ -23,7 +23,7 @@ def _conv(c_in, c_out, kernel=3, stride=1, padding=1):
 
 
 class AlexNet(nn.Module):
-    """AlexNet's convolutions, with torchvision's key names. (B,3,H,W) -> the five ReLU outputs; H, W at least 63."""
+    """AlexNet's convolutions, with torchvision's key names. (B,3,H,W) -> the five ReLU outputs; H, W at least 31."""
 
     channels = (64, 192, 384, 256, 256)
 
@@ -125,3 +125,54 @@ class LPIPS(nn.Module):
 
     def forward(self, x, y):
         return self.per_layer(x, y).sum(1)
+
+
+def l2_pool(x):
+    """(B,C,H,W) -> half the size: the root of the squares' average under a 3x3 Hann window, which does not alias."""
+    C = x.shape[1]
+    side = x.new_tensor([0.25, 0.5, 0.25])
+    window = (side[:, None] * side).expand(C, 1, 3, 3)
+    return (F.conv2d(x.square(), window, stride=2, padding=1, groups=C) + 1e-12).sqrt()
+
+
+class DISTS(nn.Module):
+    """Deep image structure and texture similarity. x, y: (B,3,H,W) in [0,1] at their own size -> (B,), 0 if equal.
+
+    Per channel of the image and of five VGG16 features, with moments over positions: texture
+    S1 = (2 mx my + c) / (mx² + my² + c) and structure S2 = (2 cov + c) / (vx + vy + c), c = 1e-6.
+    Score: 1 - sum(alpha S1 + beta S2), alpha and beta adding up to 1. The authors' own script first shrinks the shorter
+    side to 256; published tables, made with pyiqa, do not, nor does this.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.net = VGG16(pool=l2_pool)
+        channels = 3 + sum(VGG16.channels)
+        self.alpha, self.beta = (nn.Parameter(torch.full((1, channels, 1, 1), 0.1)) for _ in range(2))
+        self.register_buffer("mean", torch.tensor([.485, .456, .406]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([.229, .224, .225]).view(1, 3, 1, 1), persistent=False)
+
+    @classmethod
+    def from_pretrained(cls):
+        """The official weights, frozen: alpha and beta are embedded, VGG16 comes by `weights.file`."""
+        model = cls()
+        model.load(load_file(EMBEDDED / "dists_alpha_beta.safetensors") | vgg16_trunk())
+        return model.requires_grad_(False).eval()
+
+    def load(self, state):
+        """Take a state_dict with keys `features.N.*`, `alpha`, `beta`, any float dtype."""
+        self.load_state_dict({(f"net.{k}" if k.startswith("features.") else k): v.float() for k, v in state.items()})
+        return self
+
+    def forward(self, x, y):
+        s1, s2 = [], []
+        taps_x, taps_y = ([t, *self.net((t - self.mean) / self.std)] for t in (x, y))
+        for fx, fy in zip(taps_x, taps_y, strict=True):
+            mx, my = fx.mean((2, 3)), fy.mean((2, 3))
+            dx, dy = fx - mx[..., None, None], fy - my[..., None, None]
+            vx, vy, cov = dx.square().mean((2, 3)), dy.square().mean((2, 3)), (dx * dy).mean((2, 3))
+            s1.append((2 * mx * my + 1e-6) / (mx.square() + my.square() + 1e-6))
+            s2.append((2 * cov + 1e-6) / (vx + vy + 1e-6))
+        total = self.alpha.sum() + self.beta.sum()
+        alpha, beta = (t.flatten() / total for t in (self.alpha, self.beta))
+        return 1 - (torch.cat(s1, 1) * alpha + torch.cat(s2, 1) * beta).sum(1)
