@@ -161,7 +161,8 @@ def find_inputs(paths):
                             if p.suffix.lower() in known and not p.name.startswith(".") and p.is_file())
             if not inside:
                 sys.exit(f"error: {path}: no pictures in this folder")
-        files |= {p.resolve(): p for p in inside if p.resolve() not in files}
+        for p in inside:
+            files.setdefault(os.path.realpath(p), p)
     return list(files.values())
 
 
@@ -188,11 +189,11 @@ def plan(inputs, out=None):
             stem = f"{source.stem}-{n}"
         taken.add(stem.lower())
         jobs.append(Job(source, single or folder / f"{stem}_x4.png"))
-    sources = {p.resolve() for p in inputs}
+    sources = {os.path.realpath(p) for p in inputs}
     for job in jobs:
         for target in (job.target, job.compare):
-            hard_links = (p for p in sources if target.exists() and p.exists() and target.samefile(p))
-            if target.resolve() in sources or any(hard_links):
+            hard_links = (p for p in inputs if target.exists() and p.exists() and target.samefile(p))
+            if os.path.realpath(target) in sources or any(hard_links):
                 sys.exit(f"error: the result of {job.source} would overwrite the input {target}: choose another --out")
     return jobs
 
@@ -224,6 +225,8 @@ def restore(job, model, args, tagger=None):
         torch.cuda.reset_peak_memory_stats(args.device)
     if not job.source.exists():
         raise Skipped("no such file or folder")
+    if not job.source.is_file():
+        raise Skipped("neither a file nor a folder")
     try:
         picture = read(job.source)
     except Exception as error:  # on broken files the decoders raise anything, from struct.error to IndexError
@@ -235,7 +238,7 @@ def restore(job, model, args, tagger=None):
                                instruction=args.instruction)
         result = fix_colours(result, enlarged, args.color_fix)
     except (OSError, ValueError) as error:  # of the text encoder, which is loaded here: it concerns every picture
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        sys.exit(f"error: {whole(error)}")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise Skipped(f"{picture.rgb.width}×{picture.rgb.height} needs more memory than there is; "
@@ -257,12 +260,18 @@ def restore(job, model, args, tagger=None):
             "ms": dict(model.stages), "seconds": time.perf_counter() - start, "peak_gb": peak_memory(args.device)}
 
 
-def why(error, path=""):
-    """An exception in one line, without the file name that the message around it already has."""
-    text = " ".join(str(error).split()) or type(error).__name__
+def whole(error):
+    """An exception in one line."""
     if isinstance(error, OSError) and error.strerror:
-        text = error.strerror
-    return text.replace(f" {str(path)!r}", "").replace(f" '{Path(path).resolve()}'", "")
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def why(error, path=""):
+    """An exception in one line, without the file name `path`, which the message around it already has."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return whole(error).replace(f" {str(path)!r}", "").replace(f" '{os.path.realpath(path)}'", "")
 
 
 def describe(row, target):
@@ -291,7 +300,7 @@ def parse(argv=None):
     add("--timestep", type=float, metavar="N", help="τ of the one update (default: the adapter's, else 900)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bf16 on a GPU that has it, else fp32")
-    add("--seed", type=int, default=0, metavar="N", help="no step draws noise today: equal for every seed")
+    add("--seed", type=int, default=0, metavar="N", help="nothing here draws noise: results are equal for every seed")
     add("--tile", type=int, metavar="N", help="largest side, in pixels of the result, that the networks see at once "
         "(default: 1024; 0: no limit)")
     add("--color-fix", choices=["none", "adain", "wavelet"], default="none", help="colours of the enlarged input")
@@ -332,9 +341,11 @@ def load_model(args):
     try:
         folder = weights.folder(args.model, args.dtype)
         adapter = False if args.adapter == "none" else args.adapter
+        if adapter and not Path(adapter).is_file():
+            sys.exit(f"error: --adapter {adapter}: no such file")
         model = SanaSR.from_pretrained(folder, device=args.device, dtype=args.dtype, adapter=adapter)
     except (OSError, ValueError, weights.Unavailable) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        sys.exit(f"error: {whole(error)}")
     provenance = folder / "provenance.json"
     if provenance.is_file() and not json.loads(provenance.read_text()).get("trained", True) and not args.adapter:
         print(f"note: {args.model} is an untrained placeholder: its results show that the path works, not what the "

@@ -981,7 +981,7 @@ def blend_weights(pieces, up):
             w[:n] = (torch.arange(n) + 0.5) / n
         if i + 1 < len(pieces):
             n = (end - pieces[i + 1][0]) * up
-            w[-n:] = 1 - (torch.arange(n) + 0.5) / n
+            w[len(w) - n:] = 1 - (torch.arange(n) + 0.5) / n
         ramps.append(w)
     return ramps
 
