@@ -8,69 +8,83 @@ import torch
 try:
     import triton
     import triton.language as tl
-except ImportError:  # macOS, Windows: PyTorch is shipped without it
+
+    jit = triton.jit
+except ImportError:  # PyTorch for macOS comes without it. The kernel files must still import, for their references.
     triton = tl = None
 
+    def jit(function):
+        return function
+
+
 BACKENDS = ("auto", "torch", "triton")
-INTERPRET = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it at import, so do we
+INTERPRET = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"  # Triton decides at import, so do we
+
 _wish = os.environ.get("SANASR_KERNELS", "auto")
 _said = set()
 
 
 def set_backend(name):
-    """Choose for all later calls: "auto" (Triton where usable), "torch", or "triton" (the same as auto, but says
-    on stderr why where it cannot). The environment variable SANASR_KERNELS sets the initial value."""
+    """Choose for all later calls: "auto" (Triton where it can run), "torch", or "triton" (as auto, but says why where
+    it cannot). Returns the choice before. The environment variable SANASR_KERNELS sets the initial one.
+
+    Raises ValueError for any other name."""
     global _wish
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
-    _wish = name
+    check(name in BACKENDS, lambda: f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    before, _wish = _wish, name
+    return before
 
 
 @torch.compiler.assume_constant_result
-def _device_obstacle(kind, index):
-    """Why Triton cannot run on this device, or None."""
+def device_obstacle(kind, index=None):
+    """Why Triton cannot run on a device of this kind ("cuda", "cpu", ...), in words, or None where it can."""
     if triton is None:
         return "triton is not installed"
     if INTERPRET:
-        return None
+        return None  # on any device
     if kind != "cuda":
-        return f"the tensors are on {kind}, the kernels need an NVIDIA GPU"
+        return f"the tensors are on {kind} and the kernels need an NVIDIA GPU"
     if torch.version.cuda is None:
-        return "the kernels are written and compiled for NVIDIA GPUs only"
+        return "the kernels are built and checked for NVIDIA GPUs only"
     major, minor = torch.cuda.get_device_capability(index)
-    return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
+    return None if major >= 8 else f"the GPU's compute capability {major}.{minor} is below 8.0"
 
 
 def use_triton(tensor, backend=None, obstacle=None):
-    """True where the Triton kernel is to run for `tensor`.
+    """True where the Triton kernel is to run on `tensor`.
 
-    `backend` is the caller's argument: None follows SANASR_KERNELS and falls back to PyTorch where Triton cannot run;
-    an explicit "triton" raises ValueError there instead. `obstacle` is the operator's own reason against, if any.
-    The choice is said once on stderr where a GPU is present or SANASR_KERNELS is "triton"; else in silence.
+    backend: the caller's argument. None follows SANASR_KERNELS and falls back to PyTorch where Triton cannot run;
+    "triton" raises ValueError there instead. obstacle: the operator's own reason against Triton, or None.
+    On a GPU, and wherever SANASR_KERNELS asks for Triton, stderr tells the choice and its reason, once for each reason.
     """
     wish = _wish if backend is None else backend
-    if wish not in BACKENDS:
-        source = "SANASR_KERNELS" if backend is None else "backend"
-        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {wish!r}")
+    where = "SANASR_KERNELS" if backend is None else "backend"
+    check(wish in BACKENDS, lambda: f"{where} must be one of {', '.join(BACKENDS)}, got {wish!r}")
     if wish == "torch":
-        return False
-    if tensor.dtype == torch.float64:
-        obstacle = obstacle or "float64 is computed by the reference"
-    obstacle = _device_obstacle(tensor.device.type, tensor.device.index) or obstacle
-    if obstacle and backend == "triton":
-        raise ValueError(f'backend="triton" cannot be used: {obstacle}')
-    if (tensor.is_cuda or wish == "triton") and not torch.compiler.is_compiling():
-        _say(f"PyTorch, since {obstacle}" if obstacle else "Triton")
-    return obstacle is None
-
-
-def _say(what):
-    if what not in _said:
-        _said.add(what)
-        print(f"kernels: {what}", file=sys.stderr)
+        reason = f'{where} is "torch"'
+    else:
+        reason = device_obstacle(tensor.device.type, tensor.device.index) or obstacle
+        check(reason is None or backend != "triton", lambda: f'backend="triton" is not possible: {reason}')
+    if (tensor.is_cuda or _wish == "triton") and not torch.compiler.is_compiling():
+        line = f"kernels: PyTorch, since {reason}" if reason else "kernels: Triton"
+        if line not in _said:
+            _said.add(line)
+            print(line, file=sys.stderr)
+    return reason is None
 
 
 def check(condition, message):
-    """ValueError(message) unless condition; message is a function, so that it costs nothing when all is well."""
+    """Raise ValueError(message()) unless condition; the message is only made when it is needed."""
     if not condition:
         raise ValueError(message())
+
+
+def check_same(first, **others):
+    """Raise ValueError unless the tensors in others (None is skipped) have first's dtype, which must be a floating one,
+    and device. Under autocast dtypes may differ, as they may for torch's own operators."""
+    check(first.is_floating_point(), lambda: f"need a floating dtype, got {first.dtype}")
+    mixed = torch.is_autocast_enabled(first.device.type)
+    for name, t in others.items():
+        if t is not None:
+            check(mixed or t.dtype == first.dtype, lambda: f"{name} is {t.dtype}, the first argument {first.dtype}")  # noqa: B023
+            check(t.device == first.device, lambda: f"{name} is on {t.device}, the first argument on {first.device}")  # noqa: B023

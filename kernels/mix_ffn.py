@@ -1,33 +1,338 @@
-"""SANA's Mix-FFN (GLUMBConv) on channels-last tokens."""
+"""SANA's Mix-FFN (GLUMBConv) on channels-last tokens: between its two matrix products one kernel, two in the backward.
 
+    U = X W1^T + b1              B, N, 2H    the 1x1 expand                 cuBLAS, bias in its epilogue
+    E = SiLU(U)                  B, N, 2H
+    A, G = depthwise3x3(E) + b   B, N, H each, zero padding, over the picture of height * width = N
+    Y = A SiLU(G)                B, N, H
+    out = Y W2^T (+ b2)          B, N, C     the 1x1 project                cuBLAS
+
+Eager PyTorch reads and writes 2H for E, 2H for the convolution, H for SiLU(G) and H for Y: 12 H values a token. The
+kernel reads U and writes Y: 3 H. In training it keeps U alone, where autograd keeps U, E, A, G and SiLU(G).
+
+Every program slides down a strip of COLS columns and keeps in registers, for the row above and the current one, what
+the rows read so far add to the convolution. So a value of U is read from cache, and its SiLU taken, once for each strip
+that touches it: (COLS + 2) / COLS * (rows + 2) / rows times, 1.6 for tall strips, instead of nine times.
+
+By design 3 H values move a token. Special functions (exponential, reciprocal; 16 a cycle on an SM) are 8.4 H: on an
+H200 these, not its memory, are the limit in half precision, at about 60 % of the copy rate; on an RTX 4090, with a
+quarter of the memory rate, the memory is. A separate pass for the first SiLU would move 4 H more, the slower on both.
+
+What stays outside, by the same counts: a matrix product with SiLU in its epilogue would save the special functions and
+lose as much where it runs at under 80 % of cuBLAS; the AdaLN modulation belongs to the LayerNorm's pass, which has to
+write its result anyway; the gated residual after is one torch.addcmul, 7 KB a token beside the 41 KB of the whole.
+
+fp32, fp16, bf16; float64 runs the reference. Arithmetic is float32, gradients of weights are added in a fixed order.
+Check and measure: python -m kernels.bench --op mix_ffn
+"""
+
+from __future__ import annotations
+
+import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from kernels.dispatch import check, check_same, jit, tl, triton, use_triton
+
+# --- reference: the specification -------------------------------------------------------------------------------------
 
 
-def depthwise_gate_reference(u, height, width, depth_weight, depth_bias):
-    """The specification of depthwise_gate, in PyTorch."""
-    B, N, two_hidden = u.shape
-    e = F.silu(u).view(B, height, width, two_hidden).permute(0, 3, 1, 2)  # B 2H h w, channels-last in memory
-    p = F.conv2d(e, depth_weight, depth_bias, padding=1, groups=two_hidden)
-    a, g = p.permute(0, 2, 3, 1).reshape(B, N, two_hidden).chunk(2, dim=-1)
-    return a * F.silu(g)  # B N H
+def depthwise_gate_reference(u, height, width, depth_weight, depth_bias, inplace=False):
+    """depthwise_gate in PyTorch. inplace: u may be overwritten, which halves the time on a CPU."""
+    e = F.silu(u, inplace=inplace)  # B N 2H
+    e = e.unflatten(1, (height, width)).permute(0, 3, 1, 2)  # B 2H h w, and channels-last in memory
+    p = F.conv2d(e, depth_weight, depth_bias, padding=1, groups=depth_weight.shape[0])
+    a, g = p.permute(0, 2, 3, 1).flatten(1, 2).chunk(2, dim=-1)  # B N H each
+    return F.silu(g, inplace=True).mul_(a) if not p.requires_grad else a * F.silu(g)
+
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+BLOCK_C = 128  # channels in a tile; two to a thread, so a warp reads 128 bytes of half precision at once
+WARPS = 2
+COLS = 4  # columns of a strip
+MIN_ROWS, MAX_ROWS = 4, 32  # rows of a strip: few where the picture is small, to have programs for all SMs
+PROGRAMS = 1024  # aimed at: eight on each SM of a large GPU. A constant, so that all cards sum in the same order
+
+
+def strips(B, height, width, channels):
+    """(rows of a strip, strips across, strips down, channel tiles)"""
+    across, tiles = triton.cdiv(width, COLS), triton.cdiv(channels, BLOCK_C)
+    rows = MAX_ROWS
+    while rows > MIN_ROWS and B * across * tiles * triton.cdiv(height, rows) < PROGRAMS:
+        rows //= 2
+    return rows, across, triton.cdiv(height, rows), tiles
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+# Program (i, b) owns one channel tile of one strip of picture b; the tiles of a strip follow each other, so programs
+# that run together read whole tokens. Tuples of tiles are a strip's columns, or the filter's taps in reading order.
+
+
+@jit
+def _place(rows, across, height, tiles, BLOCK_C: tl.constexpr, COLS: tl.constexpr):
+    """The program's channels c, first row y0, last row (exclusive) y1 and first column x0."""
+    i = tl.program_id(0)
+    strip = i // tiles
+    c = (i % tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
+    y0 = (strip // across) * rows
+    return c, y0, tl.minimum(y0 + rows, height), (strip % across) * COLS
+
+
+@jit
+def _load_row(x, y, x0, height, width, stride, c, channels, COUNT: tl.constexpr):
+    """Columns x0 .. x0 + COUNT - 1 of row y in float32, zero outside the picture."""
+    row = ()
+    for j in tl.static_range(COUNT):
+        inside = (y >= 0) & (y < height) & (x0 + j >= 0) & (x0 + j < width) & (c < channels)
+        at = (y * width + x0 + j).to(tl.int64) * stride + c
+        row = row + (tl.load(x + at, mask=inside, other=0.0).to(tl.float32),)
+    return row
+
+
+@jit
+def _load_taps(weight, c, channels, FLIP: tl.constexpr):
+    taps = ()
+    for k in tl.static_range(9):
+        at = c * 9 + (8 - k if FLIP else k)
+        taps = taps + (tl.load(weight + at, mask=c < channels, other=0.0).to(tl.float32),)
+    return taps
+
+
+@jit
+def _silu(x):
+    return x * tl.sigmoid(x)
+
+
+@jit
+def _silu_row(row):
+    out = ()
+    for j in tl.static_range(len(row)):
+        out = out + (_silu(row[j]),)
+    return out
+
+
+@jit
+def _silu_slope(x):
+    s = tl.sigmoid(x)
+    return s * (1 + x * (1 - s))
+
+
+@jit
+def _zeros(COUNT: tl.constexpr, BLOCK_C: tl.constexpr):
+    row = ()
+    for _ in tl.static_range(COUNT):
+        row = row + (tl.zeros([BLOCK_C], tl.float32),)
+    return row
+
+
+@jit
+def _slide(above, here, row, taps, COLS: tl.constexpr):
+    """Add input row y to the 3x3 convolution: above and here hold what rows < y gave to output rows y - 1 and y.
+    Returns the finished output row y - 1, and above and here for row y + 1."""
+    done = ()
+    next_above = ()
+    next_here = ()
+    for j in tl.static_range(COLS):
+        done = done + (above[j] + taps[6] * row[j] + taps[7] * row[j + 1] + taps[8] * row[j + 2],)
+        next_above = next_above + (here[j] + taps[3] * row[j] + taps[4] * row[j + 1] + taps[5] * row[j + 2],)
+        next_here = next_here + (taps[0] * row[j] + taps[1] * row[j + 1] + taps[2] * row[j + 2],)
+    return done, next_above, next_here
+
+
+@jit
+def _gate(
+    u, weight, bias, dy, out,
+    height, width, hidden, rows, across, tiles,
+    BACKWARD: tl.constexpr, BLOCK_C: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Forward: out = Y: B, N, H. Backward: out = (dA, dG): B, N, 2H, with A and G computed again."""
+    c, y0, y1, x0 = _place(rows, across, height, tiles, BLOCK_C, COLS)
+    b = tl.program_id(1).to(tl.int64) * height * width
+    u += b * 2 * hidden
+    dy += b * hidden
+    out += b * hidden * (2 if BACKWARD else 1)
+    mask = c < hidden
+    a_taps = _load_taps(weight, c, hidden, False)
+    g_taps = _load_taps(weight + hidden * 9, c, hidden, False)
+    a_bias = tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)
+    g_bias = tl.load(bias + hidden + c, mask=mask, other=0.0).to(tl.float32)
+    a_above = _zeros(COLS, BLOCK_C)
+    a_here = _zeros(COLS, BLOCK_C)
+    g_above = _zeros(COLS, BLOCK_C)
+    g_here = _zeros(COLS, BLOCK_C)
+    for y in range(y0 - 1, y1 + 1):
+        a_row = _silu_row(_load_row(u, y, x0 - 1, height, width, 2 * hidden, c, hidden, COLS + 2))
+        g_row = _silu_row(_load_row(u + hidden, y, x0 - 1, height, width, 2 * hidden, c, hidden, COLS + 2))
+        a_done, a_above, a_here = _slide(a_above, a_here, a_row, a_taps, COLS)
+        g_done, g_above, g_here = _slide(g_above, g_here, g_row, g_taps, COLS)
+        for j in tl.static_range(COLS):
+            inside = mask & (y > y0) & (x0 + j < width)
+            n = ((y - 1) * width + x0 + j).to(tl.int64)
+            a = a_done[j] + a_bias
+            g = g_done[j] + g_bias
+            if BACKWARD:
+                d = tl.load(dy + n * hidden + c, mask=inside, other=0.0).to(tl.float32)
+                at = out + n * 2 * hidden + c
+                tl.store(at, (d * _silu(g)).to(out.dtype.element_ty), mask=inside)
+                tl.store(at + hidden, (d * a * _silu_slope(g)).to(out.dtype.element_ty), mask=inside)
+            else:
+                tl.store(out + n * hidden + c, (a * _silu(g)).to(out.dtype.element_ty), mask=inside)
+
+
+@jit
+def _backward_input(
+    u, weight, dp, du, dweight,
+    height, width, channels, rows, across, tiles,
+    NEED_WEIGHT: tl.constexpr, BLOCK_C: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """From dp = (dA, dG), B, N, 2H: du = SiLU'(u) * (dp convolved with the flipped filter), and into
+    dweight[strip, 0..8] the strip's sums for the taps, into dweight[strip, 9] those for the bias."""
+    c, y0, y1, x0 = _place(rows, across, height, tiles, BLOCK_C, COLS)
+    b = tl.program_id(1).to(tl.int64) * height * width * channels
+    u += b
+    dp += b
+    du += b
+    mask = c < channels
+    taps = _load_taps(weight, c, channels, True)
+    above = _zeros(COLS, BLOCK_C)
+    here = _zeros(COLS, BLOCK_C)
+    # Rows y - 1 and y of E and of SiLU'(U), inside the strip only: each pixel counts in the strip that owns it.
+    e_above = _zeros(COLS, BLOCK_C)
+    e_here = _zeros(COLS, BLOCK_C)
+    s_above = _zeros(COLS, BLOCK_C)
+    s_here = _zeros(COLS, BLOCK_C)
+    sums = _zeros(10, BLOCK_C)
+    for y in range(y0 - 1, y1 + 1):
+        row = _load_row(dp, y, x0 - 1, height, width, channels, c, channels, COLS + 2)
+        done, above, here = _slide(above, here, row, taps, COLS)
+        for j in tl.static_range(COLS):
+            inside = mask & (y > y0) & (x0 + j < width)
+            n = ((y - 1) * width + x0 + j).to(tl.int64)
+            tl.store(du + n * channels + c, (done[j] * s_above[j]).to(du.dtype.element_ty), mask=inside)
+        u_below = _load_row(u, y + 1, x0, y1, width, channels, c, channels, COLS)
+        e_below = _silu_row(u_below)
+        s_below = ()
+        for j in tl.static_range(COLS):
+            s_below = s_below + (_silu_slope(u_below[j]),)
+        if NEED_WEIGHT:
+            new = ()
+            for k in tl.static_range(9):
+                total = sums[k]
+                for j in tl.static_range(COLS):
+                    e = (e_above[j], e_here[j], e_below[j])[k // 3]  # pixel y - 1 + k // 3, which saw dp's row y
+                    total += e * row[j + 2 - k % 3]
+                new = new + (total,)
+            total = sums[9]
+            for j in tl.static_range(COLS):
+                total += tl.where((y >= y0) & (y < y1), row[j + 1], 0.0)
+            sums = new + (total,)
+        e_above = e_here
+        e_here = e_below
+        s_above = s_here
+        s_here = s_below
+    if NEED_WEIGHT:
+        strip = tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // tiles) + tl.program_id(0) // tiles
+        for k in tl.static_range(10):
+            tl.store(dweight + (strip * 10 + k) * channels + c, sums[k], mask=mask)
+
+
+# --- launchers --------------------------------------------------------------------------------------------------------
+
+
+def _run_gate(u, weight, bias, dy, out, height, width):
+    B, _, channels = u.shape
+    rows, across, down, tiles = strips(B, height, width, channels // 2)
+    _gate[(tiles * across * down, B)](
+        u, weight, bias, u if dy is None else dy, out, height, width, channels // 2, rows, across, tiles,
+        BACKWARD=dy is not None, BLOCK_C=BLOCK_C, COLS=COLS, num_warps=WARPS,
+    )  # fmt: skip
+    return out
+
+
+class _DepthwiseGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, weight, bias, height, width):
+        u, weight, bias = u.contiguous(), weight.contiguous(), bias.contiguous()
+        ctx.save_for_backward(u, weight, bias)
+        ctx.size = height, width
+        return _run_gate(u, weight, bias, None, u.new_empty(*u.shape[:2], u.shape[2] // 2), height, width)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        u, weight, bias = ctx.saved_tensors
+        height, width = ctx.size
+        dp = _run_gate(u, weight, bias, dy.contiguous(), torch.empty_like(u), height, width)
+        B, _, channels = u.shape
+        rows, across, down, tiles = strips(B, height, width, channels)
+        du = torch.empty_like(u)
+        need_weight = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        dweight = u.new_empty(B * across * down if need_weight else 0, 10, channels, dtype=torch.float32)
+        _backward_input[(tiles * across * down, B)](
+            u, weight, dp, du, dweight, height, width, channels, rows, across, tiles,
+            NEED_WEIGHT=need_weight, BLOCK_C=BLOCK_C, COLS=COLS, num_warps=WARPS,
+        )  # fmt: skip
+        if not need_weight:
+            return du, None, None, None, None
+        dweight = dweight.sum(0).to(weight.dtype)  # 10 2H
+        return du, dweight[:9].t().reshape(weight.shape), dweight[9], None, None
+
+
+# --- the public names -------------------------------------------------------------------------------------------------
 
 
 def depthwise_gate(u, height, width, depth_weight, depth_bias, backend=None):
-    """SiLU, depthwise 3x3 (zero padding) + bias, split into halves a and g, a * SiLU(g).
+    """SiLU, depthwise 3x3 with zero padding + bias, split into halves a and g, a * SiLU(g): the middle of mix_ffn.
 
-    u: B, N, 2H, the output of the expanding 1x1 BEFORE its SiLU, N = height * width, row-major  ->  B, N, H.
-    depth_weight: 2H, 1, 3, 3; depth_bias: 2H.
+    u: B, N, 2H, the output of the 1x1 expand BEFORE its SiLU, tokens row by row, N = height * width  ->  B, N, H.
+    depth_weight: 2H, 1, 3, 3; depth_bias: 2H. For models whose two 1x1 are more than a matrix product (LoRA).
+    backend: None (SANASR_KERNELS), "auto", "torch" or "triton"; see kernels.dispatch.use_triton.
+    Differentiable once in u, depth_weight and depth_bias. Raises ValueError for sizes that disagree.
     """
-    return depthwise_gate_reference(u, height, width, depth_weight, depth_bias)
+    return _depthwise_gate(u, height, width, depth_weight, depth_bias, backend, inplace=False)
 
 
-def mix_ffn(x, height, width, inverted_weight, inverted_bias, depth_weight, depth_bias, point_weight, point_bias=None,
-            backend=None):
-    """1x1 expand -> SiLU -> depthwise 3x3 -> a * SiLU(g) -> 1x1 project, the feed-forward of a SANA block.
+def _depthwise_gate(u, height, width, depth_weight, depth_bias, backend, inplace):
+    check(u.ndim == 3 and u.shape[2] % 2 == 0 and u.shape[2] > 0, lambda: f"u must be B, N, 2H, got {tuple(u.shape)}")
+    B, N, channels = u.shape
+    check(height > 0 and width > 0, lambda: f"height and width must be positive, got {height} and {width}")
+    check(height * width == N, lambda: f"height {height} * width {width} is not the {N} tokens of {tuple(u.shape)}")
+    shape = (channels, 1, 3, 3)
+    check(depth_weight.shape == shape, lambda: f"depth_weight must be {shape}, got {tuple(depth_weight.shape)}")
+    check(depth_bias.shape == shape[:1], lambda: f"depth_bias must be {shape[:1]}, got {tuple(depth_bias.shape)}")
+    check_same(u, depth_weight=depth_weight, depth_bias=depth_bias)
+    depth_weight, depth_bias = depth_weight.to(u.dtype), depth_bias.to(u.dtype)  # they differ under autocast alone
+    obstacle = None
+    if u.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        obstacle = f"{u.dtype} is computed by the reference"
+    elif B == 0:
+        obstacle = f"u is empty, {tuple(u.shape)}"
+    if use_triton(u, backend, obstacle):
+        return _DepthwiseGate.apply(u, depth_weight, depth_bias, height, width)
+    return depthwise_gate_reference(u, height, width, depth_weight, depth_bias, inplace)
 
-    x: B, N, C tokens, N = height * width, row-major  ->  B, N, C. Weights in the official convolution shapes:
-    inverted 2H, C, 1, 1; depth 2H, 1, 3, 3; point C, H, 1, 1.
+
+def mix_ffn(
+    x, height, width, inverted_weight, inverted_bias, depth_weight, depth_bias, point_weight, point_bias=None,
+    backend=None,
+):  # fmt: skip
+    """1x1 expand -> SiLU -> depthwise 3x3 -> a * SiLU(g) -> 1x1 project: the feed-forward of a SANA or DC-AE block.
+
+    x: B, N, C tokens, row by row, N = height * width  ->  B, N, C. Weights in the official convolutions' shapes:
+    inverted 2H, C, 1, 1 and 2H; depth 2H, 1, 3, 3 and 2H; point C, H, 1, 1 and C (LinearDiT and DC-AE have no bias
+    there). backend: None (SANASR_KERNELS), "auto", "torch" or "triton"; see kernels.dispatch.use_triton.
+    Differentiable once in x and every weight. Raises ValueError for sizes that disagree.
     """
-    u = F.linear(x, inverted_weight.flatten(1), inverted_bias)  # B N 2H
-    h = depthwise_gate(u, height, width, depth_weight, depth_bias, backend)  # B N H
-    return F.linear(h, point_weight.flatten(1), point_bias)  # B N C
+    check(x.ndim == 3, lambda: f"x must be B, N, C, got shape {tuple(x.shape)}")
+    w1, w2 = inverted_weight, point_weight
+    for name, w in (("inverted_weight", w1), ("point_weight", w2)):
+        check(w.ndim == 4 and w.shape[2:] == (1, 1), lambda: f"{name} must be out, in, 1, 1, got {tuple(w.shape)}")  # noqa: B023
+    check(w1.shape[1] == x.shape[2], lambda: f"inverted_weight {tuple(w1.shape)} does not fit x {tuple(x.shape)}")
+    check(
+        w1.shape[0] == 2 * w2.shape[1],
+        lambda: f"point_weight {tuple(w2.shape)} does not fit inverted_weight {tuple(w1.shape)}",
+    )
+    check_same(x, inverted_weight=w1, inverted_bias=inverted_bias, point_weight=w2, point_bias=point_bias)
+    u = F.linear(x, w1.flatten(1), inverted_bias)  # B N 2H
+    y = _depthwise_gate(u, height, width, depth_weight, depth_bias, backend, inplace=not u.requires_grad)  # B N H
+    return F.linear(y, w2.flatten(1), point_bias)  # B N C

@@ -1,0 +1,238 @@
+"""The Triton kernels against float64: outputs and every gradient. On a GPU they run as they are, on a CPU under
+Triton's interpreter, which tests/test_kernels.py starts (by hand: TRITON_INTERPRET=1 pytest THIS_FILE).
+
+Errors are relative to the norm of the float64 result. With a GPU, memory errors once by hand:
+compute-sanitizer python -m pytest tests/test_kernels_triton.py
+"""
+
+import pytest
+import torch
+
+import kernels
+from kernels.dispatch import INTERPRET, device_obstacle
+from kernels.linear_attention import linear_attention_reference
+from kernels.mix_ffn import depthwise_gate_reference
+
+DEVICE = "cpu" if INTERPRET or not torch.cuda.is_available() else "cuda"
+OBSTACLE = device_obstacle(DEVICE, 0)
+pytestmark = pytest.mark.skipif(OBSTACLE is not None, reason=f"Triton cannot run: {OBSTACLE}")
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU; the interpreter would take hours")
+
+# A rounding of the result is 2^-25, 2^-12 and 2^-9. bf16 has more room since the interpreter cuts instead of rounding.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
+DTYPES = list(TOLERANCE)
+
+
+def assert_close(got, expected, dtype, floor=0.0, names=("out", "d0", "d1", "d2")):
+    for name, a, b in zip(names, got, expected, strict=True):
+        assert a.dtype == dtype and a.shape == b.shape
+        error, scale = (a.double() - b).norm().item(), max(b.norm().item(), floor)
+        assert error <= TOLERANCE[dtype] * scale, f"{name}: error {error:.2e} at scale {scale:.2e}"
+
+
+def grads(function, inputs, g):
+    inputs = [t.detach().requires_grad_() for t in inputs]  # the same memory: strides are kept
+    out = function(*inputs)
+    return out.detach(), *torch.autograd.grad(out, inputs, g)
+
+
+def double(*tensors):
+    return [t.double() for t in tensors]
+
+
+def attention_inputs(B, N, heads, d, dtype, layout="qkv", scale=1.0):
+    """q, k, v and dO. Layouts: "qkv", slices of one product; "channels", channels before tokens, as a convolution
+    leaves them; "plain", contiguous."""
+    x = torch.randn(B, N, 4, heads, d, generator=torch.Generator().manual_seed(N)).mul(scale).to(DEVICE, dtype)
+    if layout == "channels":
+        x = x.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
+    return [t.contiguous() if layout == "plain" else t for t in x.unbind(2)]
+
+
+def check_attention(q, k, v, g, eps=1e-15):
+    got = grads(lambda *a: kernels.linear_attention(*a, eps=eps, backend="triton"), (q, k, v), g)
+    expected = grads(lambda *a: linear_attention_reference(*a, eps=eps), double(q, k, v), g.double())
+    # Where the true gradient is zero (a single token: out = v), what remains is rounding at the scale of dO.
+    assert_close(got, expected, q.dtype, floor=g.double().norm().item())
+    return got
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [16, 32, 64])
+def test_attention_head_sizes_and_dtypes(d, dtype):
+    check_attention(*attention_inputs(2, 70, 2, d, dtype))
+
+
+@pytest.mark.parametrize("N", [1, 63, 64, 1025])
+@pytest.mark.parametrize("layout", ["plain", "channels"])
+def test_attention_lengths_and_layouts(N, layout):
+    check_attention(*attention_inputs(1, N, 1, 32, torch.float32, layout))
+
+
+def test_attention_adds_spans_in_the_launcher():
+    from kernels.linear_attention import CONFIG, MAX_STATES, spans
+
+    assert spans(1, 1025, 1, CONFIG[32, 4][0])[1] > MAX_STATES  # so that N = 1025 above takes that path,
+    assert 1 < spans(2, 70, 2, CONFIG[32, 4][0])[1] <= MAX_STATES  # and N = 70 the other
+    for N in (1, 64, 1025, 1 << 22):
+        for block in (32, 64):
+            tokens, S = spans(1, N, 36, block)
+            assert tokens % block == 0 and (S - 1) * tokens < N <= S * tokens
+
+
+def test_attention_expanded_gradient():
+    q, k, v, _ = attention_inputs(1, 40, 1, 16, torch.float32)
+    check_attention(q, k, v, torch.ones((), device=DEVICE).expand(q.shape))  # what out.sum() sends back
+
+
+@pytest.mark.parametrize("which", ["q", "k"])
+def test_attention_zero_denominator(which):
+    q, k, v, g = attention_inputs(1, 40, 2, 16, torch.float32)
+    if which == "q":
+        q = q.clone()
+        q[:, 7] = -q[:, 7].abs()
+    else:
+        k = -k.abs()
+    out = check_attention(q, k, v, g)[0]
+    assert (out[:, 7] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_attention_large_values(dtype):
+    q, k, v, g = attention_inputs(1, 130, 1, 32, dtype, scale=1e4)
+    g = (g / 1e4).to(dtype)
+    out = check_attention(q, k, v, g)[0]
+    assert out.isfinite().all() and out.abs().max() > 100
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_attention_carries_nan(which):
+    inputs = [t.clone() for t in attention_inputs(1, 40, 2, 16, torch.float32)]
+    inputs[which][0, 5, 1, 3] = float("nan")
+    q, k, v, _ = inputs
+    out = kernels.linear_attention(q, k, v, backend="triton")
+    expected = linear_attention_reference(q.double(), k.double(), v.double())
+    assert expected.isnan().any() and not expected[:, :, 0].isnan().any()
+    assert torch.equal(out.isnan(), expected.isnan())
+
+
+def test_attention_eps():
+    check_attention(*attention_inputs(1, 40, 1, 16, torch.float32), eps=10.0)
+
+
+def test_other_head_sizes_and_float64_run_the_reference():
+    q = torch.randn(1, 8, 2, 24, device=DEVICE)
+    assert torch.equal(kernels.linear_attention(q, q, q), linear_attention_reference(q, q, q))
+    with pytest.raises(ValueError, match="q has head size 24, the kernels have 16, 32, 64"):
+        kernels.linear_attention(q, q, q, backend="triton")
+    q = q[..., :16].double()
+    assert torch.equal(kernels.linear_attention(q, q, q), linear_attention_reference(q, q, q))
+    q = q[:, :0].float()
+    assert kernels.linear_attention(q, q, q).shape == (1, 0, 2, 16)
+
+
+def gate_inputs(B, height, width, hidden, dtype):
+    r = torch.Generator().manual_seed(height * width)
+    u = torch.randn(B, height * width, 2 * hidden, generator=r)
+    weight, bias = torch.randn(2 * hidden, 1, 3, 3, generator=r), torch.randn(2 * hidden, generator=r)
+    g = torch.randn(B, height * width, hidden, generator=r)
+    return [t.to(DEVICE, dtype) for t in (u, weight, bias, g)]
+
+
+def check_gate(u, weight, bias, g, height, width):
+    got = grads(lambda u, w, b: kernels.depthwise_gate(u, height, width, w, b, backend="triton"), (u, weight, bias), g)
+    reference = lambda u, w, b: depthwise_gate_reference(u, height, width, w, b)  # noqa: E731
+    expected = grads(reference, double(u, weight, bias), g.double())
+    assert_close(got, expected, u.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gate_dtypes(dtype):
+    check_gate(*gate_inputs(1, 3, 5, 3, dtype), 3, 5)
+
+
+@pytest.mark.parametrize("B, height, width, hidden", [(1, 1, 1, 1), (1, 9, 7, 5), (2, 3, 2, 130)])
+def test_gate_sizes(B, height, width, hidden):
+    check_gate(*gate_inputs(B, height, width, hidden, torch.float32), height, width)
+
+
+def test_gate_non_contiguous():
+    u, weight, bias, g = gate_inputs(1, 4, 3, 2, torch.float32)
+    u = u.transpose(1, 2).contiguous().transpose(1, 2)
+    weight = weight.to(memory_format=torch.channels_last)
+    check_gate(u, weight, bias, torch.ones((), device=DEVICE).expand(g.shape), 4, 3)
+
+
+def test_gate_with_frozen_weights():
+    u, weight, bias, g = gate_inputs(1, 3, 5, 3, torch.float32)
+    gradient = grads(lambda u: kernels.depthwise_gate(u, 3, 5, weight, bias, backend="triton"), [u], g)[1]
+    expected = grads(lambda u: depthwise_gate_reference(u, 3, 5, *double(weight, bias)), double(u), g.double())
+    assert_close([gradient], expected[1:], torch.float32, names=["du"])
+
+
+def test_gate_large_values_and_nan():
+    u, weight, bias, _ = gate_inputs(1, 4, 4, 2, torch.bfloat16)
+    u = u * 1e4
+    out = kernels.depthwise_gate(u, 4, 4, weight, bias, backend="triton")
+    expected = depthwise_gate_reference(u.double(), 4, 4, *double(weight, bias))
+    assert_close([out], [expected], torch.bfloat16, names=["out"])
+    u[0, 5, 1] = float("nan")
+    out = kernels.depthwise_gate(u, 4, 4, weight, bias, backend="triton").isnan()
+    assert torch.equal(out, depthwise_gate_reference(u, 4, 4, weight, bias).isnan()) and out.sum() == 9
+
+
+def test_mix_ffn_every_gradient():
+    u, depth_weight, depth_bias, _ = gate_inputs(2, 3, 2, 4, torch.float32)
+    r = torch.Generator().manual_seed(0)
+    x, w1, b1, w2, b2, g = (
+        torch.randn(s, generator=r).to(DEVICE) for s in ((2, 6, 3), (8, 3, 1, 1), (8,), (3, 4, 1, 1), (3,), (2, 6, 3))
+    )
+    inputs = [x, w1, b1, depth_weight, depth_bias, w2, b2]
+    got = grads(lambda x, *w: kernels.mix_ffn(x, 3, 2, *w, backend="triton"), inputs, g)
+    expected = grads(lambda x, *w: kernels.mix_ffn(x, 3, 2, *w, backend="torch"), double(*inputs), g.double())
+    assert_close(got, expected, torch.float32, names=range(8))
+
+
+# --- on a GPU only ----------------------------------------------------------------------------------------------------
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N", [256, 4096, 65536, 1 << 20])
+def test_gpu_attention_long(N, dtype):
+    check_attention(*attention_inputs(1, N, 4, 32, dtype))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("B, height, width, hidden", [(1, 25, 41, 2880), (2, 16, 16, 2880), (1, 64, 64, 2048)])
+def test_gpu_gate_our_sizes(B, height, width, hidden, dtype):
+    check_gate(*gate_inputs(B, height, width, hidden, dtype), height, width)
+
+
+@needs_gpu
+def test_gpu_offsets_beyond_int32():
+    q = torch.zeros(1, (1 << 31) // 32 + 64, 1, 32, device=DEVICE, dtype=torch.bfloat16)
+    q[:, -1] = 1
+    assert (kernels.linear_attention(q, q, q, backend="triton")[:, -1] == 1).all()
+
+
+@needs_gpu
+def test_gpu_same_bits_each_time():
+    q, k, v, g = attention_inputs(1, 5000, 8, 32, torch.bfloat16)
+    u, weight, bias, gu = gate_inputs(1, 33, 47, 500, torch.bfloat16)
+
+    def run():
+        a = grads(lambda *t: kernels.linear_attention(*t, backend="triton"), (q, k, v), g)
+        b = grads(lambda *t: kernels.depthwise_gate(t[0], 33, 47, *t[1:], backend="triton"), (u, weight, bias), gu)
+        return *a, *b
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@needs_gpu
+def test_gpu_under_compile():
+    q, k, v, g = attention_inputs(1, 1000, 4, 32, torch.bfloat16)
+    compiled = torch.compile(lambda *t: kernels.linear_attention(*t, backend="triton"), fullgraph=True)
+    for a, b in zip(grads(compiled, (q, k, v), g), check_attention(q, k, v, g), strict=True):
+        assert torch.equal(a, b)
