@@ -311,7 +311,7 @@ def parse(argv=None):
     if args.timestep is not None and not 0 < args.timestep <= 1000:
         parser.error(f"--timestep must be above 0 and at most 1000, not {args.timestep:g}")
     try:
-        args.instruction = args.instruction.read_text(encoding="utf-8") if args.instruction else ""
+        args.instruction = args.instruction.read_text("utf-8").removesuffix("\n") if args.instruction else ""
     except (OSError, ValueError) as error:
         parser.error(f"--instruction {args.instruction}: {why(error)}")
     return args

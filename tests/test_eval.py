@@ -358,7 +358,7 @@ def test_options_reach_the_model(monkeypatch, tmp_path):
     model = Nearest()
     monkeypatch.setattr(evaluate, "load_model", lambda args: model)
     RGB.save("a.png")
-    Path("how.txt").write_text("Enhance: ")
+    Path("how.txt").write_text("Enhance: \n")
     assert evaluate.main(["a.png", "--prompt", "a wall", "--suffix", "main", "--timestep", "999", "--tile", "512",
                           "--instruction", "how.txt"]) == 0
     assert model.seen == {"prompt": "a wall", "suffix": "main", "timestep": 999.0, "tile": 512,
@@ -394,6 +394,15 @@ def test_the_command_restores_and_repeats_itself(model, tmp_path):
     again = command(tmp_path, "lr.png", "--model", model, "--seed", "7", "--out", "again.png")
     assert again.returncode == 0 and again.stderr == ""
     assert np.array_equal(np.asarray(Image.open(tmp_path / "again.png")), pixels)
+
+
+def test_tiles_of_any_size(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("SANASR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(noise(20, 30, 3)).save("lr.png")
+    for tile in (0, 1, 31, 32, 64, 96):  # of a picture of 120×80
+        assert evaluate.main(["lr.png", "--model", str(model), "--device", "cpu", "--tile", str(tile)]) == 0
+        assert Image.open("results/lr_x4.png").size == (120, 80)
 
 
 def test_torchrun_splits_the_files_and_all_ranks_tell_of_a_failure(model, tmp_path):
