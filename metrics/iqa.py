@@ -1,0 +1,461 @@
+"""Learned metrics that need no reference: MUSIQ, MANIQA and CLIPIQA.
+
+    MUSIQ    Ke et al., "MUSIQ: Multi-scale Image Quality Transformer", ICCV 2021; weights: KonIQ-10k
+    MANIQA   Yang et al., "MANIQA: Multi-dimension Attention Network for No-Reference IQA", CVPRW 2022; PIPAL, KonIQ-10k
+    CLIPIQA  Wang et al., "Exploring CLIP for Assessing the Look and Feel of Images", AAAI 2023; CLIP RN50 as it is
+
+Attributes carry the key names of the official checkpoints. All take x: (B,3,H,W) RGB in [0,1] -> (B,), higher is
+better; the images of a batch do not touch each other.
+"""
+import math
+import re
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import weights
+
+
+def read(name):
+    """The state_dict in the file `name` of weights.FILES, float32. Pickled files may hold plain tensors only."""
+    path = weights.file(name)
+    if path.suffix == ".safetensors":
+        state = load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("params", state)
+    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+
+
+def load(model, state, unused):
+    """Load `state` strictly, but for the keys that match the pattern `unused`, which the score does not depend on."""
+    model.load_state_dict({k: v for k, v in state.items() if not re.match(unused, k)})
+    return model.requires_grad_(False).eval()
+
+
+def heads(x, n):
+    """(…, N, n·d) -> (…, n, N, d)"""
+    return x.unflatten(-1, (n, -1)).transpose(-3, -2)
+
+
+class MLP(nn.Module):
+    """Two linear layers with an exact GELU between them."""
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+# --- MUSIQ ---
+
+def pad_same(x, kernel, stride):
+    """Zero padding such that ceil(side / stride) outputs remain; the odd pixel goes right and below (TensorFlow)."""
+    pads = [max((math.ceil(n / stride) - 1) * stride + kernel - n, 0) for n in (x.shape[-1], x.shape[-2])]
+    return F.pad(x, [p for total in pads for p in (total // 2, total - total // 2)])
+
+
+class StandardConv(nn.Conv2d):
+    """Convolution, 'same' padding, whose weights are standardised per output channel on every call."""
+
+    def __init__(self, c_in, c_out, kernel, stride=1):
+        super().__init__(c_in, c_out, kernel, stride, bias=False)
+
+    def forward(self, x):
+        std, mean = torch.std_mean(self.weight, (1, 2, 3), keepdim=True)
+        return F.conv2d(pad_same(x, self.kernel_size[0], self.stride[0]), (self.weight - mean) / (std + 1e-5),
+                        stride=self.stride)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions beside a projected shortcut."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.conv1, self.gn1 = StandardConv(c_in, c_in, 1), nn.GroupNorm(32, c_in, eps=1e-4)
+        self.conv2, self.gn2 = StandardConv(c_in, c_in, 3), nn.GroupNorm(32, c_in, eps=1e-4)
+        self.conv3, self.gn3 = StandardConv(c_in, c_out, 1), nn.GroupNorm(32, c_out, eps=1e-4)
+        self.conv_proj, self.gn_proj = StandardConv(c_in, c_out, 1), nn.GroupNorm(32, c_out, eps=1e-4)
+
+    def forward(self, x):
+        y = F.relu(self.gn1(self.conv1(x)))
+        y = F.relu(self.gn2(self.conv2(y)))
+        return F.relu(self.gn3(self.conv3(y)) + self.gn_proj(self.conv_proj(x)))
+
+
+class SplitAttention(nn.Module):
+    """Self-attention with separate projections."""
+
+    def __init__(self, width, n):
+        super().__init__()
+        self.n = n
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (heads(f(x), self.n) for f in (self.query, self.key, self.value))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class EncoderBlock(nn.Module):
+    def __init__(self, width, hidden, n):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.attention, self.mlp = SplitAttention(width, n), MLP(width, hidden)
+
+    def forward(self, x):
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class MUSIQ(nn.Module):
+    """Scores about 0…100. Patches of 32x32 from three scales, longer side 224, 384 and as it is, in one transformer.
+
+    The original pads the tokens of the first two scales to fixed numbers and masks the padding; every token here is
+    a real one, which gives the same.
+    """
+    width, blocks, grid = 384, 14, 10
+
+    def __init__(self):
+        super().__init__()
+        self.conv_root, self.gn_root = StandardConv(3, 64, 7, 2), nn.GroupNorm(32, 64, eps=1e-6)
+        self.block1 = Bottleneck(64, 256)
+        self.embedding = nn.Linear(8 * 8 * 256, self.width)
+        encoder = self.transformer_encoder = nn.Module()
+        encoder.cls = nn.Parameter(torch.zeros(1, 1, self.width))
+        encoder.posembed_input, encoder.scaleembed_input = nn.Module(), nn.Module()
+        encoder.posembed_input.position_emb = nn.Parameter(torch.zeros(1, self.grid ** 2, self.width))
+        encoder.scaleembed_input.scale_emb = nn.Parameter(torch.zeros(3, self.width))
+        encoder.transformer = nn.ModuleDict(
+            {f"encoderblock_{i}": EncoderBlock(self.width, 1152, 6) for i in range(self.blocks)})
+        encoder.encoder_norm = nn.LayerNorm(self.width, eps=1e-6)
+        self.head = nn.Linear(self.width, 1)
+
+    @classmethod
+    def from_pretrained(cls):
+        return load(cls(), read("musiq-koniq"), r"$.")
+
+    def tokens(self, x, scale):
+        """(B,3,H,W) in [-1,1] -> (B, patches, width), position and scale embedded."""
+        x = pad_same(x, 32, 32)
+        B, _, H, W = x.shape
+        rows, cols = H // 32, W // 32
+        x = x.view(B, 3, rows, 32, cols, 32).permute(0, 2, 4, 1, 3, 5).reshape(-1, 3, 32, 32)
+        x = F.relu(self.gn_root(self.conv_root(x)))               # B·patches, 64, 16, 16
+        x = self.block1(F.max_pool2d(pad_same(x, 3, 2), 3, 2))    # B·patches, 256, 8, 8
+        x = self.embedding(x.permute(0, 2, 3, 1).reshape(B, rows * cols, -1))
+        i, j = (torch.arange(n, device=x.device) * self.grid // n for n in (rows, cols))
+        encoder = self.transformer_encoder
+        return x + encoder.posembed_input.position_emb[:, (i[:, None] * self.grid + j).flatten()] \
+            + encoder.scaleembed_input.scale_emb[scale]
+
+    def forward(self, x):
+        x = x * 2 - 1
+        H, W = x.shape[-2:]
+        sizes = [(round(H * side / max(H, W)), round(W * side / max(H, W))) for side in (224, 384)]
+        scales = [F.interpolate(x, size, mode="bicubic", align_corners=False) for size in sizes] + [x]
+        encoder = self.transformer_encoder
+        x = torch.cat([encoder.cls.expand(len(x), -1, -1), *(self.tokens(t, i) for i, t in enumerate(scales))], 1)
+        for block in encoder.transformer.values():
+            x = block(x)
+        return self.head(encoder.encoder_norm(x[:, 0])).squeeze(1)
+
+
+# --- MANIQA ---
+
+class Attention(nn.Module):
+    """Self-attention with one projection for q, k and v. bias: what is added to the logits, or None."""
+
+    def __init__(self, width, n):
+        super().__init__()
+        self.n = n
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x, bias=None):
+        q, k, v = (heads(t, self.n) for t in self.qkv(x).chunk(3, -1))
+        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(-3, -2).flatten(-2))
+
+
+class ViTBlock(nn.Module):
+    def __init__(self, width, hidden, n, eps=1e-6):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=eps), nn.LayerNorm(width, eps=eps)
+        self.attn, self.mlp = Attention(width, n), MLP(width, hidden)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class ViT(nn.Module):
+    """ViT-B/8 as far as it is needed. (B,3,224,224) -> (B,784,4·768), what blocks 6 to 9 put out, without the class."""
+
+    def __init__(self, width=768):
+        super().__init__()
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = nn.Conv2d(3, width, 8, 8)
+        self.cls_token, self.pos_embed = (nn.Parameter(torch.zeros(1, n, width)) for n in (1, 28 * 28 + 1))
+        self.blocks = nn.ModuleList(ViTBlock(width, 4 * width, 12) for _ in range(10))
+
+    def forward(self, x):
+        x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
+        outputs = []
+        for block in self.blocks:
+            x = block(x)
+            outputs.append(x[:, 1:])
+        return torch.cat(outputs[6:], 2)
+
+
+class TransposedAttention(nn.Module):
+    """Attention between channels: (B,C,N), a channel's map is its token."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.c_q, self.c_k, self.c_v = (nn.Linear(n, n) for _ in range(3))
+
+    def forward(self, x):
+        y = F.scaled_dot_product_attention(self.c_q(x), self.c_k(x), self.c_v(x))  # B,C,N
+        return x + y.transpose(1, 2).reshape(x.shape)  # transposed, then read as if it were not: so was it trained
+
+
+class WindowBlock(ViTBlock):
+    """Swin block on a (B,H,W,C) map: attention in windows of 4x4, on a map rolled by `shift`."""
+    window = 4
+
+    def __init__(self, width, hidden, n, shift):
+        super().__init__(width, hidden, n, eps=1e-5)
+        self.shift = shift
+        self.attn.relative_position_bias_table = nn.Parameter(torch.zeros((2 * self.window - 1) ** 2, n))
+
+    def bias(self, H, W):
+        """Relative position bias, -100 between pixels that only the roll made neighbours: (1 or windows, n, 16, 16)"""
+        w, table = self.window, self.attn.relative_position_bias_table
+        y, x = torch.arange(w * w, device=table.device) // w, torch.arange(w * w, device=table.device) % w
+        index = (y[:, None] - y + w - 1) * (2 * w - 1) + x[:, None] - x + w - 1
+        bias = table[index].permute(2, 0, 1)[None]
+        if self.shift:
+            i, j = (torch.arange(n, device=table.device) for n in (H, W))
+            i, j = ((t >= n - w).long() + (t >= n - self.shift) for t, n in ((i, H), (j, W)))
+            area = self.windows((i[:, None] * 3 + j)[None, ..., None])[0, ..., 0]  # windows, 16
+            bias = bias - 100.0 * (area[:, None, :] != area[:, :, None])[:, None]
+        return bias
+
+    def windows(self, x):
+        """(B,H,W,C) -> (B, windows, 16, C)"""
+        w = self.window
+        B, H, W, C = x.shape
+        return x.view(B, H // w, w, W // w, w, C).transpose(2, 3).reshape(B, -1, w * w, C)
+
+    def forward(self, x):
+        B, H, W, C = x.shape
+        w, s = self.window, self.shift
+        y = self.attn(self.windows(self.norm1(x).roll((-s, -s), (1, 2))), self.bias(H, W))
+        y = y.view(B, H // w, W // w, w, w, C).transpose(2, 3).reshape(B, H, W, C).roll((s, s), (1, 2))
+        x = x + y
+        return x + self.mlp(self.norm2(x))
+
+
+class Swin(nn.Module):
+    """Two layers of two blocks and a convolution, added with the weight `scale`: (B,C,H,W) -> the same."""
+
+    def __init__(self, width, scale):
+        super().__init__()
+        self.scale = scale
+        self.layers = nn.ModuleList()
+        for _ in range(2):
+            layer = nn.Module()
+            layer.blocks = nn.ModuleList(WindowBlock(width, 768, 4, shift) for shift in (0, 2))
+            layer.conv = nn.Conv2d(width, width, 3, padding=1)
+            self.layers.append(layer)
+
+    def forward(self, x):
+        for layer in self.layers:
+            y = x.permute(0, 2, 3, 1)
+            for block in layer.blocks:
+                y = block(y)
+            x = x + self.scale * F.relu(layer.conv(y.permute(0, 3, 1, 2)))
+        return x
+
+
+class MANIQA(nn.Module):
+    """Scores about 0…1. The mean over the patches of up to 20 crops of 224x224, weighted by an attention of its own.
+
+    scale: the weight of the Swin layers' output, 0.13 in the PIPAL network and 0.8 in the KonIQ-10k one.
+    """
+    unused = (r"vit\.(blocks\.1[01]|norm|head)\.|.*\.downsample\.|.*\.relative_position_index$|.*\.attn_mask$")
+
+    def __init__(self, scale, crops=20):
+        super().__init__()
+        self.crops = crops
+        self.vit = ViT()
+        self.tablock1 = nn.ModuleList(TransposedAttention(784) for _ in range(2))
+        self.conv1, self.swintransformer1 = nn.Conv2d(4 * 768, 768, 1), Swin(768, scale)
+        self.tablock2 = nn.ModuleList(TransposedAttention(784) for _ in range(2))
+        self.conv2, self.swintransformer2 = nn.Conv2d(768, 384, 1), Swin(384, scale)
+        # Index 2 was a dropout.
+        self.fc_score = nn.Sequential(nn.Linear(384, 384), nn.ReLU(), nn.Identity(), nn.Linear(384, 1), nn.ReLU())
+        self.fc_weight = nn.Sequential(nn.Linear(384, 384), nn.ReLU(), nn.Identity(), nn.Linear(384, 1), nn.Sigmoid())
+
+    @classmethod
+    def from_pretrained(cls, data="pipal"):
+        """data: pipal (the tables of super-resolution papers) or koniq."""
+        return load(cls({"pipal": 0.13, "koniq": 0.8}[data]), read(f"maniqa-{data}"), cls.unused)
+
+    def crop(self, x):
+        """(1,3,H,W) -> (crops,3,224,224): row by row on a square grid, cut off after `crops`, so not its last row."""
+        if (short := min(x.shape[-2:])) <= 224:
+            x = F.interpolate(x, scale_factor=225 / short, mode="bilinear", align_corners=False)
+        down, right = ((n - 224) // math.isqrt(self.crops) for n in x.shape[-2:])
+        side = math.ceil(math.sqrt(self.crops))
+        places = [(i * down, j * right) for i in range(side) for j in range(side)][:self.crops]
+        return torch.cat([x[..., i:i + 224, j:j + 224] for i, j in places])
+
+    def patches(self, x):
+        """(B,3,224,224) in [-1,1] -> score and weight of each patch, (B,784) each."""
+        x = self.vit(x).transpose(1, 2)          # B, 3072, 784
+        for block in self.tablock1:
+            x = block(x)
+        x = self.swintransformer1(self.conv1(x.unflatten(2, (28, 28)))).flatten(2)
+        for block in self.tablock2:
+            x = block(x)
+        x = self.swintransformer2(self.conv2(x.unflatten(2, (28, 28))))
+        x = x.flatten(2).transpose(1, 2)         # B, 784, 384
+        return self.fc_score(x).squeeze(2), self.fc_weight(x).squeeze(2)
+
+    def forward(self, x):
+        result = []
+        for image in x.split(1):
+            crops = self.crop(image * 2 - 1).split(4)  # four at a time: 1 GB
+            s, w = (torch.cat(t) for t in zip(*map(self.patches, crops), strict=True))
+            result.append((s * w).sum() / (w.sum() + 1e-8))
+        return torch.stack(result)
+
+
+# --- CLIPIQA ---
+
+class ResNetBlock(nn.Module):
+    """Bottleneck that shrinks by average pooling."""
+
+    def __init__(self, c_in, c, stride):
+        super().__init__()
+        self.stride = stride
+        self.conv1, self.bn1 = nn.Conv2d(c_in, c, 1, bias=False), nn.BatchNorm2d(c)
+        self.conv2, self.bn2 = nn.Conv2d(c, c, 3, padding=1, bias=False), nn.BatchNorm2d(c)
+        self.conv3, self.bn3 = nn.Conv2d(c, 4 * c, 1, bias=False), nn.BatchNorm2d(4 * c)
+        if stride > 1 or c_in != 4 * c:
+            self.downsample = nn.Sequential(nn.Conv2d(c_in, 4 * c, 1, bias=False), nn.BatchNorm2d(4 * c))
+        else:
+            self.downsample = nn.Identity()
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        if self.stride > 1:
+            x, y = F.avg_pool2d(x, self.stride), F.avg_pool2d(y, self.stride)
+        return F.relu(self.bn3(self.conv3(y)) + self.downsample(x))
+
+
+class AttentionPool(nn.Module):
+    """Attention whose only query is the mean: (B,2048,h,w) -> (B,1024). No positions, so any size will do."""
+
+    def __init__(self, width=2048, out=1024, n=32):
+        super().__init__()
+        self.n = n
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
+        self.c_proj = nn.Linear(width, out)
+
+    def forward(self, x):
+        x = x.flatten(2).transpose(1, 2)
+        mean = x.mean(1, keepdim=True)
+        x = torch.cat([mean, x], 1)
+        q, k, v = (heads(t, self.n) for t in (self.q_proj(mean), self.k_proj(x), self.v_proj(x)))
+        return self.c_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1))
+
+
+class ModifiedResNet(nn.Module):
+    """CLIP's RN50 on an image of any size: (B,3,H,W), normalised -> (B,1024)."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32)
+        self.conv2, self.bn2 = nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32)
+        self.conv3, self.bn3 = nn.Conv2d(32, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64)
+        c_in = 64
+        for i, (c, depth) in enumerate(zip((64, 128, 256, 512), (3, 4, 6, 3), strict=True), 1):
+            first = ResNetBlock(c_in, c, 1 if i == 1 else 2)
+            setattr(self, f"layer{i}", nn.Sequential(first, *(ResNetBlock(4 * c, c, 1) for _ in range(depth - 1))))
+            c_in = 4 * c
+        self.attnpool = AttentionPool()
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)
+        return self.attnpool(self.layer4(self.layer3(self.layer2(self.layer1(x)))))
+
+
+# Good and bad by turns, as ids of CLIP's tokenizer without their zero padding: the prompts never change.
+PROMPTS = {
+    "Good image": (49406, 886, 2867, 49407),
+    "bad image": (49406, 2103, 2867, 49407),
+    "Sharp image": (49406, 8157, 2867, 49407),
+    "blurry image": (49406, 21977, 2867, 49407),
+    "sharp edges": (49406, 8157, 20938, 49407),
+    "blurry edges": (49406, 21977, 20938, 49407),
+    "High resolution image": (49406, 1400, 9977, 2867, 49407),
+    "low resolution image": (49406, 1042, 9977, 2867, 49407),
+    "Noise-free image": (49406, 9307, 268, 1139, 2867, 49407),
+    "noisy image": (49406, 33495, 2867, 49407),
+}
+
+
+def text_features(state, n=8):
+    """CLIP's text encoder on the ten prompts, from its state_dict: (10, 1024). Causal, so padding cannot matter."""
+    features = []
+    for ids in PROMPTS.values():
+        x = state["token_embedding.weight"][list(ids)] + state["positional_embedding"][:len(ids)]   # T, 512
+        for i in range(12):
+            w = {k: state[f"transformer.resblocks.{i}.{k}"] for k in (
+                "ln_1.weight", "ln_1.bias", "attn.in_proj_weight", "attn.in_proj_bias", "attn.out_proj.weight",
+                "attn.out_proj.bias", "ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias",
+                "mlp.c_proj.weight", "mlp.c_proj.bias")}
+            y = F.layer_norm(x, x.shape[-1:], w["ln_1.weight"], w["ln_1.bias"])
+            q, k, v = (heads(t, n) for t in F.linear(y, w["attn.in_proj_weight"], w["attn.in_proj_bias"]).chunk(3, -1))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1).flatten(1)
+            x = x + F.linear(y, w["attn.out_proj.weight"], w["attn.out_proj.bias"])
+            y = F.layer_norm(x, x.shape[-1:], w["ln_2.weight"], w["ln_2.bias"])
+            y = F.linear(y, w["mlp.c_fc.weight"], w["mlp.c_fc.bias"])
+            x = x + F.linear(y * torch.sigmoid(1.702 * y), w["mlp.c_proj.weight"], w["mlp.c_proj.bias"])  # QuickGELU
+        x = F.layer_norm(x[-1], x.shape[-1:], state["ln_final.weight"], state["ln_final.bias"])
+        features.append(x @ state["text_projection"])
+    return torch.stack(features)
+
+
+class CLIPIQA(nn.Module):
+    """Scores 0…1: how much nearer to the good than to the bad prompt, the mean over five pairs of prompts."""
+
+    def __init__(self):
+        super().__init__()
+        self.visual = ModifiedResNet()
+        self.register_buffer("text", torch.zeros(1024, 10), persistent=False)  # unit vectors, times the logit scale
+        self.register_buffer("mean", torch.tensor([.48145466, .4578275, .40821073]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([.26862954, .26130258, .27577711]).view(1, 3, 1, 1), persistent=False)
+
+    @classmethod
+    def from_pretrained(cls):
+        return cls().load(read("clip-rn50"))
+
+    def load(self, state):
+        """Take CLIP's whole state_dict in float32; the text encoder is used once, here."""
+        load(self, state, r"(?!visual\.)|visual\.attnpool\.positional_embedding$")
+        with torch.no_grad():
+            self.text.copy_(F.normalize(text_features(state), dim=1).T * state["logit_scale"].exp())
+        return self
+
+    def forward(self, x):
+        image = F.normalize(self.visual((x - self.mean) / self.std), dim=1)
+        return (image @ self.text).unflatten(1, (5, 2)).softmax(2)[..., 0].mean(1)
