@@ -4,11 +4,16 @@
     python eval.py photos/ --out restored --compare    a folder; bicubic enlargements are written beside the results
     python eval.py lr.png --model sana-600m-512 --adapter lora.safetensors --device cuda --prompt "a red brick wall"
     torchrun --nproc_per_node 4 eval.py photos/        the files are split among the ranks
+    python eval.py lr/ --hr hr/ --csv scores.csv --report report.html      restores, then scores against references
+    python eval.py --sr results/ --hr hr/ --metrics all                    scores pictures of any method
 
 Reads every picture format that Pillow decodes, with EXIF orientation applied. Grey pictures come out grey, alpha is
 enlarged (bicubic) and kept, 16 bits become 8, of an animation the first frame is taken. Inputs are never overwritten
 and every result appears whole or not at all. A broken file among many is reported and skipped: the exit code is then 1.
 It needs the packages of requirements.txt; --model embedded needs no download. `python -m weights` lists the models.
+
+Scores are made with metrics/: the reference of a picture is the file of the same name in --hr (the endings and an _x4
+may differ). Without --hr, metrics that need no reference remain. psnr, ssim, lpips and niqe need no download.
 """
 import argparse
 import json
@@ -282,13 +287,62 @@ def describe(row, target):
     return f"{row['image']}  {w}×{h} → {4 * w}×{4 * h}  ms: {stages}  total {row['seconds']:.2f} s{peak}  → {target}"
 
 
+# --- scores ---
+
+def find_pairs(args, jobs):
+    """What is to be scored: Pairs of the results of `jobs`, or of the pictures in --sr, with their partners in --hr.
+    With --sr, the inputs are only shown in the report. Raises SystemExit."""
+    from metrics.score import Pair, partners
+    if args.sr:
+        results = [p for p in find_inputs([args.sr]) if not p.stem.endswith("_x4_bicubic")]  # made by --compare
+        names = [p.name for p in results]
+    else:
+        results, names = [job.target for job in jobs], [job.source.name for job in jobs]
+    try:
+        there = find_inputs([args.hr]) if args.hr else []
+        references = partners(names, args.hr, there) if args.hr else [None] * len(names)
+        if len(there) > len(names):
+            print(f"note: {len(there) - len(names)} of the pictures in {args.hr} have no result", file=sys.stderr)
+        if args.sr:
+            shown = args.inputs and partners(names, " ".join(args.inputs), find_inputs(args.inputs))
+            inputs = shown or [None] * len(names)
+        else:
+            inputs = [job.source for job in jobs]
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    return [Pair(*pair) for pair in zip(names, results, references, inputs, strict=True)]
+
+
+def score(pairs, args):
+    """Scores `pairs`, prints the table and writes --csv and --report. Raises SystemExit."""
+    import weights
+    from metrics.report import write_report
+    from metrics.score import print_table, score, write_csv
+
+    def read_rgb(path):
+        try:
+            return read(path).rgb
+        except Exception as error:  # on broken files the decoders raise anything
+            raise ValueError(f"{path}: not a picture that can be read ({why(error, path)})") from error
+    try:
+        rows = score(pairs, args.metrics, args.protocol, args.device, read_rgb,
+                     lambda x: tqdm(x, desc="scoring", unit="img", disable=None))
+        print_table(rows)
+        if args.csv:
+            write_csv(rows, args.csv)
+        if args.report:
+            write_report(rows, pairs, args.report, read_rgb, args.protocol, note="" if args.sr else str(args.model))
+    except (OSError, ValueError, weights.Unavailable) as error:
+        sys.exit(f"error: {whole(error)}")
+
+
 # --- the command ---
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT", help="pictures and folders of pictures")
+    add("inputs", nargs="*", metavar="INPUT", help="pictures and folders of pictures")
     add("--out", metavar="PATH", help="folder, or file for one input (default: results/<stem>_x4.png)")
     add("--model", default="embedded", metavar="NAME|FOLDER", help="see `python -m weights` (default: embedded)")
     add("--adapter", metavar="PATH", help="LoRA weights, as written by train.py (default: the model's own, if it has "
@@ -305,7 +359,27 @@ def parse(argv=None):
         "(default: 1024; 0: no limit)")
     add("--color-fix", choices=["none", "adain", "wavelet"], default="none", help="colours of the enlarged input")
     add("--compare", action="store_true", help="write the bicubic enlargement beside the result")
+    add = parser.add_argument_group("scores").add_argument
+    add("--hr", metavar="DIR", help="references, matched by file name")
+    add("--sr", metavar="DIR", help="results that exist already: nothing is restored")
+    add("--metrics", metavar="LIST", help="psnr,ssim,lpips,lpips-vgg,dists,niqe,musiq,maniqa,maniqa-koniq,clipiqa or "
+        "all, which leaves out lpips-vgg and maniqa-koniq (default: those without a download)")
+    add("--protocol", choices=["full", "patch"], default="full", help="the whole image or its central 256×256")
+    add("--csv", metavar="FILE", help="scores image by image, and a mean row")
+    add("--report", metavar="FILE.html", help="a page that shows pictures and scores side by side")
     args = parser.parse_args(argv)
+    if not args.inputs and not args.sr:
+        parser.error("name pictures or folders to restore, or --sr DIR to score what exists")
+    args.score = any([args.hr, args.sr, args.metrics, args.csv, args.report])
+    if args.score:
+        from metrics.score import pick
+        try:
+            args.metrics = pick(args.metrics, bool(args.hr))
+        except ValueError as error:
+            parser.error(f"--metrics: {error}")
+    for folder in filter(None, (args.sr, args.hr)):
+        if not Path(folder).exists():
+            parser.error(f"{folder}: no such folder")
     if args.tile is not None and args.tile < 0:
         parser.error(f"--tile must not be negative: {args.tile}")
     if args.timestep is not None and not 0 < args.timestep <= 1000:
@@ -360,7 +434,11 @@ def main(argv=None):
     args.dtype = pick_dtype(args.dtype, args.device)
     torch.manual_seed(args.seed)
     warnings.filterwarnings("ignore", module="PIL")  # on odd files; what matters is raised
+    if args.sr:
+        score(find_pairs(args, []), args)
+        return 0
     jobs = plan(find_inputs(args.inputs), args.out)
+    pairs = find_pairs(args, jobs) if args.score else []
     if ranks > 1:  # only to leave together: torchrun ends the others as soon as one rank fails
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
     model, tagger = load_model(args), None
@@ -368,21 +446,25 @@ def main(argv=None):
         from tagger import open_tagger
         tagger = open_tagger(args.tagger, args.device)
 
-    rows, skipped = [], 0
+    rows, skipped = [], []
     for job in tqdm(jobs[rank::ranks], unit="img", disable=True if len(jobs) == 1 or rank else None):  # None: on a tty
         try:
             rows.append(restore(job, model, args, tagger))
             tqdm.write(describe(rows[-1], job.target))
         except Skipped as reason:
-            skipped += 1
+            skipped.append(job.target)
             tqdm.write(f"error: {job.source}: {reason}", file=sys.stderr)
     if len(jobs) > 1:
-        print(f"{len(rows)} restored, {skipped} skipped" + (f" (rank {rank})" if ranks > 1 else ""))
+        print(f"{len(rows)} restored, {len(skipped)} skipped" + (f" (rank {rank})" if ranks > 1 else ""))
     if ranks > 1:
-        total = torch.tensor(skipped)
-        torch.distributed.all_reduce(total)
+        every = [None] * ranks
+        torch.distributed.all_gather_object(every, skipped)
         torch.distributed.destroy_process_group()
-        skipped = int(total)
+        skipped = sum(every, [])
+    model = None  # scoring needs the memory
+    pairs = [pair for pair in pairs if pair.sr not in skipped]
+    if pairs and rank == 0:
+        score(pairs, args)
     return 1 if skipped else 0
 
 

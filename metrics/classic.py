@@ -61,7 +61,8 @@ class NIQE:
     the distance of their multivariate Gaussian from that of 125 pristine photographs:
     sqrt(d · pinv((C0 + C1) / 2) · dᵀ), d the difference of the means. The model is that of the authors' release.
 
-    x: (B,3,H,W) RGB in [0,1] with at least two 96x96 blocks -> (B,), lower is better, photographs lie around 3…7.
+    x: (B,3,H,W) RGB in [0,1] with at least two 96x96 blocks -> (B,), lower is better, photographs lie around 3…7,
+    a picture of one colour gives NaN.
     """
     block = 96
 
@@ -86,6 +87,8 @@ class NIQE:
     def distance(self, features):
         """The distance of one image's features (blocks, 36) from the model. Flat blocks have NaN among theirs."""
         whole = features[~features.isnan().any(1)]
+        if len(whole) < 2:  # a picture of one colour
+            return features.new_tensor(torch.nan)
         d = self.mu - features.nanmean(0)
         return (d @ torch.linalg.pinv((self.cov + whole.T.cov()) / 2) @ d).sqrt()
 

@@ -1,0 +1,158 @@
+"""Scores folders of pictures: pairs by file name, one protocol, a table, a CSV. eval.py is its command."""
+import csv
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import torch
+
+import weights
+from metrics import ALL, METRICS, load
+
+PATCH = 256  # side of the central crop of the protocol `patch`
+DECIMALS = {"psnr": 3, "niqe": 3, "musiq": 3}  # in tables; 4 for the others, 6 in a CSV
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One picture to score. hr: its reference, lr: what it was made from (for the report); None where there is none."""
+    name: str
+    sr: Path
+    hr: Path | None = None
+    lr: Path | None = None
+
+
+def partners(names, folder, files):
+    """The file of `files` that belongs to each of `names`: of the same name, else of the same stem, with or without
+    the `_x4` that eval.py appends. Raises ValueError that names what is missing or ambiguous."""
+    def stem(name):
+        return Path(name).stem.removesuffix("_x4")
+    by_name, by_stem = {f.name: f for f in files}, {}
+    for f in files:
+        by_stem.setdefault(stem(f.name), []).append(f)
+    found, missing = [], []
+    for name in names:
+        candidates = [by_name[name]] if name in by_name else by_stem.get(stem(name), [])
+        if len(candidates) > 1:
+            raise ValueError(f"{folder}: {name} has several partners: " + ", ".join(f.name for f in candidates))
+        found += candidates
+        missing += [] if candidates else [name]
+    if missing:
+        raise ValueError(f"{folder}: no partner for " + ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+                         + f" ({len(missing)} of {len(names)} pictures; they are matched by file name)")
+    if len(set(found)) < len(found):
+        twice = next(f for f in found if found.count(f) > 1)
+        raise ValueError(f"{folder}: {twice.name} is the partner of several pictures")
+    return found
+
+
+def pick(text, has_reference):
+    """Metric names out of `text`: a comma-separated list, `all`, or None for those that need no download. Without a
+    reference, `all` and None stand for the no-reference metrics. Raises ValueError."""
+    if text in (None, "all"):
+        names = ALL if text else ("psnr", "ssim", "lpips", "niqe")
+        return [n for n in names if has_reference or not METRICS[n].needs_reference]
+    names = list(dict.fromkeys(n.strip().lower() for n in text.split(",") if n.strip()))
+    if unknown := [n for n in names if n not in METRICS]:
+        raise ValueError(f"unknown metric {', '.join(unknown)}; known are {', '.join(METRICS)} and all")
+    if not names:
+        raise ValueError(f"no metric named; known are {', '.join(METRICS)} and all")
+    if not has_reference and (needy := [n for n in names if METRICS[n].needs_reference]):
+        raise ValueError(f"{', '.join(needy)}: these need the references, --hr DIR")
+    return names
+
+
+def crop(image, protocol):
+    """The part of a PIL image that counts: all of it (`full`), or the central 256x256 (`patch`)."""
+    if protocol == "full":
+        return image
+    left, top = (image.width - PATCH) // 2, (image.height - PATCH) // 2
+    return image.crop((left, top, left + PATCH, top + PATCH))
+
+
+def check(pair, sr, hr, protocol):
+    """Raises ValueError where the two PIL images of a pair cannot be compared."""
+    if hr and sr.size != hr.size:
+        raise ValueError(f"{pair.sr} is {sr.width}×{sr.height} but its reference {pair.hr} is {hr.width}×{hr.height}")
+    if protocol == "patch" and min(sr.size) < PATCH:
+        raise ValueError(f"{pair.sr} is {sr.width}×{sr.height}, too small for --protocol patch ({PATCH}×{PATCH})")
+
+
+def score(pairs, names, protocol, device, read, progress=iter):
+    """The metrics `names` of every pair: a list of {"image": name, metric: float, …}, in the order of `pairs`.
+
+    read(path) -> PIL image in RGB. progress: wraps the iteration, as tqdm does. A metric whose weights cannot be had
+    is left out with a line on stderr. Raises ValueError for pairs that do not fit, weights.Unavailable where no metric
+    is left.
+    """
+    functions, reason = {}, None
+    for name in names:
+        try:
+            functions[name] = load(name, device)
+        except weights.Unavailable as error:
+            reason = error
+            print(f"skipped {name}: {error}", file=sys.stderr)
+    if not functions:
+        raise reason
+    rows = []
+    for pair in progress(pairs):
+        sr, hr = read(pair.sr), read(pair.hr) if pair.hr else None
+        check(pair, sr, hr, protocol)
+        x, y = (torch.from_numpy(np.array(crop(t, protocol))).permute(2, 0, 1)[None].float() / 255 if t else None
+                for t in (sr, hr))
+        row = {"image": pair.name}
+        for name, function in functions.items():
+            try:
+                row[name] = function(x, y).item()
+            except ValueError as error:
+                raise ValueError(f"{pair.sr}: {error}") from error
+        rows.append(row)
+    return rows
+
+
+def mean(rows):
+    """The mean row: of each metric the mean over the images."""
+    return {"image": "mean"} | {n: fmean(r[n] for r in rows) for n in list(rows[0])[1:]}
+
+
+def shown(name, value):
+    return f"{value:.{DECIMALS.get(name, 4)}f}"
+
+
+def print_table(rows):
+    """Image by image and the mean. Arrows say which way is better."""
+    names = list(rows[0])[1:]
+    head = [n + (" ↑" if METRICS[n].better == "higher" else " ↓") for n in names]
+    body = [[r["image"], *(shown(n, r[n]) for n in names)] for r in [*rows, mean(rows)]]
+    wide = max(len(r[0]) for r in body)
+    widths = [max(len(h), *(len(r[i]) for r in body)) for i, h in enumerate(head, 1)]
+    rule = "-" * (wide + sum(w + 2 for w in widths))
+    for line in [["", *head], None, *body[:-1], None, body[-1]]:
+        print(rule if line is None else
+              line[0].ljust(wide) + "".join("  " + cell.rjust(w) for cell, w in zip(line[1:], widths, strict=True)))
+
+
+def atomically(path, text):
+    """Writes a text file whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        partial.write_text(text, "utf-8", newline="")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_csv(rows, path):
+    """image, metrics with 6 decimals; the last row is the mean."""
+    class Lines(list):
+        write = list.append
+    lines = Lines()
+    table = csv.writer(lines, lineterminator="\n")
+    table.writerow(rows[0])
+    table.writerows([r["image"], *(f"{v:.6f}" for v in list(r.values())[1:])] for r in [*rows, mean(rows)])
+    atomically(path, "".join(lines))

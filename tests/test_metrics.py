@@ -1,0 +1,385 @@
+"""The metrics against pyiqa's scores: of synthetic pictures under seeded weights, and, where the data is there, against
+the numbers that OSEDiff's authors published for RealSR (SANASR_DATA; the VGG16 trunk comes from SANASR_ORACLE)."""
+import csv
+import json
+import math
+import re
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval as evaluation
+import metrics
+import weights
+from conftest import external
+from metrics import iqa, report, score
+from metrics.classic import NIQE, psnr, ssim
+from metrics.perceptual import DISTS, LPIPS, moments
+
+GOLDENS = json.loads((Path(__file__).parent / "data/metrics/goldens.json").read_text())
+SIZES = {"syn_a": (224, 256), "syn_b": (200, 312)}
+TABLE = re.compile(r".*(token_embedding\.weight|positional_embedding|pos_embed|position_emb|scale_emb|cls|cls_token|"
+                   r"relative_position_bias_table)$")
+
+
+def draw(key, shape, gain=1.0):
+    """The seeded weight of a reference key: norms near 1, biases and tables small, the rest scaled by fan-in."""
+    generator = torch.Generator().manual_seed(crc32(key.encode()))
+    if key == "logit_scale":
+        return torch.tensor(math.log(100.0))
+    if key.endswith("running_var"):
+        return 1 + 0.1 * torch.rand(shape, generator=generator)
+    r = torch.randn(shape, generator=generator)
+    if key in ("alpha", "beta"):
+        return 0.1 + 0.01 * r
+    if key.startswith("lin"):
+        return r.abs() / math.sqrt(shape[1])
+    if len(shape) <= 1:
+        return 1 + 0.1 * r if key.endswith(".weight") else 0.02 * r
+    return 0.02 * r if TABLE.match(key) else gain * r / math.sqrt(math.prod(shape[1:]))
+
+
+def seed(model):
+    """A state_dict for `model`, whose keys are the reference's."""
+    return {k: draw(k, v.shape) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+
+
+def perceptual_state(model):
+    """The same for LPIPS and DISTS, whose state_dict has names of its own."""
+    state = {}
+    for k, v in model.state_dict().items():
+        if k.startswith("heads."):
+            state[f"lin{k[6]}.weight"] = draw(f"lin{k[6]}.model.1.weight", v.shape)
+        else:
+            state[k.removeprefix("net.")] = draw(k.removeprefix("net."), v.shape, gain=math.sqrt(2))
+    return state
+
+
+def pair(name):
+    """A synthetic reference and a distorted version, (1,3,H,W) in [0,1], by integer arithmetic."""
+    h, w = SIZES[name]
+    y, x = torch.arange(h).view(-1, 1), torch.arange(w).view(1, -1)
+    disc = ((x - w // 2) ** 2 + (y - h // 3) ** 2 < (min(h, w) // 4) ** 2).long()
+    reference = torch.stack([
+        (x * (c + 2) + y * (4 - c)) * 96 // (w + h) + disc * (90 - 40 * c)
+        + ((x ^ y) & 31) + ((x * x + 3 * y * (c + 1)) >> 4) % 17 for c in range(3)]).clamp(0, 255)[None]
+    padded = torch.nn.functional.pad(reference.double(), (1, 1, 1, 1), mode="replicate").long()
+    blurred = sum(padded[..., i:i + h, j:j + w] for i in range(3) for j in range(3)) // 9
+    distorted = (blurred // 6 * 6 + (x * 7 + y * 13) % 11 - 5).clamp(0, 255)
+    return reference.float() / 255, distorted.float() / 255
+
+
+def probe(x, n=256):
+    """n evenly spaced elements."""
+    x = x.flatten()
+    return x[(torch.arange(n) * (x.numel() - 1)) // (n - 1)]
+
+
+def relative(a, b):
+    b = torch.as_tensor(b)
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def vgg(monkeypatch, tmp_path):
+    """VGG16's real trunk in float16, where the oracle is there."""
+    path = external("SANASR_ORACLE", "metrics", "weights", "lpips_vgg_fp16.safetensors")
+    (tmp_path / "vgg16.safetensors").symlink_to(path)
+    monkeypatch.setenv("SANASR_WEIGHTS", str(tmp_path))
+
+
+# --- against the reference ---
+
+@pytest.mark.parametrize("name", SIZES)
+def test_classic(name):
+    hr, sr = pair(name)
+    golden = GOLDENS[f"classic.{name}"]
+    niqe = NIQE()
+    assert psnr(sr, hr).item() == pytest.approx(golden["psnr_y"], abs=1e-5)
+    assert ssim(sr, hr).item() == pytest.approx(golden["ssim_y"], abs=1e-5)
+    assert niqe(hr).item() == pytest.approx(golden["niqe_ref"], abs=1e-4)
+    assert niqe(sr).item() == pytest.approx(golden["niqe_dist"], abs=1e-4)
+
+
+@pytest.mark.parametrize("net", ["alex", "vgg"])
+def test_lpips_seeded(net):
+    model = LPIPS(net)
+    model.load(perceptual_state(model))
+    for name in SIZES:
+        hr, sr = pair(name)
+        assert model.per_layer(sr * 2 - 1, hr * 2 - 1)[0].tolist() == pytest.approx(
+            GOLDENS[f"lpips.{net}.seeded.{name}"], rel=1e-4, abs=1e-7)
+
+
+def test_lpips_alex_embedded():
+    score_ = metrics.load("lpips")
+    for name in SIZES:
+        hr, sr = pair(name)
+        assert score_(sr, hr).item() == pytest.approx(sum(GOLDENS[f"lpips.alex.official.{name}"]), abs=5e-5)  # fp16
+
+
+def test_dists_seeded():
+    model = DISTS()
+    model.load(perceptual_state(model))
+    hr, sr = pair("syn_a")
+    assert model(sr, hr).item() == pytest.approx(GOLDENS["dists.seeded.syn_a"], abs=1e-5)
+
+
+def test_vgg_metrics_with_the_real_trunk(vgg):
+    hr, sr = pair("syn_a")
+    assert metrics.load("lpips-vgg")(sr, hr).item() == pytest.approx(sum(GOLDENS["lpips.vgg.official.syn_a"]), abs=1e-4)
+    assert metrics.load("dists")(sr, hr).item() == pytest.approx(GOLDENS["dists.official.syn_a"], abs=1e-4)
+
+
+def batch_equals_single(model):
+    x = torch.cat(pair("syn_a"))[..., :96, :128]
+    assert model(x).tolist() == pytest.approx([model(t).item() for t in x.split(1)], abs=1e-5)
+
+
+def test_musiq():
+    model = iqa.MUSIQ()
+    iqa.load(model, seed(model), r"$.")
+    for name in SIZES:  # 200x312 is no multiple of the patches
+        assert model(pair(name)[1]).item() == pytest.approx(GOLDENS[f"musiq.{name}.dist"], abs=1e-4)
+    batch_equals_single(model)
+
+
+def test_clipiqa():
+    model = iqa.CLIPIQA()
+    state = seed(model)
+    text = {"token_embedding.weight": (49408, 512), "positional_embedding": (77, 512), "text_projection": (512, 1024),
+            "ln_final.weight": (512,), "ln_final.bias": (512,), "logit_scale": (),
+            "visual.attnpool.positional_embedding": (50, 2048)}
+    for i in range(12):
+        text |= {f"transformer.resblocks.{i}.{k}": shape for k, shape in {
+            "attn.in_proj_weight": (1536, 512), "attn.in_proj_bias": (1536,), "attn.out_proj.weight": (512, 512),
+            "attn.out_proj.bias": (512,), "ln_1.weight": (512,), "ln_1.bias": (512,), "mlp.c_fc.weight": (2048, 512),
+            "mlp.c_fc.bias": (2048,), "mlp.c_proj.weight": (512, 2048), "mlp.c_proj.bias": (512,),
+            "ln_2.weight": (512,), "ln_2.bias": (512,)}.items()}
+    model.load(state | {k: draw(k, shape) for k, shape in text.items()})
+    for name in SIZES:
+        assert model(pair(name)[1]).item() == pytest.approx(GOLDENS[f"clipiqa.{name}.dist"], abs=1e-4)
+    batch_equals_single(model)
+
+
+def test_maniqa_crops():
+    model = iqa.MANIQA.__new__(iqa.MANIQA)
+    torch.nn.Module.__init__(model)
+    model.crops = 20
+    crops = model.crop(pair("syn_a")[1] * 2 - 1)
+    assert crops.shape == (20, 3, 224, 224)
+    assert relative(probe(crops), GOLDENS["maniqa.syn_a.dist.crops20"]) < 1e-5
+
+
+@pytest.mark.slow
+def test_maniqa():
+    """Under seeded weights the logits of the second pair of channel attentions reach 25 000: the softmax is an argmax,
+    and float64 itself stands 5 % off the float32 reference. So the first stage, which has the same layers, is held to
+    1e-4 and the score only to 2 %."""
+    model = iqa.MANIQA(0.8, crops=1)
+    state = seed(model)
+    iqa.load(model, state, model.unused)
+    seen = {}
+    model.vit.blocks[9].register_forward_hook(lambda m, i, o: seen.update(vit_block9=o))
+    model.tablock1[1].register_forward_hook(lambda m, i, o: seen.update(tablock1=o))
+    model.swintransformer1.register_forward_hook(lambda m, i, o: seen.update(swin1=o))
+    result = model(pair("syn_a")[0]).item()
+    for name, value in seen.items():
+        assert relative(probe(value), GOLDENS[f"maniqa.syn_a.ref.{name}"]) < 1e-4, name
+    assert result == pytest.approx(GOLDENS["maniqa.syn_a.ref.score"], rel=0.02)
+    for stage in (model.swintransformer1, model.swintransformer2):
+        stage.scale = 0.13
+    assert model(pair("syn_a")[1]).item() == pytest.approx(GOLDENS["maniqa.syn_a.dist.pipal"], rel=0.02)
+
+
+def published(names, count=None):
+    """Yields (name, score, published score) for OSEDiff's pictures of RealSR."""
+    folder = external("SANASR_DATA", "realsr")
+    with open(folder / "osediff_published.csv") as f:
+        table = {row["image"]: row for row in csv.DictReader(f)}
+    functions = {n: metrics.load(n) for n in names}
+    for image in list(table)[:count]:
+        sr, hr = (torch.from_numpy(np.array(Image.open(folder / d / image).convert("RGB"))).permute(2, 0, 1)[None] / 255
+                  for d in ("osediff", "hr"))
+        for n, f in functions.items():
+            yield n, f(sr, hr).item(), float(table[image][n])
+
+
+TOLERANCE = {"psnr": 0.001, "ssim": 0.0002, "lpips": 0.001, "dists": 0.001, "niqe": 0.02}
+
+
+def test_published_numbers_of_two_images():
+    for name, ours, theirs in published(["psnr", "ssim", "lpips", "niqe"], 2):
+        assert ours == pytest.approx(theirs, abs=TOLERANCE[name]), name
+
+
+@pytest.mark.slow
+def test_published_numbers(vgg):
+    error = {n: [] for n in TOLERANCE}
+    for name, ours, theirs in published(list(TOLERANCE)):
+        error[name].append(ours - theirs)
+    for name, e in error.items():
+        assert len(e) == 100
+        assert max(map(abs, e)) < TOLERANCE[name], name
+    assert abs(sum(error["niqe"]) / 100) < 0.002
+
+
+# --- properties ---
+
+def test_batches_equal_single_images():
+    sr, hr = torch.cat([*pair("syn_a")]), torch.cat([*pair("syn_a")[::-1]]) * 0.9
+    for name in ("psnr", "ssim", "lpips", "niqe"):
+        function = metrics.load(name)
+        single = [function(sr[i:i + 1], hr[i:i + 1]).item() for i in range(2)]
+        assert function(sr, hr).tolist() == pytest.approx(single, rel=1e-5), name
+
+
+def test_equal_images():
+    x = pair("syn_a")[0]
+    assert psnr(x, x).item() == pytest.approx(80)
+    assert ssim(x, x).item() == pytest.approx(1)
+    assert metrics.load("lpips")(x, x).item() == 0
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.3])
+def test_lpips_is_a_loss(value):
+    """Finite gradients for flat images, which have positions where all features vanish; inputs unchanged."""
+    model = LPIPS.from_pretrained("alex")
+    assert not any(p.requires_grad for p in model.parameters())
+    with torch.enable_grad():
+        x = torch.full((2, 3, 64, 64), value, requires_grad=True)
+        y = torch.linspace(-1, 1, 64).expand(2, 3, 64, 64)
+        loss = model(x, y)
+        loss.sum().backward()
+    assert loss.shape == (2,) and x.grad.isfinite().all() and x.grad.abs().sum() > 0
+    assert torch.equal(x.detach(), torch.full_like(x, value))
+    with torch.enable_grad():  # and they are right: central differences along one direction
+        x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)).double().requires_grad_()
+        model, y = model.double(), torch.zeros_like(x)
+        (gradient,) = torch.autograd.grad(model(x, y).sum(), x)
+    step = 1e-6 * gradient.sign()
+    slope = (model(x + step, y) - model(x - step, y)).item() / 2e-6
+    assert slope == pytest.approx(gradient.abs().sum().item(), rel=1e-3)
+
+
+def test_moments():
+    x, y = torch.rand(2, 4, 50, 33), torch.rand(2, 4, 50, 33)
+    mx, my, vx, vy, cov = moments(x, y)
+    assert torch.allclose(mx, x.mean((2, 3))) and torch.allclose(my, y.mean((2, 3)))
+    assert torch.allclose(vx, x.var((2, 3), correction=0)) and torch.allclose(vy, y.var((2, 3), correction=0))
+    assert torch.allclose(cov, (x * y).mean((2, 3)) - mx * my, atol=1e-6)
+
+
+def test_niqe_of_odd_images():
+    with pytest.raises(ValueError, match="two blocks"):
+        NIQE()(torch.rand(1, 3, 100, 100))
+    assert NIQE()(torch.full((1, 3, 192, 192), 0.5)).isnan().all()
+
+
+def test_unavailable_weights_are_skipped(monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("SANASR_WEIGHTS", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *a, **k: None)
+    pictures(tmp_path / "sr", 1)
+    pairs = [score.Pair("0.png", tmp_path / "sr/0.png")]
+    rows = score.score(pairs, ["musiq", "niqe"], "full", "cpu", Image.open)
+    assert list(rows[0]) == ["image", "niqe"]
+    assert "skipped musiq" in (said := capsys.readouterr().err) and "musiq-koniq.pth" in said and said.count("\n") == 1
+    with pytest.raises(weights.Unavailable):
+        score.score(pairs, ["musiq"], "full", "cpu", Image.open)
+
+
+# --- folders ---
+
+def pictures(folder, count, size=(256, 192), noise=0, suffix=".png"):
+    """`count` pictures of diagonal waves; picture i has noise of i times `noise`."""
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    waves = np.add.outer(np.arange(size[1]), np.arange(size[0])) % 64 * 3 + 20
+    for i in range(count):
+        x = waves[..., None].repeat(3, 2) + rng.normal(0, 1 + i * noise, (size[1], size[0], 3))
+        Image.fromarray(x.clip(0, 255).astype(np.uint8)).save(folder / f"{i}{suffix}")
+
+
+def test_eval_scores_folders(tmp_path, capsys):
+    pictures(tmp_path / "hr", 3)
+    pictures(tmp_path / "sr", 3, noise=20, suffix="_x4.png")
+    pictures(tmp_path / "lr", 3, size=(64, 48), suffix=".bmp")
+    out = tmp_path / "made/scores.csv"
+    assert evaluation.main([str(tmp_path / "lr"), "--sr", str(tmp_path / "sr"), "--hr", str(tmp_path / "hr"),
+                            "--metrics", "psnr,ssim,niqe", "--csv", str(out), "--report", str(tmp_path / "r.html"),
+                            "--device", "cpu"]) == 0
+    with open(out) as f:
+        rows = list(csv.DictReader(f))
+    assert [r["image"] for r in rows] == ["0_x4.png", "1_x4.png", "2_x4.png", "mean"]
+    values = [float(r["psnr"]) for r in rows]
+    assert values[0] > values[1] > values[2] and values[3] == pytest.approx(sum(values[:3]) / 3, abs=1e-5)
+    table = capsys.readouterr().out
+    assert "psnr ↑" in table and "niqe ↓" in table and f"{values[3]:.3f}" in table
+    page = (tmp_path / "r.html").read_text()
+    assert page.count("data:image/webp") == 9 and "http" not in page and "src=\"/" not in page
+    assert page.index("<h2>2_x4.png") < page.index("<h2>1_x4.png") < page.index("<h2>0_x4.png")  # worst first
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_report_escapes_names(tmp_path):
+    pictures(tmp_path, 1)
+    pairs = [score.Pair("<b>&.png", tmp_path / "0.png")]
+    report.write_report([{"image": "<b>&.png", "niqe": 3.0}], pairs, tmp_path / "r.html", Image.open, note="<i>")
+    page = (tmp_path / "r.html").read_text()
+    assert "<b>" not in page and "&lt;b&gt;&amp;.png" in page and "<i>" not in page
+
+
+@pytest.mark.parametrize(("argv", "said"), [
+    (["--sr", "sr", "--hr", "few"], "no partner for 1.png"),
+    (["--sr", "sr", "--hr", "empty"], "no pictures in this folder"),
+    (["--sr", "empty", "--hr", "sr"], "no pictures in this folder"),
+    (["--sr", "sr", "--hr", "large"], "sr/0.png is 256×192 but its reference large/0.png is 300×300"),
+    (["--sr", "sr", "--hr", "sr", "--protocol", "patch"], "too small for --protocol patch"),
+    (["--sr", "sr", "--metrics", "lpips"], "need the references"),
+    (["--sr", "sr", "--metrics", "beauty"], "unknown metric beauty"),
+    (["--sr", "nowhere", "--hr", "sr"], "nowhere: no such folder"),
+    (["--sr", "tiny"], "two blocks"),
+])
+def test_eval_errors_are_one_line(tmp_path, monkeypatch, capsys, argv, said):
+    monkeypatch.chdir(tmp_path)
+    pictures(Path("sr"), 2)
+    pictures(Path("few"), 1)
+    pictures(Path("large"), 2, size=(300, 300))
+    pictures(Path("tiny"), 1, size=(80, 80))
+    Path("empty").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([*argv, "--device", "cpu"])
+    message = str(stop.value.code) if isinstance(stop.value.code, str) else capsys.readouterr().err.splitlines()[-1]
+    assert "error: " in message and said in message and "\n" not in message
+
+
+def test_patch_is_the_central_crop(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+    cropped = score.crop(Image.fromarray(noise), "patch")
+    assert np.array_equal(cropped, noise[22:278, 72:328])
+
+
+def test_partners():
+    files = [Path("hr/a.jpg"), Path("hr/b.png"), Path("hr/b.jpg")]
+    assert score.partners(["a_x4.png", "b.png"], "hr", files) == files[:2]
+    with pytest.raises(ValueError, match="several partners"):
+        score.partners(["b_x4.png"], "hr", files)
+    with pytest.raises(ValueError, match="partner of several"):
+        score.partners(["a.png", "a_x4.png"], "hr", files)
+
+
+def test_every_metric_is_described():
+    assert set(metrics.ALL) <= set(metrics.METRICS)
+    assert all(m.better in ("higher", "lower") and m.range for m in metrics.METRICS.values())
+    assert score.pick("all", has_reference=False) == ["niqe", "musiq", "maniqa", "clipiqa"]
