@@ -79,11 +79,16 @@ def check(condition, message):
         raise ValueError(message())
 
 
+def autocast_is_on(tensor):
+    kind = tensor.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # not available: "meta"
+
+
 def check_same(first, **others):
     """Raise ValueError unless the tensors in others (None is skipped) have first's dtype, which must be a floating one,
     and device. Under autocast dtypes may differ, as they may for torch's own operators."""
     check(first.is_floating_point(), lambda: f"need a floating dtype, got {first.dtype}")
-    mixed = torch.is_autocast_enabled(first.device.type)
+    mixed = autocast_is_on(first)
     for name, t in others.items():
         if t is not None:
             check(mixed or t.dtype == first.dtype, lambda: f"{name} is {t.dtype}, the first argument {first.dtype}")  # noqa: B023

@@ -27,28 +27,30 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from kernels.dispatch import INTERPRET, check, check_same, jit, tl, triton, use_triton
+from kernels.dispatch import INTERPRET, autocast_is_on, check, check_same, jit, tl, triton, use_triton
 
 # --- reference: the specification -------------------------------------------------------------------------------------
 
 
 def linear_attention_reference(q, k, v, eps=1e-15):
     """linear_attention in PyTorch, with sums and division in float32 (float64 for float64)."""
+    if autocast_is_on(q):  # it would take the products to half precision
+        with torch.autocast(q.device.type, enabled=False):
+            return linear_attention_reference(q, k, v, eps)
     dtype = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
-        q_, k_, v_ = (t.transpose(1, 2) for t in (q, k, v))  # B heads N d
-        q_, k_, v_ = F.relu(q_).to(dtype), F.relu(k_).to(dtype), v_.to(dtype)
-        kv = k_.transpose(-1, -2) @ v_  # B heads d d
-        z = k_.sum(dim=-2).unsqueeze(-1)  # B heads d 1
-        out = q_ @ torch.cat([kv, z], dim=-1)  # B heads N d+1: numerator and denominator in one product
-        return (out[..., :-1] / (out[..., -1:] + eps)).transpose(1, 2).to(q.dtype)
+    q_, k_, v_ = (t.transpose(1, 2) for t in (q, k, v))  # B heads N d
+    q_, k_, v_ = F.relu(q_).to(dtype), F.relu(k_).to(dtype), v_.to(dtype)
+    kv = k_.transpose(-1, -2) @ v_  # B heads d d
+    z = k_.sum(dim=-2).unsqueeze(-1)  # B heads d 1
+    out = q_ @ torch.cat([kv, z], dim=-1)  # B heads N d+1: numerator and denominator in one product
+    return (out[..., :-1] / (out[..., -1:] + eps)).transpose(1, 2).to(q.dtype)
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
 
 SIZES = (16, 32, 64)
-# (tokens in a tile, warps) by head size and bytes of a value: the largest tiles of which no kernel spills registers on
-# sm_80, 89 or 90; float32 pays its dot products in registers.
+# (tokens in a tile, warps) by head size and bytes of a value: the largest tiles with which no kernel spills registers on
+# sm_80, 89 or 90. _backward_query holds twice what the others do, and takes half a tile and two stages of loads.
 CONFIG = {(16, 2): (64, 4), (32, 2): (64, 4), (64, 2): (32, 4), (16, 4): (32, 4), (32, 4): (64, 8), (64, 4): (32, 8)}
 PROGRAMS = 384  # aimed at: one wave of three on each SM of a large GPU. A constant: all cards sum in the same order
 MAX_STATES = 4  # more partial states than this are added once, by torch, rather than by each program that reads them
@@ -63,8 +65,8 @@ def spans(B, N, heads, block):
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
-# Program (s, h, b) owns the tokens [s * tokens, (s + 1) * tokens) of head h in picture b. PRECISION is that of
-# products with a float32 operand: "ieee" for float32 inputs, "tf32" for half ones: it holds these exactly and the state to 11 bits.
+# Program (s, h, b) owns the tokens [s * tokens, (s + 1) * tokens) of head h in picture b. PRECISION is that of products
+# with a float32 operand: "ieee" for float32 inputs; "tf32" for half ones, held exactly by it (the state to 11 bits).
 
 
 @jit
@@ -221,6 +223,10 @@ def _plan(q):
     return *spans(B, N, heads, block), dict(D=d, BLOCK=block, PRECISION=precision, num_warps=warps)
 
 
+def _half_tile(constants):
+    return {**constants, "BLOCK": constants["BLOCK"] // 2, "num_stages": 2}
+
+
 def _dot_dtype(dtype):
     """What K and V are multiplied in. The interpreter multiplies bf16 wrongly, without a word."""
     return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype if not INTERPRET else None, tl.float32)
@@ -257,8 +263,9 @@ class _LinearAttention(torch.autograd.Function):
         dstate = torch.empty(S, B, heads, d + 1, d, dtype=torch.float32, device=q.device)
         dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
         _backward_query[grid](
-            q, g, state, dq, dstate, N, tokens, state.shape[0], B, heads, ctx.eps, *q.stride(), *g.stride(), **constants
-        )
+            q, g, state, dq, dstate, N, tokens, state.shape[0], B, heads, ctx.eps, *q.stride(), *g.stride(),
+            **_half_tile(constants),
+        )  # fmt: skip
         dstate = _few(dstate)
         _backward_key_value[grid](
             k, v, dstate, dk, dv, N, tokens, dstate.shape[0], B, heads, *k.stride(), *v.stride(), **constants
@@ -290,5 +297,6 @@ def linear_attention(q, k, v, eps=1e-15, backend=None):
     elif q.numel() == 0:
         obstacle = f"q is empty, {tuple(q.shape)}"
     if use_triton(q, backend, obstacle):
-        return _LinearAttention.apply(q, k, v, eps)
+        with torch.cuda.device(q.get_device()):  # Triton launches on the current device
+            return _LinearAttention.apply(q, k, v, eps)
     return linear_attention_reference(q, k, v, eps)

@@ -6,20 +6,21 @@
     Y = A SiLU(G)                B, N, H
     out = Y W2^T (+ b2)          B, N, C     the 1x1 project                cuBLAS
 
-Eager PyTorch reads and writes 2H for E, 2H for the convolution, H for SiLU(G) and H for Y: 12 H values a token. The
+Eager PyTorch moves 4 H values a token for E, 4 H for the convolution, 2 H for SiLU(G) and 3 H for Y, 13 H in all. The
 kernel reads U and writes Y: 3 H. In training it keeps U alone, where autograd keeps U, E, A, G and SiLU(G).
 
 Every program slides down a strip of COLS columns and keeps in registers, for the row above and the current one, what
 the rows read so far add to the convolution. So a value of U is read from cache, and its SiLU taken, once for each strip
 that touches it: (COLS + 2) / COLS * (rows + 2) / rows times, 1.6 for tall strips, instead of nine times.
 
-By design 3 H values move a token. Special functions (exponential, reciprocal; 16 a cycle on an SM) are 8.4 H: on an
-H200 these, not its memory, are the limit in half precision, at about 60 % of the copy rate; on an RTX 4090, with a
-quarter of the memory rate, the memory is. A separate pass for the first SiLU would move 4 H more, the slower on both.
+Special functions (exponential, reciprocal; 16 a cycle on an SM) are 8.4 H a token. By these counts they, and not the
+memory, are an H200's limit in half precision, at about 60 % of its copy rate; an RTX 4090, with a quarter of the memory
+rate, is bound by that. A separate pass for the first SiLU would move 4 H values more, the slower on both.
 
-What stays outside, by the same counts: a matrix product with SiLU in its epilogue would save the special functions and
-lose as much where it runs at under 80 % of cuBLAS; the AdaLN modulation belongs to the LayerNorm's pass, which has to
-write its result anyway; the gated residual after is one torch.addcmul, 7 KB a token beside the 41 KB of the whole.
+What stays outside, by the same counts: a matrix product with SiLU in its epilogue would save at most an eighth of its
+own time on an H200, nothing on an RTX 4090, and loses more where it runs at under 88 % of cuBLAS; the AdaLN modulation
+belongs to the LayerNorm's pass, which has to write its result anyway; the gated residual after is one torch.addcmul,
+7 KB a token beside the 39 KB of the whole.
 
 fp32, fp16, bf16; float64 runs the reference. Arithmetic is float32, gradients of weights are added in a fixed order.
 Check and measure: python -m kernels.bench --op mix_ffn
@@ -308,7 +309,8 @@ def _depthwise_gate(u, height, width, depth_weight, depth_bias, backend, inplace
     elif B == 0:
         obstacle = f"u is empty, {tuple(u.shape)}"
     if use_triton(u, backend, obstacle):
-        return _DepthwiseGate.apply(u, depth_weight, depth_bias, height, width)
+        with torch.cuda.device(u.get_device()):  # Triton launches on the current device
+            return _DepthwiseGate.apply(u, depth_weight, depth_bias, height, width)
     return depthwise_gate_reference(u, height, width, depth_weight, depth_bias, inplace)
 
 

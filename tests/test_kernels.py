@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.torch_version import TorchVersion as Version
 
 import kernels
 from kernels.dispatch import INTERPRET, device_obstacle
@@ -51,6 +53,13 @@ def test_linear_attention_ignores_autocast():
     plain = kernels.linear_attention(q, k, v, backend="torch")
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(kernels.linear_attention(q, k, v, backend="torch"), plain)
+
+
+def test_shapes_on_the_meta_device():
+    q = torch.empty(1, 6, 2, 32, device="meta", dtype=torch.bfloat16)
+    assert kernels.linear_attention(q, q, q).shape == q.shape
+    x, weights = torch.empty(1, 6, 4, device="meta"), [w.to("meta") for w in ffn_weights(4, 4)]
+    assert kernels.mix_ffn(x, 2, 3, *weights).shape == x.shape
 
 
 def test_mix_ffn_is_the_official_convolutions():
@@ -148,9 +157,26 @@ def test_the_reason_is_said_once_and_only_where_it_matters(choice, lines):
     assert done.stderr.count("kernels: PyTorch, since ") == lines, done.stderr
 
 
+def test_bench_counts_and_checks(capsys, monkeypatch):
+    from kernels import bench
+
+    ((moved, flop),) = bench.LinearAttention.operations(2, 4, 3, 0, 0, 2, backward=False)
+    assert moved == 4 * 2 * 16 * 3 * 32 * 2 and flop == 2 * 2 * (2 * 16 * 3 * 32 * 32)
+    bench.check(bench.OPS, torch.float32, "cpu", "torch")
+    assert capsys.readouterr().out.count(" ok") == 3
+    monkeypatch.setitem(bench.TOLERANCE, torch.float32, 1e-9)
+    with pytest.raises(SystemExit):
+        bench.check(["linear_attention"], torch.float32, "cpu", "torch")
+    assert "FAILED" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_triton_kernels_under_the_interpreter():
     """Triton chooses its interpreter when it is imported, hence the second process."""
+    import triton
+
+    if Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4"):
+        pytest.skip("the interpreter of Triton 3.6 needs NumPy below 2.4")
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "tests/test_kernels_triton.py"]
     env = {**os.environ, "TRITON_INTERPRET": "1", "SANASR_KERNELS": "auto"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)

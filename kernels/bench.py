@@ -1,0 +1,302 @@
+"""Check the kernels against float64, then measure them at this project's sizes.
+
+    python -m kernels.bench [--op linear_attention|depthwise_gate|mix_ffn] [--dtype bf16|fp16|fp32] [--json FILE]
+
+On a GPU: milliseconds at the 20th, 50th and 80th percentile for eager PyTorch, torch.compile and Triton, each replayed
+from a CUDA graph with inputs as warm as the L2 cache keeps them; the rates, and what part they are of this card's own
+copy (at the same number of bytes) and matrix product; the peak of memory beyond the inputs. About 15 minutes for all,
+most of it compiling. On a CPU: the PyTorch fallback alone, batch 1, up to 4096 tokens, in about a minute.
+
+MB, GFLOP and the floors are counted, not measured: what the kernels must move, each input read and each result written
+once, and for each operation the longer of its bytes and its matrix products at the rates of CARDS, those of bf16.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from statistics import quantiles
+
+import torch
+
+import kernels
+from kernels.dispatch import device_obstacle, triton
+from kernels.linear_attention import linear_attention_reference
+from kernels.mix_ffn import depthwise_gate_reference
+
+CARDS = {"H200": (4.3e12, 790e12), "4090": (1.0e12, 165e12)}  # bytes/s and bf16 FLOP/s, for the floors
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+CPU_TOKENS = 4096  # the largest case that is timed on a CPU
+
+# (where, batch, height = width in tokens, heads, C, H). SANA's LinearDiT at 512 to 4096 px; the DC-AE's EfficientViT
+# blocks at 512 px, whose multi-scale attention has twice the heads of C / 32.
+SIZES = [(f"DiT {32 * s}px", b, s, 36, 1152, 2880) for b in (1, 8) for s in (16, 32, 64, 128)]
+VIT = ((512, 64), (1024, 32), (1024, 16))
+SIZES += [(f"DC-AE {C}x{s}x{s}", b, s, C // 16, C, 4 * C) for b in (1, 8) for C, s in VIT]
+
+
+class LinearAttention:
+    """q, k, v: B, N, heads, 32, slices of one projection as the models have them."""
+
+    @staticmethod
+    def inputs(B, side, heads, C, H, dtype, device):
+        return list(torch.randn(B, side * side, 3, heads, 32, device=device, dtype=dtype).unbind(2))
+
+    @staticmethod
+    def run(backend, side, q, k, v):
+        return kernels.linear_attention(q, k, v, backend=backend)
+
+    @staticmethod
+    def reference(side, q, k, v):
+        return linear_attention_reference(q, k, v)
+
+    @staticmethod
+    def operations(B, side, heads, C, H, size, backward):
+        """[(bytes, FLOP of matrix products)] of the operations that follow each other."""
+        values = B * side * side * heads * 32
+        forward = [(4 * values * size, 2 * 2 * values * 32)]
+        return forward + ([(7 * values * size, 5 * 2 * values * 32)] if backward else [])
+
+
+class DepthwiseGate:
+    """u: B, N, 2H."""
+
+    @staticmethod
+    def inputs(B, side, heads, C, H, dtype, device):
+        shapes = (B, side * side, 2 * H), (2 * H, 1, 3, 3), (2 * H,)
+        return [torch.randn(s, device=device, dtype=dtype) for s in shapes]
+
+    @staticmethod
+    def run(backend, side, u, weight, bias):
+        return kernels.depthwise_gate(u, side, side, weight, bias, backend=backend)
+
+    @staticmethod
+    def reference(side, u, weight, bias):
+        return depthwise_gate_reference(u, side, side, weight, bias)
+
+    @staticmethod
+    def operations(B, side, heads, C, H, size, backward):
+        values = B * side * side * H
+        return [(3 * values * size, 0)] + ([(11 * values * size, 0)] if backward else [])
+
+
+class MixFFN:
+    """x: B, N, C, and the five weights."""
+
+    @staticmethod
+    def inputs(B, side, heads, C, H, dtype, device):
+        shapes = (B, side * side, C), (2 * H, C, 1, 1), (2 * H,), (2 * H, 1, 3, 3), (2 * H,), (C, H, 1, 1)
+        scales = 1, C**-0.5, 1, 1, 1, H**-0.5
+        return [torch.randn(s, device=device).mul(f).to(dtype) for s, f in zip(shapes, scales, strict=True)]
+
+    @staticmethod
+    def run(backend, side, x, *weights):
+        return kernels.mix_ffn(x, side, side, *weights, backend=backend)
+
+    @staticmethod
+    def reference(side, x, *weights):
+        return kernels.mix_ffn(x, side, side, *weights, backend="torch")
+
+    @staticmethod
+    def operations(B, side, heads, C, H, size, backward):
+        N = B * side * side
+
+        def product(rows, inner, columns):
+            return (rows * inner + inner * columns + rows * columns) * size, 2 * rows * inner * columns
+
+        expand, project = product(N, C, 2 * H), product(N, H, C)
+        products = [expand, project] * (3 if backward else 1)  # the gradients of a product are two more of its size
+        return products + DepthwiseGate.operations(B, side, heads, C, H, size, backward)
+
+
+OPS = {"linear_attention": LinearAttention, "depthwise_gate": DepthwiseGate, "mix_ffn": MixFFN}
+
+
+def step(function, inputs, gradient=None):
+    """A call without arguments that runs function forward, or with a gradient forward and back to every input."""
+    if gradient is None:
+
+        def call():
+            with torch.no_grad():
+                return (function(*inputs),)
+
+        return call
+    inputs = [t.detach().requires_grad_() for t in inputs]
+
+    def call():
+        out = function(*inputs)
+        return out.detach(), *torch.autograd.grad(out, inputs, gradient)
+
+    return call
+
+
+def check(names, dtype, device, backend):
+    """Largest relative error of any output or gradient against float64, by op. Ends the program if one is too large."""
+    for name in names:
+        op, worst = OPS[name], 0.0
+        for B, side in ((1, 1), (2, 5), (1, 17)):
+            torch.manual_seed(0)
+            inputs = op.inputs(B, side, 2, 64, 160, dtype, device)
+            gradient = torch.randn_like(op.reference(side, *inputs))
+            got = step(lambda *t: op.run(backend, side, *t), inputs, gradient)()  # noqa: B023
+            double = [t.double() for t in inputs]
+            expected = step(lambda *t: op.reference(side, *t), double, gradient.double())()  # noqa: B023
+            for a, b in zip(got, expected, strict=True):
+                error = ((a.double() - b).norm() / max(b.norm().item(), expected[0].norm().item())).item()
+                worst = max(worst, error if error == error else float("inf"))
+        verdict = "ok" if worst <= TOLERANCE[dtype] else f"FAILED, above {TOLERANCE[dtype]:.0e}"
+        print(f"check {name:17} {backend:6} outputs and gradients: relative error {worst:.1e}  {verdict}")
+        if worst > TOLERANCE[dtype]:
+            sys.exit(1)
+
+
+def time_gpu(call, repeats=50):
+    """Milliseconds at the percentiles 20, 50, 80 of one call in a CUDA graph, and the peak of its memory in MB."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # warm up: compile, choose algorithms, fill the allocator
+        for _ in range(3):
+            call()
+    side.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    peak = (torch.cuda.max_memory_allocated() - before) / 1e6
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    graph.replay()
+    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for start, end in marks:
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    return percentiles([start.elapsed_time(end) for start, end in marks]), peak
+
+
+def time_cpu(call):
+    call()
+    spent = []
+    while len(spent) < 3 or (sum(spent) < 300 and len(spent) < 20):
+        start = time.perf_counter()
+        call()
+        spent.append(1e3 * (time.perf_counter() - start))
+    return percentiles(spent), None
+
+
+def percentiles(values):
+    cuts = quantiles(values, n=10, method="inclusive")
+    return [cuts[1], cuts[4], cuts[7]]
+
+
+def card_rates(dtype, sizes):
+    """{bytes: copy rate in bytes/s when this many are read and written}, and FLOP/s of a matrix product."""
+    copies = {}
+    for n in sizes:
+        a = torch.empty(max(1, n // 2), dtype=torch.uint8, device="cuda")
+        b = torch.empty_like(a)
+        copies[n] = n / (time_gpu(lambda: b.copy_(a))[0][1] / 1e3)  # noqa: B023
+    m = torch.randn(8192, 8192, device="cuda", dtype=dtype)
+    return copies, 2 * 8192**3 / (time_gpu(lambda: m @ m)[0][1] / 1e3)
+
+
+def rows(names, dtype, device, backends):
+    for name in names:
+        op = OPS[name]
+        for where, B, side, heads, C, H in SIZES:
+            for backward in (False, True):
+                operations = op.operations(B, side, heads, C, H, dtype.itemsize, backward)
+                row = {"op": name, "where": where, "batch": B, "pass": "fwd+bwd" if backward else "fwd"}
+                row["bytes"], row["flop"] = (sum(x) for x in zip(*operations, strict=True))
+                row["floor_ms"] = {
+                    card: 1e3 * sum(max(moved / rate, flop / peak) for moved, flop in operations)
+                    for card, (rate, peak) in CARDS.items()
+                }
+                row["ms"], row["peak_mb"] = {}, {}
+                if device == "cuda" or (B == 1 and side * side <= CPU_TOKENS):
+                    inputs = op.inputs(B, side, heads, C, H, dtype, device)
+                    gradient = torch.randn_like(op.run("auto", side, *inputs)) if backward else None
+                    for label, backend in backends.items():
+                        function = lambda *t, backend=backend: op.run(backend, side, *t)  # noqa: B023, E731
+                        if label == "compiled":
+                            torch.compiler.reset()
+                            function = torch.compile(function)
+                        call = step(function, inputs, gradient)
+                        row["ms"][label], row["peak_mb"][label] = (time_gpu if device == "cuda" else time_cpu)(call)
+                yield row
+
+
+def show(row, labels, copies, matmul):
+    """One line; what was not measured stays empty."""
+    line = f"{row['op']:17}{row['where']:16}{row['batch']:2} {row['pass']:8}"
+    line += f"{row['bytes'] / 1e6:8.1f}{row['flop'] / 1e9:8.1f}"
+    line += "".join(f"{ms:9.4f}" for ms in row["floor_ms"].values())
+    for label in labels:
+        ms, peak = row["ms"].get(label), row["peak_mb"].get(label)
+        line += " |" + (" ".join(f"{t:9.4f}" for t in ms) if ms else " " * 29)
+        line += f"{peak:8.0f}" if peak is not None else " " * 8
+    if row["ms"]:
+        *_, last = row["ms"].values()
+        rate, speed = row["bytes"] / last[1] * 1e3, row["flop"] / last[1] * 1e3
+        line += f" |{rate / 1e9:8.1f}{speed / 1e12:8.2f}"
+        if copies:
+            line += f"{100 * rate / copies[row['bytes']]:7.0f}%{100 * speed / matmul:7.0f}%"
+    print(line, flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", choices=OPS, help="this one only")
+    parser.add_argument("--dtype", choices=DTYPES, help="bf16 on a GPU and fp32 on a CPU, if not given")
+    parser.add_argument("--json", metavar="FILE", help="also write every number there")
+    args = parser.parse_args()
+    names = [args.op] if args.op else list(OPS)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = DTYPES[args.dtype or ("bf16" if device == "cuda" else "fp32")]
+    obstacle = device_obstacle(device, 0)
+    backends = {"eager": "torch"}
+    if device == "cuda":
+        backends["compiled"] = "torch"
+        backends.update({} if obstacle else {"Triton": "triton"})
+    about = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(), "dtype": str(dtype),
+        "torch": torch.__version__, "triton": triton and triton.__version__, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    print("  ".join(f"{k} {v}" for k, v in about.items()))
+    if obstacle:
+        print(f"No Triton here, since {obstacle}: what is measured is the PyTorch fallback, the rest stays empty.")
+    check(names, dtype, device, "torch" if obstacle else "triton")
+    labels = ["eager", "compiled", "Triton"]
+    copies, matmul, results = {}, None, []
+    if device == "cuda":
+        cases = [OPS[n].operations(*s[1:], dtype.itemsize, back) for n in names for s in SIZES for back in (0, 1)]
+        copies, matmul = card_rates(dtype, {sum(moved for moved, _ in case) for case in cases})
+        print(f"copy {max(copies.values()) / 1e9:.0f} GB/s at best, matrix product {matmul / 1e12:.0f} TFLOP/s")
+    print(f"{'':44}{'MB':>8}{'GFLOP':>8}" + "".join(f"{'floor':>9}" for _ in CARDS), end="")
+    print("".join(f" |{label + ' ms: p20, p50, p80':29}{'peak MB':>8}" for label in labels), end="")
+    print(f" |{'GB/s':>8}{'TFLOP/s':>8}{'% copy':>8}{'% mm':>8}   (of the last one measured)")
+    print(f"{'':60}" + "".join(f"{card:>9}" for card in CARDS))
+    for row in rows(names, dtype, device, backends):
+        show(row, labels, copies, matmul)
+        results.append(row)
+    if args.json:
+        with open(args.json + ".tmp", "w") as f:
+            json.dump({"about": about, "copy_rate": copies, "matmul_rate": matmul, "rows": results}, f, indent=1)
+        os.replace(args.json + ".tmp", args.json)
+
+
+def cpu_name():
+    try:
+        with open("/proc/cpuinfo") as f:
+            return next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        import platform
+
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
