@@ -10,12 +10,12 @@ from zlib import crc32
 import numpy as np
 import pytest
 import torch
+from conftest import external
 from PIL import Image
 
 import eval as evaluation
 import metrics
 import weights
-from conftest import external
 from metrics import iqa, report, score
 from metrics.classic import NIQE, psnr, ssim
 from metrics.perceptual import DISTS, LPIPS, moments
@@ -327,6 +327,24 @@ def test_eval_scores_folders(tmp_path, capsys):
     assert page.count("data:image/webp") == 9 and "http" not in page and "src=\"/" not in page
     assert page.index("<h2>2_x4.png") < page.index("<h2>1_x4.png") < page.index("<h2>0_x4.png")  # worst first
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_eval_restores_then_scores(tmp_path, monkeypatch, tiny_model, capsys):
+    """The results of this run are scored, those of broken inputs are not; a missing reference is told before."""
+    monkeypatch.chdir(tmp_path)
+    pictures(Path("lr"), 2, size=(24, 16))
+    pictures(Path("hr"), 2, size=(96, 64), suffix=".jpg")
+    Path("lr/2.png").write_bytes(b"broken")
+    argv = ["lr", "--hr", "hr", "--model", str(tiny_model), "--device", "cpu", "--metrics", "psnr", "--csv", "s.csv"]
+    with pytest.raises(SystemExit, match=r"hr: no partner for 2.png \(1 of 3"):
+        evaluation.main(argv)
+    assert not Path("results").exists()
+    pictures(Path("hr"), 3, size=(96, 64), suffix=".jpg")
+    assert evaluation.main([*argv, "--report", "r.html"]) == 1
+    lines = Path("s.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["image", "0.png", "1.png", "mean"]
+    page = Path("r.html").read_text()
+    assert all(page.count(f"<figcaption>{kind}<") == 2 for kind in ("bicubic", "result", "reference"))
 
 
 def test_report_escapes_names(tmp_path):
