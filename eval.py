@@ -459,12 +459,14 @@ def main(argv=None):
     if ranks > 1:
         every = [None] * ranks
         torch.distributed.all_gather_object(every, skipped)
-        torch.distributed.destroy_process_group()
         skipped = sum(every, [])
     model = None  # scoring needs the memory
     pairs = [pair for pair in pairs if pair.sr not in skipped]
     if pairs and rank == 0:
         score(pairs, args)
+    if ranks > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
     return 1 if skipped else 0
 
 
