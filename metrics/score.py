@@ -108,7 +108,7 @@ def score(pairs, names, protocol, device, read, progress=iter):
             try:
                 row[name] = function(x, y).item()
             except ValueError as error:
-                raise ValueError(f"{pair.sr}: {error}") from error
+                raise ValueError(f"{pair.sr}: {error}; leave {name} out of --metrics") from error
         rows.append(row)
     return rows
 
