@@ -50,7 +50,8 @@ def linear_attention_reference(q, k, v, eps=1e-15):
 
 SIZES = (16, 32, 64)
 # (tokens in a tile, warps) by head size and bytes of a value: the largest tiles with which no kernel spills registers
-# on sm_80, 89 or 90. _backward_query holds twice what the others do: it takes half a tile and two stages of loads.
+# on sm_80, 89 or 90 (but a few of _backward_query at d = 64 in half precision, on sm_80 and 89 with some Tritons).
+# _backward_query holds twice what the others do: it takes half a tile and two stages of loads.
 CONFIG = {(16, 2): (64, 4), (32, 2): (64, 4), (64, 2): (32, 4), (16, 4): (32, 4), (32, 4): (64, 8), (64, 4): (32, 8)}
 PROGRAMS = 384  # aimed at: one wave of three on each SM of a large GPU. A constant: all cards sum in the same order
 MAX_STATES = 4  # more partial states than this are added once, by torch, rather than by each program that reads them
