@@ -87,8 +87,8 @@ def attention_faults(dtype, arch, d, strided):
         _backward_key_value: faults(_backward_key_value, dtype, arch, constants, strided),
     }
     if d == 64 and dtype != torch.float32 and arch < 90:
-        # kv and its transpose fill the registers: Triton 3.7 spills 8 bytes with strided channels, 3.6 up to 56. No model
-        # here has this head size; more than this would be a fault.
+        # kv and its transpose fill the registers: Triton 3.7 spills 8 bytes with strided channels, 3.6 up to 56. No
+        # model here has this head size; more than this would be a fault.
         found[_backward_query] = [f for f in found[_backward_query] if "spilled" not in f or int(f.split()[0]) > 56]
     return {kernel.__name__: f for kernel, f in found.items() if f}
 
