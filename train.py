@@ -23,6 +23,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -41,15 +42,27 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import eval as evaluator
 import weights
 from degrade import MIN_SIZE, SCALE, degrade, enlarge, pair, sharpen, to_image, to_tensor
 from eval import DTYPES, peak_memory, pick_device, pick_dtype, picture_suffixes, read, why
 from metrics import LPIPS
-from sanasr import SanaSR, adapters_off, build_prompt, inject_lora, lora_parameters, one_step, save_lora, sigma
+from sanasr import (
+    SanaSR,
+    adapters_off,
+    build_prompt,
+    fingerprint,
+    inject_lora,
+    lora_parameters,
+    one_step,
+    save_lora,
+    sigma,
+)
 
 LAMBDA = {"mse": 1.0, "lpips": 2.0, "align": 1.0, "cons": 1.0}
 PROTOCOLS = {"hq": (900, (70, 650)), "lq": (999, (20, 980))}  # τ, and the range of t, both ends included
 EMA = 0.999
+LOWER_IS_BETTER = ("lpips", "dists", "niqe")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses
@@ -577,6 +590,35 @@ def past_knee(run, patience):
     return f"stopped past the knee of validation LPIPS, step {steps[k]} (knee.safetensors)"
 
 
+def select(args):
+    """Ranks the checkpoints of a run by the mean of one metric and copies the best to best.safetensors.
+
+    The evaluator restores and scores, by default the run's validation pictures; `--lq DIR --data DIR` names others.
+    """
+    settings = load_state(args.run)["settings"]
+    lr, hr = (args.lq, args.data[0]) if args.lq and args.data else (args.run / "val" / "lr", args.run / "val" / "hr")
+    tagger = settings["tags"] if settings["tags"] in ("ram", "dape") else "none"
+    paths = sorted((args.run / "checkpoints").glob("*.safetensors"))
+    scores = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for path in tqdm(paths, "scoring checkpoints"):
+            table = Path(scratch) / f"{path.stem}.csv"
+            evaluator.main([str(a) for a in (
+                lr, "--hr", hr, "--metrics", args.select, "--csv", table, "--out", f"{scratch}/{path.stem}/",
+                "--model", settings["model"], "--adapter", path, "--suffix", settings["suffix"], "--tagger", tagger,
+                "--device", args.device.type, "--dtype", args.dtype)])
+            with open(table, newline="") as f:
+                scores[path] = next(float(row[args.select]) for row in csv.DictReader(f) if row["image"] == "mean")
+    order = sorted(scores, key=scores.get, reverse=args.select not in LOWER_IS_BETTER)
+    write_csv(args.run / "select.csv", ["checkpoint", args.select],
+              [{"checkpoint": path.name, args.select: scores[path]} for path in order])
+    content = order[0].read_bytes()
+    write_atomically(args.run / "best.safetensors", lambda f: f.write(content))
+    print("\n".join(f"{path.stem}  {args.select} {scores[path]:.4f}" for path in order))
+    print(f"best: {order[0].name}, copied to {args.run}/best.safetensors")
+    return 0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
@@ -696,9 +738,12 @@ def train(args, state=None):
         rows = read_log(args.run / "log.csv", step)
     copy(parameters, masters)
     run = Run(args.run, rows) if rank == 0 else None
-    metadata = {k: str(v) for k, v in settings.items() if k not in ("data", "lq", "run")} | {
-        "base": args.model, "terms": " ".join(terms), "photos": str(len(photos)), "ema": str(EMA),
-        "torch": torch.__version__}
+    tags_from = args.tags if args.tags in ("none", "ram", "dape") else "file"
+    metadata = {k: str(v) for k, v in {
+        "base": args.model, "base_fingerprint": fingerprint(model.folder / "transformer"), "photos": len(photos),
+        "terms": " ".join(terms), "ema": EMA, "tags": tags_from, "torch": torch.__version__,
+        **{k: settings[k] for k in ("lora_targets", "protocol", "timestep", "suffix", "lpips", "crop", "global_batch",
+                                    "lr", "clip", "usm", "seed", "dtype", "photos_sha256")}}.items()}
 
     low, high = PROTOCOLS[args.protocol][1]
     say(f"{report}; {len(pairs)} held out for validation" + (f"; {len(lq)} have real LR pictures" if args.lq else ""))
@@ -795,8 +840,9 @@ def train(args, state=None):
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
 
-# what may change when a run is resumed: where and how long it runs, but not what it computes
-NOT_SETTINGS = ("run", "name", "device", "steps", "every", "workers", "checkpointing", "knee", "resume", "select")
+NOT_SETTINGS = ("run", "name", "device", "resume", "select")
+# what a resumed run may be given anew: how long and how it runs, but not what it computes
+CHANGEABLE = ("batch", "steps", "every", "workers", "checkpointing", "knee")  # batch: times the processes it is fixed
 
 
 def parser():
@@ -864,9 +910,10 @@ def parse(argv=None):
             p.error(f"--{option} must be positive, not {getattr(args, option)}")
     args.device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
     args.dtype = next(name for name, dtype in DTYPES.items() if dtype == pick_dtype(args.dtype, args.device))
-    args.workers = min(args.workers, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    args.workers = min(args.workers, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if state:
-        changed = [k for k in saved if k != "batch" and getattr(args, k) != saved[k]]
+        changed = [k for k in saved if k not in CHANGEABLE and getattr(args, k) != saved[k]]
         if changed:
             sys.exit("error: --resume goes on with the settings of the run; different: " + ", ".join(
                 f"--{k.replace('_', '-')} {getattr(args, k)} (was {saved[k]})" for k in changed))
@@ -875,6 +922,8 @@ def parse(argv=None):
 
 def main(argv=None):
     args, state = parse(argv)
+    if args.select:
+        return select(args)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if args.device.type == "cuda":
             torch.cuda.set_device(args.device)

@@ -1,0 +1,562 @@
+"""Training: every loss against another formulation, the data, and runs that are resumed, killed, stopped and split."""
+import copy
+import csv
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import degrade
+import tagger
+import train
+from sanasr import SanaSR, inject_lora, lora_parameters
+
+ROOT = Path(__file__).resolve().parent.parent
+ENV = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # for the training in a process of its own
+QUICK = ["--steps", "3", "--tags", "none", "--no-lpips", "--crop", "96", "--batch", "1", "--workers", "0", "--val", "0"]
+
+
+def noise(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def save_photo(path, width, height, seed):
+    """A smooth random picture of any size, written in the format of its suffix."""
+    rgb = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rgb).resize((width, height), Image.BICUBIC).save(path)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """Five photos in nested folders, a duplicate, a small one, a broken one and a text."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i, name in enumerate(["a.png", "b.webp", "deep/er/c.jpg", "deep/d.png", "e.PNG"]):
+        save_photo(folder / name, 128 + 8 * i, 112, i)
+    (folder / "copy.png").write_bytes((folder / "a.png").read_bytes())
+    save_photo(folder / "small.png", 95, 300, 9)
+    (folder / "broken.jpg").write_bytes(b"not a picture")
+    (folder / "notes.txt").write_text("no picture at all")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Bits depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working folder; runs/ lies in it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(here, photos, tiny_model):
+    """run(name, options…) trains the tiny model in this process and returns the run's folder."""
+    def start(name, *options, code=0):
+        argv = ["--data", str(photos), "--model", str(tiny_model), "--name", name, *QUICK, *map(str, options)]
+        assert train.main(argv) == code
+        return here / "runs" / name
+    return start
+
+
+def same(a, b):
+    a, b = load_file(a), load_file(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+def test_align_loss_is_the_divergence_of_gaussians():
+    q, q_h = 2 * noise(3, 5, 4, 6) + 1, noise(3, 5, 4, 6, seed=1)
+    gaussians = [torch.distributions.Normal(x.mean((2, 3)), x.std((2, 3), correction=0)) for x in (q, q_h)]
+    want = torch.distributions.kl_divergence(*gaussians).mean()
+    assert torch.allclose(train.align_loss(q, q_h, eps=0.0), want, rtol=1e-12)
+
+
+def test_align_loss_by_the_letter_of_its_equation():
+    q, q_h, eps = noise(2, 3, 4, 4).numpy(), 0.001 * noise(2, 3, 4, 4, seed=1).numpy(), 1e-6
+    total = 0.0
+    for b in range(2):
+        for c in range(3):
+            m, m_h = q[b, c].sum() / 16, q_h[b, c].sum() / 16
+            s, s_h = ((q[b, c] - m) ** 2).sum() / 16, ((q_h[b, c] - m_h) ** 2).sum() / 16
+            total += math.log((s_h + eps) / (s + eps)) + (s + (m - m_h) ** 2) / (s_h + eps) - 1
+    got = train.align_loss(torch.tensor(q), torch.tensor(q_h))
+    assert math.isclose(got, total / (2 * 2 * 3), rel_tol=1e-12)
+    assert abs(train.align_loss(torch.tensor(q), torch.tensor(q))) < 1e-5
+
+
+def test_align_loss_gradient():
+    q, q_h = noise(2, 2, 3, 3).requires_grad_(), noise(2, 2, 3, 3, seed=1)
+    assert torch.autograd.gradcheck(lambda q: train.align_loss(q, q_h), q)
+
+
+def test_mse_and_consistency_are_means_of_squares():
+    a, b = noise(2, 3, 4, 5), noise(2, 3, 4, 5, seed=1)
+    want = ((a.numpy() - b.numpy()) ** 2).sum() / 120
+    assert math.isclose(train.mse(a, b), want, rel_tol=1e-12)
+    assert math.isclose(train.consistency_loss(a, b), want, rel_tol=1e-12)
+
+
+def test_noised_is_the_flow_of_each_samples_t():
+    z, e = noise(2, 1, 2, 2), noise(2, 1, 2, 2, seed=1)
+    x = train.noised(z, torch.tensor([0.0, 250.0]), e)
+    assert torch.equal(x[0], z[0]) and torch.allclose(x[1], 0.75 * z[1] + 0.25 * e[1])
+
+
+def absolute(x, y):
+    """In place of LPIPS."""
+    return (x - y).abs().mean((1, 2, 3))
+
+
+class Double:
+    """A model in float64 with a trained-looking adapter, its prior as a separate copy, and one batch."""
+
+    def __init__(self, folder):
+        model = SanaSR.from_pretrained(folder, adapter=False)
+        self.vae, self.s = model.vae.double(), model.scaling_factor
+        model.dit.double()
+        self.frozen = copy.deepcopy(model.dit)
+        self.dit = model.dit
+        inject_lora(self.dit, 2, targets="attn+ffn")
+        self.dit.double()
+        for i, p in enumerate(lora_parameters(self.dit).values()):
+            p.data = 0.1 * noise(*p.shape, seed=i)
+        self.batch = {
+            "x_L": noise(2, 3, 96, 96).tanh(), "x_H": noise(2, 3, 96, 96, seed=1).tanh(),
+            "c": noise(2, 5, 32, seed=2), "m": torch.tensor([[1, 1, 1, 1, 0], [1] * 5]),
+            "t": torch.tensor([70.0, 650.0]).double(), "noise": noise(2, 8, 3, 3, seed=3)}
+
+    def encode(self, x):
+        return self.vae.encode(x) * self.s
+
+    def decode(self, z):
+        return self.vae.decode(z / self.s)
+
+    def prior(self, *args):
+        with train.adapters_off(self.dit):
+            return self.dit(*args)
+
+    def losses(self, terms):
+        return train.losses(self.dit, self.prior, self, self.batch, 900, absolute, terms)
+
+    def gradient(self, terms):
+        for p in lora_parameters(self.dit).values():
+            p.grad = None
+        values = self.losses(terms)
+        sum(values.values()).backward()
+        return values, [p.grad for p in lora_parameters(self.dit).values()]
+
+
+@pytest.fixture
+def double(tiny_model):
+    return Double(tiny_model)
+
+
+def test_losses_follow_algorithm_1(double):
+    values, gradients = double.gradient(train.LAMBDA)
+    b, s = double.batch, 0.41407
+    c, m, t = b["c"], b["m"], b["t"]
+    z_l, z_h = s * double.vae.encode(b["x_L"]), s * double.vae.encode(b["x_H"])
+    z = z_l - 0.9 * double.dit(z_l, torch.full((2,), 900.0).double(), c, m)
+    x = double.vae.decode(z / s)
+    sigma = (t / 1000)[:, None, None, None]
+    noised, noised_h = ((1 - sigma) * v + sigma * b["noise"] for v in (z, z_h))
+    q, q_h = double.frozen(noised, t, c, m), double.frozen(noised_h, t, c, m)   # the prior as a copy, never adapted
+    want = {"mse": (x - b["x_H"]).square().mean(), "lpips": (x - b["x_H"]).abs().mean(),
+            "align": train.align_loss(q, q_h), "cons": (double.dit(noised, t, c, m) - q).square().mean()}
+    assert values.keys() == want.keys()
+    for k in want:
+        assert torch.allclose(values[k], want[k], rtol=1e-10, atol=0), k
+    theirs = torch.autograd.grad(sum(want.values()), list(lora_parameters(double.dit).values()))
+    assert all(torch.allclose(a, b, rtol=1e-8, atol=1e-12) for a, b in zip(gradients, theirs, strict=True))
+    assert all(p.grad is None for n, p in double.dit.named_parameters() if "lora" not in n)
+    assert all(p.grad is None for p in double.vae.parameters())
+
+
+@pytest.mark.parametrize("term", ["mse", "align", "cons"])
+def test_gradient_of_each_term_by_differences(double, term):
+    _, gradients = double.gradient({"mse": 1, term: 1})
+    name, p = list(lora_parameters(double.dit).items())[3]
+    values = []
+    for step in (1e-5, -1e-5):
+        with torch.no_grad():
+            p.view(-1)[1] += step
+            values.append(sum(double.losses({"mse": 1, term: 1}).values()).item())
+            p.view(-1)[1] -= step
+    got = gradients[3].view(-1)[1].item()
+    assert got != 0 and math.isclose(got, (values[0] - values[1]) / 2e-5, rel_tol=1e-4), name
+
+
+def test_checkpointing_changes_no_gradient(double):
+    _, plain = double.gradient(train.LAMBDA)
+    double.dit.checkpointing = double.vae.decoder.checkpointing = True
+    _, again = double.gradient(train.LAMBDA)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_the_lambdas_and_protocols_are_the_papers():
+    assert train.LAMBDA == {"mse": 1, "lpips": 2, "align": 1, "cons": 1}
+    assert train.PROTOCOLS == {"hq": (900, (70, 650)), "lq": (999, (20, 980))}
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+def test_scan_drops_and_counts(photos, tmp_path):
+    found, report = train.scan([photos, photos / "deep"], 96, tmp_path / "index.json", 2)
+    assert len(found) == 5 and len({p.sha256 for p in found}) == 5
+    assert report == "5 photos of 8 files; skipped: 1 duplicates, 1 unreadable, 1 smaller than 96 pixels"
+    assert [p.sha256 for p in found] == sorted(p.sha256 for p in found)
+
+
+def test_scan_reads_only_what_changed(photos, tmp_path, monkeypatch):
+    first, _ = train.scan([photos], 96, tmp_path / "index.json", 1)
+    looked = []
+    monkeypatch.setattr(train, "inspect", lambda p: looked.append(p.name))
+    again, _ = train.scan([photos], 96, tmp_path / "index.json", 1)
+    assert again == first and looked == ["broken.jpg"]
+
+
+@pytest.mark.parametrize("folder, crop", [("missing", 96), ("empty", 96), ("photos", 4096)])
+def test_scan_without_photos_is_an_error(folder, crop, photos, tmp_path):
+    (tmp_path / "empty").mkdir()
+    path = photos if folder == "photos" else tmp_path / folder
+    with pytest.raises(SystemExit, match=f"error: --data .*{path.name}"):
+        train.scan([path], crop, tmp_path / "index.json", 1)
+
+
+def stream(photos, tmp_path, **options):
+    found, _ = train.scan([photos], 96, tmp_path / "index.json", 1)
+    return train.Pairs(found, [""] * len(found), 96, (8, 3, 3), (70, 650), 5, **options)
+
+
+def test_every_epoch_takes_each_photo_once_in_another_order(photos, tmp_path):
+    data = stream(photos, tmp_path)
+    epochs = [[data.place(n)[1] for n in range(5 * e, 5 * e + 5)] for e in range(4)]
+    assert all(sorted(e) == list(range(5)) for e in epochs) and len({tuple(e) for e in epochs}) > 1
+
+
+def test_samples_do_not_depend_on_workers_or_on_each_other(photos, tmp_path):
+    data = stream(photos, tmp_path)
+    loaders = [torch.utils.data.DataLoader(data, batch_sampler=iter([[7, 3], [12, 0]]), num_workers=w) for w in (0, 2)]
+    a, b = (list(loader) for loader in loaders)
+    alone = data[12]
+    for k in ("x_L", "x_H", "t", "noise"):
+        assert all(torch.equal(x[k], y[k]) for x, y in zip(a, b, strict=True))
+        assert torch.equal(a[1][k][0], torch.as_tensor(alone[k]))
+    assert a[0]["x_L"].shape == (2, 3, 96, 96) and a[0]["noise"].shape == (2, 8, 3, 3)
+    assert not torch.equal(data[2]["x_H"], data[12]["x_H"]), "another epoch, another crop"
+
+
+def test_crops_flips_and_t_cover_their_ranges(photos, tmp_path):
+    data = stream(photos, tmp_path)
+    t = [float(np.random.default_rng(i).integers(70, 650, endpoint=True)) for i in range(9000)]
+    assert min(t) == 70 and max(t) == 650, "both ends belong to the range"
+    drawn = [data[n]["t"] for n in range(60)]
+    assert all(70 <= v <= 650 and v == int(v) for v in drawn) and len(set(drawn)) > 40
+    photo = next(p for p in data.photos if p.path.endswith("a.png"))
+    i, picture = data.photos.index(photo), degrade.to_tensor(Image.open(photo.path)) * 2 - 1
+    crops = [data[n]["x_H"] for n in range(200) if data.place(n)[1] == i]
+    upright = [sum(torch.equal(x, picture[:, y:y + 96, x0:x0 + 96]) for y in range(0, 17, 4) for x0 in range(0, 33, 4))
+               for x in crops]
+    mirrored = [sum(torch.equal(x.flip(-1), picture[:, y:y + 96, x0:x0 + 96])
+                    for y in range(0, 17, 4) for x0 in range(0, 33, 4)) for x in crops]
+    assert all(u + m >= 1 for u, m in zip(upright, mirrored, strict=True)) and sum(upright) and sum(mirrored)
+
+
+def test_real_pairs_are_cut_together(photos, tmp_path):
+    found, _ = train.scan([photos], 96, tmp_path / "index.json", 1)
+    photo = next(p for p in found if p.path.endswith("a.png"))
+    with Image.open(photo.path) as image:
+        (tmp_path / "lq").mkdir()
+        image.resize((32, 28), Image.BOX).save(tmp_path / "lq" / "a_LR4.png")
+    lq = train.match_lq(found, tmp_path / "lq")
+    assert lq == {photo.path: str(tmp_path / "lq" / "a_LR4.png")}
+    data = stream(photos, tmp_path, lq=lq)
+    n = next(n for n in range(5) if data.photos[data.place(n)[1]] == photo)
+    sample = data[n]
+    small = torch.nn.functional.avg_pool2d(sample["x_L"], 4) - torch.nn.functional.avg_pool2d(sample["x_H"], 4)
+    assert small.abs().mean() < 0.03, "no blur, noise or shift: the real LR picture was used"
+    Image.new("RGB", (33, 28)).save(tmp_path / "lq" / "a_LR4.png")
+    with pytest.raises(SystemExit, match="33x28"):
+        train.match_lq(found, tmp_path / "lq")
+    (tmp_path / "lq" / "a_LR4.png").rename(tmp_path / "lq" / "unknown.png")
+    with pytest.raises(SystemExit, match="no picture there"):
+        train.match_lq(found, tmp_path / "lq")
+
+
+def test_tags_of_a_file(photos, tmp_path, capsys):
+    found, _ = train.scan([photos], 96, tmp_path / "index.json", 1)
+    table = tmp_path / "tags.csv"
+    table.write_text('image,tags\na.png,"tree, blurry, road"\nb.webp,cat\n')
+    tags = train.find_tags(str(table), "hq", found, {}, None)
+    tags = dict(zip((Path(p.path).name for p in found), tags, strict=True))
+    assert tags == {"a.png": "tree, blurry, road", "b.webp": "cat", "c.jpg": "", "d.png": "", "e.PNG": ""}
+    assert "3 of 5" in capsys.readouterr().out
+    table.write_text("name,words\n")
+    with pytest.raises(SystemExit, match="image and tags"):
+        train.read_tags(table)
+
+
+@pytest.mark.parametrize("protocol", ["hq", "lq"])
+def test_tags_by_a_tagger_are_made_once(protocol, photos, tmp_path, monkeypatch):
+    seen = []
+
+    class Fake:
+        @classmethod
+        def from_pretrained(cls, name):
+            return cls()
+
+        def tags(self, image):
+            seen.append(image)
+            return ["size", f"{image.width}"]
+    monkeypatch.setattr(tagger, "Tagger", Fake)
+    found, _ = train.scan([photos], 96, tmp_path / "index.json", 1)
+    for _ in range(2):
+        tags = train.find_tags("ram", protocol, found, {}, tmp_path / "tags.csv")
+        assert tags == [f"size, {p.width}" for p in found] and len(seen) == 5
+    sharp = np.asarray(train.read(found[0].path).rgb)
+    assert np.array_equal(np.asarray(seen[0]), sharp) == (protocol == "hq"), "lq tags come from the degraded picture"
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+def test_a_run_leaves_what_it_promises(here, photos, tiny_model):
+    (here / "tags.csv").write_text("image,tags\na.png,tree\n")
+    assert train.main(["--data", str(photos), "--model", str(tiny_model), "--name", "r", "--tags", "tags.csv", "--crop",
+                       "96", "--batch", "2", "--workers", "1", "--val", "2", "--steps", "3", "--every", "2", "--lpips",
+                       "alex", "--rank", "4", "--lora-targets", "attn+ffn", "--suffix", "none"]) == 0
+    folder = here / "runs" / "r"
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["000002.safetensors", "000003.safetensors"]
+    assert same(folder / "adapter.safetensors", folder / "checkpoints" / "000003.safetensors")
+    with safe_open(folder / "adapter.safetensors", "pt") as f:
+        metadata, keys = f.metadata(), list(f.keys())
+        assert f.get_tensor("transformer_blocks.0.attn1.to_q.lora_A.weight").shape == (4, 64)
+    assert len(keys) == 2 * 2 * (4 + 4 + 2) and any("ff.conv_point" in k for k in keys)
+    want = {"rank": "4", "alpha": "4", "lora_targets": "attn+ffn", "protocol": "hq", "timestep": "900.0", "step": "3",
+            "lpips": "alex", "suffix": "none", "tags": "file", "photos": "3", "terms": "mse lpips align cons"}
+    assert want.items() <= metadata.items()
+    with open(folder / "log.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
+    assert [bool(row["val_lpips"]) for row in rows] == [True, False, True, True]
+    row = {k: float(rows[2][k]) for k in ("loss", *train.LAMBDA)}
+    assert math.isclose(row["loss"], sum(train.LAMBDA[k] * row[k] for k in train.LAMBDA), rel_tol=1e-4)
+    assert Image.open(folder / "samples" / "000002.png").size == (3 * 96, 2 * 96)
+    assert Image.open(folder / "curves.png").width > 900
+    assert len(list((folder / "val" / "lr").iterdir())) == len(list((folder / "val" / "hr").iterdir())) == 2
+    state = torch.load(folder / "state.pt", weights_only=True)
+    assert state["step"] == 3 and not list(folder.rglob("*.tmp"))
+    adapted = SanaSR.from_pretrained(tiny_model, adapter=folder / "adapter.safetensors")
+    image = Image.open(next((folder / "val" / "lr").iterdir()))
+    assert adapted.timestep == 900
+    assert adapted.restore(image, suffix="none").tobytes() != \
+        SanaSR.from_pretrained(tiny_model, adapter=False).restore(image, suffix="none").tobytes()
+
+
+def test_ema_starts_fast_and_optimiser_is_the_papers(run):
+    folder = run("r", "--steps", 2, "--every", 1)
+    first, second = (load_file(folder / "checkpoints" / f"00000{i}.safetensors") for i in (1, 2))
+    state = torch.load(folder / "state.pt", weights_only=True)
+    group = state["optimizer"]["param_groups"][0]
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (5e-5, (0.9, 0.999), 1e-8, 1e-2)
+    key = next(k for k in first if "lora_B" in k)
+    i = list(first).index(key)  # safetensors sorts its keys, the state has the module's order
+    names = list(lora_parameters_of(folder))
+    i = names.index(key)
+    master, decay = state["masters"][i], 2 / 12
+    assert torch.allclose(second[key], decay * first[key] + (1 - decay) * master, atol=1e-9) and master.abs().max() > 0
+
+
+def lora_parameters_of(folder):
+    settings = torch.load(folder / "state.pt", weights_only=True)["settings"]
+    model = SanaSR.from_pretrained(settings["model"], adapter=False)
+    inject_lora(model.dit, settings["rank"], targets=settings["lora_targets"])
+    return lora_parameters(model.dit)
+
+
+def test_killed_and_resumed_equals_uninterrupted(here, run, photos, tiny_model):
+    options = ["--steps", "20", "--every", "10"]
+    whole = run("whole", *options)
+    argv = ["--data", str(photos), "--model", str(tiny_model), *QUICK, "--name", "killed", *options]
+    script = f"""
+import os, signal, train
+losses, count = train.losses, []
+def killing(*args):
+    count.append(1)
+    if len(count) == 15:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return losses(*args)
+train.losses = killing
+train.main({argv})"""
+    killed = subprocess.run([sys.executable, "-c", script], env=os.environ | ENV, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert torch.load(here / "runs" / "killed" / "state.pt", weights_only=True)["step"] == 10
+    assert train.main(["--name", "killed", "--resume"]) == 0
+    assert same(whole / "adapter.safetensors", here / "runs" / "killed" / "adapter.safetensors")
+    steps = [row["step"] for row in train.read_log(here / "runs" / "killed" / "log.csv", 99)]
+    assert steps == list(range(21)), "the log has no step twice"
+
+
+def test_sigterm_saves_and_resume_goes_on(here, run, monkeypatch):
+    whole = run("whole", "--steps", 5)
+    losses, count = train.losses, []
+
+    def killing(*args):
+        count.append(1)
+        if len(count) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses(*args)
+    monkeypatch.setattr(train, "losses", killing)
+    folder = run("stopped", "--steps", 5, code=128 + signal.SIGTERM)
+    assert torch.load(folder / "state.pt", weights_only=True)["step"] == 3
+    assert train.main(["--name", "stopped", "--resume"]) == 0
+    assert same(whole / "adapter.safetensors", folder / "adapter.safetensors")
+
+
+def test_nan_stops_and_names_the_samples(here, run, monkeypatch):
+    losses, count = train.losses, []
+
+    def breaking(*args):
+        count.append(1)
+        values = losses(*args)
+        return values if len(count) != 3 else values | {"mse": values["mse"] * math.nan}
+    monkeypatch.setattr(train, "losses", breaking)
+    with pytest.raises(SystemExit, match="error: step 3: loss nan"):
+        run("r", "--steps", 5, "--every", 2)
+    folder = here / "runs" / "r"
+    report = json.loads((folder / "nan_rank0.json").read_text())
+    assert report["step"] == 3 and Path(report["samples"][0]).is_file() and report["losses"]["mse"] == "nan"
+    assert torch.load(folder / "state.pt", weights_only=True)["step"] == 2
+    assert all(x.isfinite().all() for x in load_file(folder / "adapter.safetensors").values())
+
+
+def test_a_full_disk_leaves_the_last_state(here, run, monkeypatch):
+    save, count = torch.save, []
+
+    def full(content, f):
+        count.append(1)
+        if len(count) == 2:
+            f.write(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(content, f)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit, match="state.pt cannot be written .No space left"):
+        run("r", "--steps", 4, "--every", 2)
+    assert torch.load(here / "runs" / "r" / "state.pt", weights_only=True)["step"] == 2
+    assert not list((here / "runs").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_moves_the_adapter_alike(run, dtype):
+    a, b = (load_file(run(name, "--steps", 2, "--dtype", name) / "adapter.safetensors") for name in ("fp32", dtype))
+    assert all(x.dtype == torch.float32 for x in b.values())
+    moved = [k for k in a if "lora_B" in k]
+    cosine = sum((a[k] * b[k]).sum() for k in moved) / math.sqrt(
+        sum(a[k].square().sum() for k in moved) * sum(b[k].square().sum() for k in moved))
+    assert cosine > 0.8
+
+
+def test_two_processes_equal_one_with_twice_the_batch(here, run, photos, tiny_model):
+    one = run("one", "--steps", 3, "--batch", 2)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                    str(ROOT / "train.py"), "--data", str(photos), "--model", str(tiny_model), "--name", "two", *QUICK,
+                    "--steps", "3"], check=True, env=os.environ | ENV, capture_output=True)
+    a, b = (load_file(p / "adapter.safetensors") for p in (one, here / "runs" / "two"))
+    assert max((a[k] - b[k]).abs().max() for k in a) < 1e-6 < max(a[k].abs().max() for k in a if "lora_B" in k)
+
+
+def test_switches_take_losses_away(run):
+    folder = run("r", "--steps", 1, "--no-align", "--no-cons", "--timestep", 999, "--protocol", "lq")
+    with safe_open(folder / "adapter.safetensors", "pt") as f:
+        metadata = f.metadata()
+    assert (metadata["terms"], metadata["timestep"], metadata["lpips"]) == ("mse", "999.0", "none")
+
+
+def test_resume_refuses_what_changed(here, run, photos):
+    folder = run("r", "--steps", 1)
+    before = (folder / "state.pt").read_bytes()
+    for options, message in ((["--rank", "8"], r"--rank 8 \(was 64\)"), (["--protocol", "lq"], "--protocol lq"),
+                             (["--batch", "2"], "--batch times"), (["--data", str(photos / "deep")], "--data")):
+        with pytest.raises(SystemExit, match=message):
+            train.main(["--name", "r", "--resume", *options])
+    save_photo(photos / "new.png", 128, 128, 77)
+    try:
+        with pytest.raises(SystemExit, match="the photos changed"):
+            train.main(["--name", "r", "--resume"])
+    finally:
+        (photos / "new.png").unlink()
+    assert (folder / "state.pt").read_bytes() == before
+    assert train.main(["--name", "r", "--resume", "--steps", "2"]) == 0
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--name", "r"], "holds a run"), (["--name", "other", "--resume"], "nothing to resume"),
+    (["--name", "n", "--model", "no-such"], "no-such"), (["--name", "n", "--crop", "100"], "multiple of 32"),
+    (["--name", "n", "--crop", "64"], "at least 80"), (["--name", "n", "--tags", "no.csv"], "no.csv")])
+def test_bad_settings_are_one_line(run, photos, tiny_model, options, message):
+    run("r", "--steps", 1)
+    argv = options if "--resume" in options else ["--data", str(photos), "--model", str(tiny_model), *QUICK, *options]
+    with pytest.raises(SystemExit, match=message) as error:
+        train.main(argv)
+    assert "\n" not in str(error.value)
+
+
+def test_a_damaged_state_is_one_line(run):
+    folder = run("r", "--steps", 1)
+    (folder / "state.pt").write_bytes((folder / "state.pt").read_bytes()[:5000])
+    with pytest.raises(SystemExit, match="state.pt cannot be read"):
+        train.main(["--name", "r", "--resume"])
+
+
+def test_knee_is_where_the_curve_bends():
+    assert train.knee([10, 6, 3, 1, 0.9, 0.8, 0.7, 0.6]) == 3
+    assert train.knee([5, 4, 3, 2, 1]) == 0 and train.knee([1, 2, 3]) == 0 and train.knee([1.0]) == 0
+
+
+def test_knee_stops_the_run(here, run, monkeypatch):
+    values = iter([10, 6, 3, 1, 0.9, 0.8, 0.7, 0.6, 0.5])
+    monkeypatch.setattr(train, "validate", lambda *a: (next(values), 20.0, Image.new("RGB", (3, 3))))
+    folder = run("r", "--steps", 8, "--every", 1, "--val", 1, "--knee", 3)
+    assert sorted(p.stem for p in (folder / "checkpoints").iterdir())[-1] == "000006"
+    assert same(folder / "knee.safetensors", folder / "checkpoints" / "000003.safetensors")
+
+
+def test_select_asks_the_evaluator(here, run, monkeypatch):
+    folder = run("r", "--steps", 3, "--every", 1, "--val", 1)
+    scores = {"000001": 0.3, "000002": 0.1, "000003": 0.2}
+
+    def evaluate(argv):
+        option = dict(zip(argv[1::2], argv[2::2], strict=True))
+        assert Path(argv[0]).is_dir() and Path(option["--hr"]).is_dir()
+        score = scores[Path(option["--adapter"]).stem]
+        metric = option["--metrics"]
+        Path(option["--csv"]).write_text(f"image,{metric}\nx.png,9\nmean,{score}\n")
+    monkeypatch.setattr(train.evaluator, "main", evaluate)
+    for metric, best in (("lpips", "000002"), ("musiq", "000001")):
+        assert train.main(["--name", "r", "--select", metric]) == 0
+        assert same(folder / "best.safetensors", folder / "checkpoints" / f"{best}.safetensors")
+    assert (folder / "select.csv").read_text().splitlines()[1] == "000001.safetensors,0.3"
+
+
+def test_workers_never_exceed_the_cores(photos):
+    args, _ = train.parse(["--data", str(photos), "--name", "nobody", "--workers", "999"])
+    assert args.workers == len(os.sched_getaffinity(0))
