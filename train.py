@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from functools import lru_cache, partial
 from io import BytesIO, StringIO
@@ -46,7 +46,7 @@ import eval as evaluator
 import weights
 from degrade import MIN_SIZE, SCALE, degrade, enlarge, pair, sharpen, to_image, to_tensor
 from eval import DTYPES, peak_memory, pick_device, pick_dtype, picture_suffixes, read, why
-from metrics import LPIPS
+from metrics import LPIPS, METRICS
 from sanasr import (
     SanaSR,
     adapters_off,
@@ -62,7 +62,6 @@ from sanasr import (
 LAMBDA = {"mse": 1.0, "lpips": 2.0, "align": 1.0, "cons": 1.0}
 PROTOCOLS = {"hq": (900, (70, 650)), "lq": (999, (20, 980))}  # τ, and the range of t, both ends included
 EMA = 0.999
-LOWER_IS_BETTER = ("lpips", "dists", "niqe")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses
@@ -165,7 +164,7 @@ class Conditions:
     """Prompts -> text states, from the disk where `SanaSR.encode_prompt` keeps them; the latest stay in memory."""
 
     def __init__(self, model):
-        self.model, self.one = model, lru_cache(256)(self._one)
+        self.model, self.one = model, lru_cache(64)(self._one)
 
     def _one(self, prompt):
         return tuple(x[0].clone() for x in self.model.encode_prompt(prompt))  # no longer inference-mode tensors
@@ -299,11 +298,13 @@ class Pairs(Dataset):
 
 def crop_pair(path, lq_path, left, top, crop):
     """(hr, lr): 3,crop,crop in [0, 1] and the same part of the real LR picture, or None without one."""
-    hr = to_tensor(read(path).rgb.crop((left, top, left + crop, top + crop)))
-    if lq_path is None:
-        return hr, None
-    box = [v // SCALE for v in (left, top, left + crop, top + crop)]
-    return hr, to_tensor(read(lq_path).rgb.crop(box))
+    box = left, top, left + crop, top + crop
+    try:
+        hr = to_tensor(read(path).rgb.crop(box))
+        lr = to_tensor(read(lq_path).rgb.crop([v // SCALE for v in box])) if lq_path else None
+    except Exception as error:  # it could be read when the run began; of a loader only the last line is shown
+        raise OSError(f"{path} (or its LR picture) can no longer be read: {why(error)}") from error
+    return hr, lr
 
 
 def validation_pairs(photos, lq, crop, seed, folder):
@@ -603,13 +604,14 @@ def select(args):
     with tempfile.TemporaryDirectory() as scratch:
         for path in tqdm(paths, "scoring checkpoints"):
             table = Path(scratch) / f"{path.stem}.csv"
-            evaluator.main([str(a) for a in (
-                lr, "--hr", hr, "--metrics", args.select, "--csv", table, "--out", f"{scratch}/{path.stem}/",
-                "--model", settings["model"], "--adapter", path, "--suffix", settings["suffix"], "--tagger", tagger,
-                "--device", args.device.type, "--dtype", args.dtype)])
+            with redirect_stdout(StringIO()):
+                evaluator.main([str(a) for a in (
+                    lr, "--hr", hr, "--metrics", args.select, "--csv", table, "--out", f"{scratch}/{path.stem}/",
+                    "--model", settings["model"], "--adapter", path, "--suffix", settings["suffix"], "--tagger", tagger,
+                    "--device", args.device.type, "--dtype", args.dtype)])
             with open(table, newline="") as f:
                 scores[path] = next(float(row[args.select]) for row in csv.DictReader(f) if row["image"] == "mean")
-    order = sorted(scores, key=scores.get, reverse=args.select not in LOWER_IS_BETTER)
+    order = sorted(scores, key=scores.get, reverse=METRICS[args.select].better == "higher")
     write_csv(args.run / "select.csv", ["checkpoint", args.select],
               [{"checkpoint": path.name, args.select: scores[path]} for path in order])
     content = order[0].read_bytes()
@@ -685,7 +687,9 @@ def train(args, state=None):
     """The whole run, see the top of the file; `state` is what a former one left. Returns the exit code."""
     rank, world = ranks()
     device, say = args.device, partial(print, flush=True) if rank == 0 else lambda *a, **k: None
-    torch.backends.cudnn.deterministic = True  # a resumed run is to repeat the one that was not interrupted
+    # a resumed run is to repeat the one that was not interrupted: bit for bit on a CPU; on a GPU the backward pass of
+    # the LPIPS network's max-pooling still adds in any order
+    torch.backends.cudnn.deterministic = True
 
     # the networks, of which only the adapter learns
     model = load_model(args)
@@ -714,7 +718,8 @@ def train(args, state=None):
         val_tags = tag_images([lr for _, lr, _ in pairs], args.tags)
         return photos[held:], lq, tags, pairs, val_tags, report
     photos, lq, tags, pairs, val_tags, report = from_first(look_at_data)
-    prompts, val_prompts = ([build_prompt(t.split(", "), args.suffix) for t in side] for side in (tags, val_tags))
+    prompts, val_prompts = ([build_prompt(re.split(r"\s*,\s*", line), args.suffix) for line in lines]
+                            for lines in (tags, val_tags))
     conditions = Conditions(model)
     from_first(lambda: conditions.prepare(sorted({*prompts, *val_prompts})))
 
@@ -854,7 +859,8 @@ def parser():
     add("--model", default="embedded", metavar="NAME|FOLDER", help="the prior, see `python -m weights`")
     add("--name", default="default", help="the run is kept in runs/NAME")
     add("--resume", action="store_true", help="go on with the run of that name, with its settings")
-    add("--select", metavar="METRIC", help="rank the run's checkpoints by a metric, copy the best to best.safetensors")
+    add("--select", choices=list(METRICS), metavar="METRIC", help="rank the run's checkpoints by a metric of "
+        "eval.py, copy the best to best.safetensors")
     add("--steps", type=int, default=100_000)
     add("--every", type=int, default=1000, metavar="N", help="validate, draw samples and save every N steps")
     add("--batch", type=int, default=4, help="per process")
@@ -931,6 +937,8 @@ def main(argv=None):
     args.run.mkdir(parents=True, exist_ok=True)
     try:
         return train(args, state)
+    except OSError as error:
+        sys.exit(f"error: {str(error).strip().splitlines()[-1].removeprefix('OSError: ')}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

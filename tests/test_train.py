@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,12 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from seeded import seeded_state_dict
 
 import degrade
 import tagger
 import train
-from sanasr import SanaSR, inject_lora, lora_parameters
+from sanasr import DCAE, LinearDiT, SanaSR, inject_lora, lora_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # for the training in a process of its own
@@ -520,6 +522,18 @@ def test_bad_settings_are_one_line(run, photos, tiny_model, options, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_photo_that_vanishes_is_one_line(here, photos, tiny_model, monkeypatch, workers):
+    def gone(path):
+        raise OSError(errno.ENOENT, "No such file or directory")
+    scan = train.scan
+    monkeypatch.setattr(train, "scan", lambda *a: [scan(*a), monkeypatch.setattr(train, "read", gone)][0])
+    argv = ["--data", str(photos), "--model", str(tiny_model), "--name", "r", *QUICK, "--workers", str(workers)]
+    with pytest.raises(SystemExit, match=r"^error: /.*can no longer be read: No such file") as error:
+        train.main(argv)
+    assert "\n" not in str(error.value)
+
+
 def test_a_damaged_state_is_one_line(run):
     folder = run("r", "--steps", 1)
     (folder / "state.pt").write_bytes((folder / "state.pt").read_bytes()[:5000])
@@ -560,3 +574,47 @@ def test_select_asks_the_evaluator(here, run, monkeypatch):
 def test_workers_never_exceed_the_cores(photos):
     args, _ = train.parse(["--data", str(photos), "--name", "nobody", "--workers", "999"])
     assert args.workers == len(os.sched_getaffinity(0))
+
+
+# --- official size ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_one_step_at_official_size(capsys):
+    """Batch 1, 512 crop, checkpointing, seeded weights: within 20 GB. Prints CPU seconds by part and the peak."""
+    parts, models = {}, {}
+    for part, cls in (("vae", DCAE), ("transformer", LinearDiT)):
+        with torch.device("meta"):
+            models[part] = cls(json.loads((ROOT / "tests/data/official_configs" / f"{part}.config.json").read_text()))
+        manifest = [(k, v.shape) for k, v in models[part].state_dict().items()]
+        models[part].load_state_dict(seeded_state_dict(manifest), assign=True)
+        models[part].requires_grad_(False)
+    dit, vae = models["transformer"], train.Latents(models["vae"], 0.41407)
+    torch.manual_seed(0)
+    inject_lora(dit, 64)
+    dit.checkpointing = models["vae"].decoder.checkpointing = True
+    parameters = list(lora_parameters(dit).values())
+    optimizer = torch.optim.AdamW(parameters, 5e-5)
+    before = [p.detach().clone() for p in parameters]
+
+    def timed(name, call):
+        def wrapper(*args):
+            start = time.process_time()
+            result = call(*args)
+            parts[name] = parts.get(name, 0) + time.process_time() - start
+            return result
+        return wrapper
+    vae.encode, vae.decode = timed("encode twice", vae.encode), timed("decode", vae.decode)
+    batch = {"x_L": noise(1, 3, 512, 512).float().tanh(), "x_H": noise(1, 3, 512, 512, seed=1).float().tanh(),
+             "c": noise(1, 300, 2304, seed=2).float(), "m": torch.ones(1, 300), "t": torch.tensor([300.0]),
+             "noise": noise(1, 32, 16, 16, seed=3).float()}
+    f, f0 = timed("f twice", train.in_float32(dit)), timed("f0 twice", train.prior(dit))
+    lpips = timed("LPIPS (AlexNet)", train.LPIPS.from_pretrained("alex"))
+    values = train.losses(f, f0, vae, batch, 900.0, lpips)
+    timed("backward", sum(train.LAMBDA[k] * v for k, v in values.items()).backward)()
+    timed("AdamW", optimizer.step)()
+    moved = max((p - b).abs().max().item() for p, b in zip(parameters, before, strict=True))
+    peak = train.peak_memory(torch.device("cpu"))
+    with capsys.disabled():
+        print(f"\n{sum(p.numel() for p in parameters) / 1e6:.1f} M trained; peak {peak:.2f} GB; CPU seconds: "
+              + ", ".join(f"{k} {v:.1f}" for k, v in parts.items()) + f"; sum {sum(parts.values()):.0f}")
+    assert all(v.isfinite() for v in values.values()) and 0 < moved < 1e-3 and peak < 20
