@@ -430,7 +430,7 @@ def write_csv(path, columns, rows):
 COLUMNS = ["step", "epoch", "loss", *LAMBDA, "grad_norm", "images_per_s", "memory_gb", "val_lpips", "val_psnr"]
 
 
-def read_log(path, last):
+def read_log(path, last=math.inf):
     """The rows of log.csv up to step `last`, as dicts of numbers; empty cells are left out."""
     with open(path, newline="") as f:
         rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
@@ -462,14 +462,13 @@ class Run:
     """The folder runs/NAME; only the first rank has one."""
 
     def __init__(self, folder, rows):
-        self.folder, self.rows = folder, rows
+        self.folder = folder
         for sub in ("checkpoints", "samples"):
             (folder / sub).mkdir(parents=True, exist_ok=True)
         write_csv(folder / "log.csv", COLUMNS, rows)  # without the steps that the state does not have
 
     def note(self, row):
         """Adds a row to the log."""
-        self.rows.append(row)
         try:
             with open(self.folder / "log.csv", "a", newline="") as f:
                 f.write(",".join(f"{row[c]:.6g}" if c in row else "" for c in COLUMNS) + "\r\n")
@@ -547,8 +546,17 @@ class Signals:
 
 
 def ignore_interrupt(worker):
-    """A terminal's Ctrl-C reaches the loader's workers too; they are to go on until the training has saved."""
+    """A terminal's Ctrl-C reaches the loader's workers too; they go on until the run has saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def batches(loader, signals):
+    """The loader's batches; a SIGTERM to the whole group ends its workers and so the batches, which is no error."""
+    try:
+        yield from loader
+    except RuntimeError:
+        if not signals.caught:
+            raise
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -582,7 +590,8 @@ def knee(values):
 
 def past_knee(run, patience):
     """Where the knee lies `patience` validations back, copies its adapter to knee.safetensors and says so; else ""."""
-    steps, values = zip(*((row["step"], row["val_lpips"]) for row in run.rows if "val_lpips" in row), strict=True)
+    rows = read_log(run.folder / "log.csv")
+    steps, values = zip(*((row["step"], row["val_lpips"]) for row in rows if "val_lpips" in row), strict=True)
     k = knee(values)
     if not 0 < k <= len(values) - 1 - patience:
         return ""
@@ -768,7 +777,7 @@ def train(args, state=None):
 
     def save():
         if run:
-            run.picture("curves.png", curves(run.rows))
+            run.picture("curves.png", curves(read_log(args.run / "log.csv")))
             run.save({"step": step, "settings": settings, "masters": masters, "ema": ema, "scaler": scaler.state_dict(),
                       "optimizer": optimizer.state_dict()}, model.dit, dict(zip(adapter, ema, strict=True)),
                      metadata | {"step": str(step)})
@@ -782,9 +791,9 @@ def train(args, state=None):
     if step == 0 and run:
         run.note({"step": 0} | look())
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
-    started, knee_passed = time.perf_counter(), ""
+    started, stop, knee_passed = time.perf_counter(), 0, ""
     with Signals() as signals:
-        for batch in loader:
+        for batch in batches(loader, signals):
             names, texts = batch.pop("name"), batch.pop("prompt")
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
             batch["c"], batch["m"] = conditions(texts)
@@ -833,10 +842,13 @@ def train(args, state=None):
             if stop or knee_passed:
                 break
             started = time.perf_counter()
+        else:
+            if stop := signals.caught:
+                save()
     bar.close()
     if stop:
         say(f"interrupted; step {step} is saved, `--name {args.name} --resume` goes on")
-        return 128 + signals.caught if signals.caught else 1
+        return 128 + (signals.caught or signal.SIGTERM)
     say(f"{knee_passed or 'done'}: {args.run}/adapter.safetensors, step {step}")
     return 0
 

@@ -434,6 +434,26 @@ def test_sigterm_saves_and_resume_goes_on(here, run, monkeypatch):
     assert same(whole / "adapter.safetensors", folder / "adapter.safetensors")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_saves(here, photos, tiny_model, number):
+    argv = ["--data", str(photos), "--model", str(tiny_model), *QUICK, "--name", "group", "--workers", "1",
+            "--steps", "1000"]
+    script = f"""
+import os, train
+losses, count = train.losses, []
+def stopping(*args):
+    count.append(1)
+    if len(count) == 2:
+        os.killpg(0, {int(number)})
+    return losses(*args)
+train.losses = stopping
+raise SystemExit(train.main({argv}))"""
+    stopped = subprocess.run([sys.executable, "-c", script], env=os.environ | ENV, capture_output=True,
+                             start_new_session=True, timeout=120)
+    assert stopped.returncode == 128 + number, stopped.stderr.decode()
+    assert torch.load(here / "runs" / "group" / "state.pt", weights_only=True)["step"] == 2
+
+
 def test_nan_stops_and_names_the_samples(here, run, monkeypatch):
     losses, count = train.losses, []
 
