@@ -88,6 +88,14 @@ def read(path):
     return Picture(image.convert("RGB"), None, grey, icc)
 
 
+def read_rgb(path):
+    """The picture `path` in RGB. Raises ValueError that names it."""
+    try:
+        return read(path).rgb
+    except Exception as error:  # on broken files the decoders raise anything
+        raise ValueError(f"{path}: not a picture that can be read ({why(error, path)})") from error
+
+
 def bicubic(image):
     """Four times the size: the x_L that the network restores, and the yardstick of --compare."""
     return image.resize((4 * image.width, 4 * image.height), Image.Resampling.BICUBIC)
@@ -203,6 +211,35 @@ def plan(inputs, out=None):
     return jobs
 
 
+# --- prompts ---
+
+def find_tags(jobs, args, references):
+    """{job: its tags} by args.tagger; empty without one, or where its weights cannot be had. Raises SystemExit.
+
+    Tags describe the enlarged input, with --prompt-from hr the reference, `references[job.target]`. The tagger lives in
+    here alone: all pictures are tagged, and its memory is free, before the restorer is loaded.
+    """
+    if args.tagger == "none":
+        return {}
+    from tagger import open_tagger
+    tags = {}
+    try:
+        tagger = open_tagger(args.tagger, args.device)
+        for job in tqdm(jobs if tagger else [], desc="tagging", unit="img", disable=None):
+            if args.prompt_from == "hr":
+                tags[job] = tagger.tags(read_rgb(references[job.target]))
+                continue
+            try:
+                image = bicubic(read_rgb(job.source))
+            except (MemoryError, ValueError):  # restore() will say what is wrong with it
+                tags[job] = []
+            else:
+                tags[job] = tagger.tags(image)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {whole(error)}")
+    return tags
+
+
 # --- one picture ---
 
 def peak_memory(device):
@@ -220,8 +257,10 @@ class Skipped(Exception):
     """This picture cannot be restored, others may; the message says why."""
 
 
-def restore(job, model, args, tagger=None):
+def restore(job, model, args, tags=()):
     """Reads, restores and writes one picture. Returns what is worth reporting; raises Skipped.
+
+    tags: what the picture shows, for the prompt.
 
     Raises SystemExit where the model's text encoder, which is loaded on the first new prompt, turns out broken.
     """
@@ -237,7 +276,7 @@ def restore(job, model, args, tagger=None):
     except Exception as error:  # on broken files the decoders raise anything, from struct.error to IndexError
         raise Skipped(f"not a picture that can be read ({why(error, job.source)})") from error
     enlarged = bicubic(picture.rgb)
-    prompt = ", ".join(filter(None, [args.prompt, *(tagger.tags(enlarged) if tagger else [])]))
+    prompt = ", ".join(filter(None, [args.prompt, *tags]))
     try:
         result = model.restore(picture.rgb, prompt, suffix=args.suffix, timestep=args.timestep, tile=args.tile,
                                instruction=args.instruction)
@@ -289,6 +328,9 @@ def describe(row, target):
 
 # --- scores ---
 
+LEAK = "prompts from the references"  # marks scores that --prompt-from hr helped
+
+
 def find_pairs(args, jobs):
     """What is to be scored: Pairs of the results of `jobs`, or of the pictures in --sr, with their partners in --hr.
     With --sr, the inputs are only shown in the report. Raises SystemExit."""
@@ -313,25 +355,20 @@ def find_pairs(args, jobs):
     return [Pair(*pair) for pair in zip(names, results, references, inputs, strict=True)]
 
 
-def score(pairs, args):
-    """Scores `pairs`, prints the table and writes --csv and --report. Raises SystemExit."""
+def score(pairs, args, note=""):
+    """Scores `pairs`, prints the table and writes --csv and --report, each with `note`. Raises SystemExit."""
     import weights
     from metrics.report import write_report
     from metrics.score import print_table, score, write_csv
-
-    def read_rgb(path):
-        try:
-            return read(path).rgb
-        except Exception as error:  # on broken files the decoders raise anything
-            raise ValueError(f"{path}: not a picture that can be read ({why(error, path)})") from error
     try:
         rows = score(pairs, args.metrics, args.protocol, args.device, read_rgb,
                      lambda x: tqdm(x, desc="scoring", unit="img", disable=None))
-        print_table(rows)
+        print_table(rows, note)
         if args.csv:
-            write_csv(rows, args.csv)
+            write_csv(rows, args.csv, note)
         if args.report:
-            write_report(rows, pairs, args.report, read_rgb, args.protocol, note="" if args.sr else str(args.model))
+            note = ", ".join(filter(None, ["" if args.sr else str(args.model), note]))
+            write_report(rows, pairs, args.report, read_rgb, args.protocol, note=note)
     except (OSError, ValueError, weights.Unavailable) as error:
         sys.exit(f"error: {whole(error)}")
 
@@ -351,6 +388,8 @@ def parse(argv=None):
     add("--suffix", default="appendix", metavar="appendix|main|none|TEXT", help="quality words after the prompt")
     add("--instruction", type=Path, metavar="FILE", help="a text put before every prompt, as SANA's human instruction")
     add("--tagger", choices=["none", "ram", "dape"], default="none", help="finds tags for the prompt in the picture")
+    add("--prompt-from", choices=["lr", "hr"], default="lr", help="where the tags come from; hr: the references, which "
+        "leaks them into the result (the paper's HQ-prompt protocol read literally); scores are marked")
     add("--timestep", type=float, metavar="N", help="τ of the one update (default: the adapter's, else 900)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bf16 on a GPU that has it, else fp32")
@@ -370,6 +409,8 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if not args.inputs and not args.sr:
         parser.error("name pictures or folders to restore, or --sr DIR to score what exists")
+    if args.prompt_from == "hr" and (args.tagger == "none" or not args.hr or args.sr):
+        parser.error("--prompt-from hr needs pictures to restore, --tagger ram or dape, and --hr DIR")
     args.score = any([args.hr, args.sr, args.metrics, args.csv, args.report])
     if args.score:
         from metrics.score import pick
@@ -441,15 +482,13 @@ def main(argv=None):
     pairs = find_pairs(args, jobs) if args.score else []
     if ranks > 1:  # only to leave together: torchrun ends the others as soon as one rank fails
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
-    model, tagger = load_model(args), None
-    if args.tagger != "none":
-        from tagger import open_tagger
-        tagger = open_tagger(args.tagger, args.device)
+    tags = find_tags(jobs[rank::ranks], args, {pair.sr: pair.hr for pair in pairs})
+    model = load_model(args)
 
     rows, skipped = [], []
     for job in tqdm(jobs[rank::ranks], unit="img", disable=True if len(jobs) == 1 or rank else None):  # None: on a tty
         try:
-            rows.append(restore(job, model, args, tagger))
+            rows.append(restore(job, model, args, tags.get(job, ())))
             tqdm.write(describe(rows[-1], job.target))
         except Skipped as reason:
             skipped.append(job.target)
@@ -463,7 +502,7 @@ def main(argv=None):
     model = None  # scoring needs the memory
     pairs = [pair for pair in pairs if pair.sr not in skipped]
     if pairs and rank == 0:
-        score(pairs, args)
+        score(pairs, args, note=LEAK if tags and args.prompt_from == "hr" else "")
     if ranks > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -360,6 +360,8 @@ def find_tags(kind, protocol, photos, lq, cache):
             known = {row["sha256"]: row["tags"] for row in csv.DictReader(f)}
     if any(p.sha256 not in known for p in photos):
         tagger = open_tagger(kind)
+        if not tagger:
+            return [""] * len(photos)
         for photo in tqdm(photos, "tagging", leave=False):
             if photo.sha256 not in known:
                 known[photo.sha256] = tagger(x_h_or_x_l(photo, lq.get(photo.path), protocol))
@@ -384,17 +386,18 @@ def tag_images(lrs, kind):
     if kind not in ("ram", "dape"):
         return [""] * len(lrs)
     tagger = open_tagger(kind)
-    return [tagger(to_image(enlarge(lr) / 2 + 0.5)) for lr in lrs]
+    return [tagger(to_image(enlarge(lr) / 2 + 0.5)) if tagger else "" for lr in lrs]
 
 
 def open_tagger(kind):
-    """A function from a picture to "tag, tag, …". Raises SystemExit where the tagger's weights cannot be had."""
+    """A function from a picture to "tag, tag, …"; None where the tagger's weights cannot be had, which a line on
+    stderr says. Raises SystemExit for a broken file of weights."""
     import tagger
     try:
-        net = tagger.Tagger.from_pretrained(kind)
-    except (weights.Unavailable, ValueError, OSError) as error:
-        sys.exit(f"error: --tags {kind}: {why(error)}; --tags none trains with the quality suffix alone")
-    return lambda image: tagger.joined(net.tags(image))
+        net = tagger.open_tagger(kind)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: --tags {kind}: {why(error)}")
+    return net and (lambda image: tagger.joined(net.tags(image)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -724,9 +727,11 @@ def train(args, state=None):
         tags = find_tags(args.tags, args.protocol, photos[held:], lq, args.run / "tags.csv")
         pairs = validation_pairs(photos[:held], lq, args.crop, args.seed, args.run / "val")
         # of x_L, as at test time: the reference must not leak into the validation
-        val_tags = tag_images([lr for _, lr, _ in pairs], args.tags)
+        val_tags = tag_images([lr for _, lr, _ in pairs], args.tags if any(tags) else "none")
         return photos[held:], lq, tags, pairs, val_tags, report
     photos, lq, tags, pairs, val_tags, report = from_first(look_at_data)
+    if args.tags in ("ram", "dape") and not any(tags):  # the tagger's weights cannot be had
+        args.tags = "none"
     prompts, val_prompts = ([build_prompt(re.split(r"\s*,\s*", line), args.suffix) for line in lines]
                             for lines in (tags, val_tags))
     conditions = Conditions(model)

@@ -122,8 +122,8 @@ def shown(name, value):
     return f"{value:.{DECIMALS.get(name, 4)}f}"
 
 
-def print_table(rows):
-    """Image by image and the mean. Arrows say which way is better."""
+def print_table(rows, note=""):
+    """Image by image and the mean, then the note. Arrows say which way is better."""
     names = list(rows[0])[1:]
     head = [n + (" ↑" if METRICS[n].better == "higher" else " ↓") for n in names]
     body = [[r["image"], *(shown(n, r[n]) for n in names)] for r in [*rows, mean(rows)]]
@@ -133,6 +133,8 @@ def print_table(rows):
     for line in [["", *head], None, *body[:-1], None, body[-1]]:
         print(rule if line is None else
               line[0].ljust(wide) + "".join("  " + cell.rjust(w) for cell, w in zip(line[1:], widths, strict=True)))
+    if note:
+        print(note)
 
 
 def atomically(path, text):
@@ -147,12 +149,13 @@ def atomically(path, text):
         partial.unlink(missing_ok=True)
 
 
-def write_csv(rows, path):
-    """image, metrics with 6 decimals; the last row is the mean."""
+def write_csv(rows, path, note=""):
+    """image, metrics with 6 decimals; the last row is the mean. A note stands in every row, in a last column `note`."""
     class Lines(list):
         write = list.append
     lines = Lines()
     table = csv.writer(lines, lineterminator="\n")
-    table.writerow(rows[0])
-    table.writerows([r["image"], *(f"{v:.6f}" for v in list(r.values())[1:])] for r in [*rows, mean(rows)])
+    notes = [note] if note else []
+    table.writerow([*rows[0], *(["note"] if note else [])])
+    table.writerows([r["image"], *(f"{v:.6f}" for v in list(r.values())[1:]), *notes] for r in [*rows, mean(rows)])
     atomically(path, "".join(lines))

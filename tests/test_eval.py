@@ -15,6 +15,8 @@ from PIL import Image, ImageCms
 from tiny import tiny_model
 
 import eval as evaluate
+import tagger
+import weights
 
 ROOT = Path(__file__).parent.parent
 
@@ -273,6 +275,7 @@ def test_a_folder_gives_its_pictures_only(run):
     (["a.png", "--timestep", "1001"], "--timestep must be above 0 and at most 1000"),
     (["a.png", "--timestep", "0"], "--timestep must be above 0"),
     (["a.png", "--instruction", "nothing.txt"], "--instruction nothing.txt: No such file"),
+    (["a.png", "--prompt-from", "hr", "--tagger", "ram"], "--prompt-from hr needs"),
     ([], "name pictures or folders to restore"),
 ])
 def test_mistakes_are_told_before_anything_is_written(run, arguments, message):
@@ -365,6 +368,78 @@ def test_options_reach_the_model(monkeypatch, tmp_path):
                           "instruction": "Enhance: "}
     assert evaluate.main(["a.png"]) == 0
     assert model.seen == {"prompt": "", "suffix": "appendix", "timestep": None, "tile": None, "instruction": ""}
+
+
+# --- tags ---
+
+class Tags:
+    """Stands for the tagger: calls a picture by its size and its first pixel."""
+    alive = 0
+
+    def __init__(self):
+        Tags.alive += 1
+
+    def __del__(self):
+        Tags.alive -= 1
+
+    def tags(self, image):
+        return ["a wall", f"{image.width} by {image.height}", f"red {image.getpixel((0, 0))[0]}"]
+
+
+def test_all_is_tagged_and_the_tagger_gone_before_the_model_is_loaded(run, monkeypatch):
+    model, order = Nearest(), []
+    def load(args):
+        order.append(Tags.alive)
+        return model
+    monkeypatch.setattr(evaluate, "load_model", load)
+    monkeypatch.setattr(tagger.Tagger, "from_pretrained", lambda *_: order.append("tagger") or Tags())
+    Image.new("RGB", (7, 5), (9, 0, 0)).save("a.png")
+    Path("b.png").write_text("no picture")
+    code, out, err = run("b.png", "a.png", "--tagger", "ram", "--prompt", "at noon")
+    assert order == ["tagger", 0]
+    assert model.seen["prompt"] == "at noon, a wall, 28 by 20, red 9"
+    assert code == 1 and "1 restored, 1 skipped" in out
+    assert err.splitlines()[-1].startswith("error: b.png: not a picture that can be read (")
+
+
+def test_without_the_taggers_weights_the_prompt_is_the_suffix(run, monkeypatch):
+    def unavailable(*_):
+        raise weights.Unavailable("ram is not on this machine")
+    monkeypatch.setattr(tagger.Tagger, "from_pretrained", unavailable)
+    RGB.save("a.png")
+    code, _, err = run("a.png", "--tagger", "dape")
+    assert code == 0 and err.count("\n") == 1 and "suffix alone: ram is not on this machine" in err
+
+
+def test_broken_weights_of_the_tagger_are_one_line(run, monkeypatch, tmp_path):
+    (tmp_path / tagger.LEAN).write_bytes(b"cut")
+    monkeypatch.setenv("SANASR_WEIGHTS", str(tmp_path))
+    RGB.save("a.png")
+    code, _, err = run("a.png", "--tagger", "ram")
+    assert code == 1 and err.count("\n") == 1
+    assert err.startswith("error: ") and tagger.LEAN in err and not Path("results").exists()
+
+
+def test_prompts_from_the_references_are_marked(run, monkeypatch):
+    model = Nearest()
+    monkeypatch.setattr(evaluate, "load_model", lambda args: model)
+    monkeypatch.setattr(tagger.Tagger, "from_pretrained", lambda *_: Tags())
+    os.mkdir("hr")
+    RGB.save("a.png")
+    Image.new("RGB", (28, 20), (77, 0, 0)).save("hr/a.png")
+    scored = ["a.png", "--hr", "hr", "--metrics", "psnr", "--csv", "s.csv", "--report", "s.html", "--tagger", "ram"]
+    code, out, _ = run(*scored)
+    assert code == 0 and "red 77" not in model.seen["prompt"]
+    assert not any("from the references" in t for t in (out, Path("s.csv").read_text(), Path("s.html").read_text()))
+    code, out, _ = run(*scored, "--prompt-from", "hr")
+    assert code == 0 and "28 by 20, red 77" in model.seen["prompt"]
+    assert out.endswith("prompts from the references\n")
+    assert "embedded, prompts from the references: 1 pictures" in Path("s.html").read_text()
+    head, *rows = Path("s.csv").read_text().splitlines()
+    assert head == "image,psnr,note" and [r.split(",")[2] for r in rows] == ["prompts from the references"] * 2
+    Path("hr/a.png").write_bytes(b"")
+    code, _, err = run(*scored, "--prompt-from", "hr")
+    assert code == 1 and "error: hr/a.png: not a picture that can be read" in err
 
 
 # --- the command itself, on a small model of the real classes ---

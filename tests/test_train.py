@@ -22,6 +22,7 @@ from seeded import seeded_state_dict
 import degrade
 import tagger
 import train
+import weights
 from sanasr import DCAE, LinearDiT, SanaSR, inject_lora, lora_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -324,7 +325,7 @@ def test_tags_by_a_tagger_are_made_once(protocol, photos, tmp_path, monkeypatch)
 
     class Fake:
         @classmethod
-        def from_pretrained(cls, name):
+        def from_pretrained(cls, name, device, dtype):
             return cls()
 
         def tags(self, image):
@@ -337,6 +338,23 @@ def test_tags_by_a_tagger_are_made_once(protocol, photos, tmp_path, monkeypatch)
         assert tags == [f"size, {p.width}" for p in found] and len(seen) == 5
     sharp = np.asarray(train.read(found[0].path).rgb)
     assert np.array_equal(np.asarray(seen[0]), sharp) == (protocol == "hq"), "lq tags come from the degraded picture"
+
+
+def test_without_the_taggers_weights_there_are_no_tags(photos, tmp_path, monkeypatch, capsys):
+    def unavailable(*_):
+        raise weights.Unavailable("ram is not on this machine")
+    monkeypatch.setattr(tagger.Tagger, "from_pretrained", unavailable)
+    found, _ = train.scan([photos], 96, tmp_path / "index.json", 1)
+    assert train.find_tags("ram", "hq", found, {}, tmp_path / "tags.csv") == [""] * 5
+    assert train.tag_images([Image.new("RGB", (8, 8))], "ram") == [""]
+    assert "ram is not on this machine" in capsys.readouterr().err
+    assert not (tmp_path / "tags.csv").exists(), "once the weights are there, tags are found"
+
+    def corrupt(*_):
+        raise ValueError("ram.pth: not a readable checkpoint")
+    monkeypatch.setattr(tagger.Tagger, "from_pretrained", corrupt)
+    with pytest.raises(SystemExit, match="error: --tags ram: ram.pth"):
+        train.find_tags("ram", "hq", found, {}, tmp_path / "tags.csv")
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
