@@ -6,6 +6,7 @@
     torchrun --nproc_per_node 4 eval.py photos/        the files are split among the ranks
     python eval.py lr/ --hr hr/ --csv scores.csv --report report.html      restores, then scores against references
     python eval.py --sr results/ --hr hr/ --metrics all                    scores pictures of any method
+    python eval.py --profile                       parameters, multiply-accumulates and latency by stage
 
 Reads every picture format that Pillow decodes, with EXIF orientation applied. Grey pictures come out grey, alpha is
 enlarged (bicubic) and kept, 16 bits become 8, of an animation the first frame is taken. Inputs are never overwritten
@@ -373,6 +374,21 @@ def score(pairs, args, note=""):
         sys.exit(f"error: {whole(error)}")
 
 
+# --- measurements ---
+
+def profile(model, args):
+    """Prints parameters, MACs and latency by stage. Raises SystemExit."""
+    from metrics.profile import print_profile, profile
+    where = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else (
+        f"{args.device.type}, {torch.get_num_threads()} threads")
+    try:
+        table = profile(model, args.profile)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {whole(error)}")
+    print(f"{args.model}, {args.profile}×{args.profile}, {str(args.dtype).removeprefix('torch.')}, {where}")
+    print_profile(table)
+
+
 # --- the command ---
 
 def parse(argv=None):
@@ -406,8 +422,13 @@ def parse(argv=None):
     add("--protocol", choices=["full", "patch"], default="full", help="the whole image or its central 256×256")
     add("--csv", metavar="FILE", help="scores image by image, and a mean row")
     add("--report", metavar="FILE.html", help="a page that shows pictures and scores side by side")
+    add = parser.add_argument_group("measurements").add_argument
+    add("--profile", type=int, nargs="?", const=512, metavar="SIDE", help="parameters, multiply-accumulates and "
+        "latency of each stage for a result of SIDE×SIDE (default: 512) and 300 text tokens; nothing is restored")
     args = parser.parse_args(argv)
-    if not args.inputs and not args.sr:
+    if args.profile is not None and (args.profile < 32 or args.profile % 32):
+        parser.error(f"--profile {args.profile}: the side must be a multiple of 32")
+    if not args.inputs and not args.sr and not args.profile:
         parser.error("name pictures or folders to restore, or --sr DIR to score what exists")
     if args.prompt_from == "hr" and (args.tagger == "none" or not args.hr or args.sr):
         parser.error("--prompt-from hr needs pictures to restore, --tagger ram or dape, and --hr DIR")
@@ -477,6 +498,9 @@ def main(argv=None):
     warnings.filterwarnings("ignore", module="PIL")  # on odd files; what matters is raised
     if args.sr:
         score(find_pairs(args, []), args)
+        return 0
+    if args.profile:
+        profile(load_model(args), args)
         return 0
     jobs = plan(find_inputs(args.inputs), args.out)
     pairs = find_pairs(args, jobs) if args.score else []
