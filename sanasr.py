@@ -1010,7 +1010,7 @@ class SanaSR:
     """The whole restorer: frozen autoencoder, prior with its adapter merged, text encoder loaded only when needed.
 
     vae: DCAE; dit: LinearDiT; scaling_factor: s; timestep: τ the adapter was trained for; stages: milliseconds by
-    stage of the last `restore`; metadata: what the adapter's file says of itself.
+    stage of the last `restore`; metadata: what the adapter's file, or the config of a pruned model, says of itself.
     """
 
     TILE, OVERLAP = 32, 2  # latent positions: tiles of 1024 pixels that share 64
@@ -1039,7 +1039,11 @@ class SanaSR:
                              f"transformer/ wants {self.dit.config['in_channels']}")
         if adapter is None and (self.folder / "adapter.safetensors").exists():
             adapter = self.folder / "adapter.safetensors"
-        self.metadata = load_lora(self.dit, adapter) if adapter else {}
+        if adapter:
+            self.metadata = load_lora(self.dit, adapter)
+        else:  # a pruned model holds its adapter merged, and says in its config what it was trained for
+            config = json.loads((self.folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+            self.metadata = config.get("_provenance", {})
         if merge:
             merge_lora(self.dit)
         self.timestep = float(self.metadata.get("timestep", 900))

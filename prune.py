@@ -1,0 +1,470 @@
+"""Makes the transformer shallower: prompt-aware structured pruning of whole blocks, Algorithm 2 of the paper.
+
+    python prune.py --data ./hq --adapter runs/official/best.safetensors --model sana-600m-512 --out runs/pruned
+    python prune.py --data ./hq --keep 16 --saliency obd --out runs/obd      # another score, another budget
+    python prune.py --out runs/pruned --data ./hq --resume                   # goes on where it was stopped or killed
+    python eval.py lr.png --model runs/pruned                                # the result is a model like any other
+
+    W ← W + (α/r) B A                                   the adapter is merged; f0 is a frozen copy of the prior
+    L_cal = ω(t)·(L_rec + L_align)                      ω(t) = 1 − log(t+1)/log(T+1), T = 1000     (Eq. 21, 22)
+    F_i = 1/K Σ_k ω(t_k)·(∂L_cal/∂w_i)²                 over K = 400 samples, in float32           (Eq. 23)
+    S_ℓ = Σ_{i in block ℓ} w_i² / (F_i + ε_p)           one score a block                          (Eq. 24)
+    keep the first and the last block, then by falling S what the budget holds                     (Eq. 11)
+
+Leaves in --out: transformer/ (fewer blocks, no adapter), vae/, text_encoder/ and tokenizer/ as they were,
+saliency.csv and saliency.png, calibration.pt (F: with --resume another score, ε_p or budget costs no calibration).
+"""
+import argparse
+import hashlib
+import math
+import os
+import re
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import weights
+from eval import DTYPES, pick_device, pick_dtype
+from sanasr import LinearDiT, SanaSR, build_prompt, fingerprint, save_module
+from train import (
+    LAMBDA,
+    PROTOCOLS,
+    Conditions,
+    Latents,
+    Pairs,
+    Signals,
+    batches,
+    complete,
+    find_tags,
+    ignore_interrupt,
+    in_float32,
+    load_lpips,
+    losses,
+    match_lq,
+    scan,
+    write_atomically,
+    write_csv,
+)
+
+SALIENCIES = ("paper", "obd", "magnitude", "random", "tail")
+FROM_GRADIENTS = ("paper", "obd")  # the others need no calibration
+TERMS = {name: LAMBDA[name] for name in ("mse", "lpips", "align")}  # L_rec and L_align, without L_cons
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss and its squared gradients
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def omega(t):
+    """ω(t) = 1 − log(t+1)/log(T+1), T = 1000 (Eq. 22): 1 at t = 0, 0 at t = 1000."""
+    return 1 - math.log(t + 1) / math.log(1001)
+
+
+def calibration_loss(f, f0, vae, batch, tau, lpips):
+    """L_cal of a batch of one sample, a scalar (Eq. 21). f: the merged network; the rest as in `train.losses`."""
+    values = losses(f, f0, vae, batch, tau, lpips, TERMS)
+    return omega(batch["t"].item()) * sum(TERMS[name] * value for name, value in values.items())
+
+
+class Fisher:
+    """Accumulates Σ_k ω(t_k)·(∂L_cal/∂w)² for every parameter of the blocks, in float32.
+
+    The squares are taken as soon as the backward pass has a parameter's gradient, which is then freed: so there are
+    never more gradients than one block's. `sums`: {key: tensor}; `weight`: ω(t_k) of the sample under way.
+    """
+
+    def __init__(self, dit):
+        self.weight, self.sums = 0.0, {}
+        dit.requires_grad_(False)
+        for key, p in dit.transformer_blocks.named_parameters():
+            p.requires_grad_(True)
+            self.sums[key] = torch.zeros_like(p, dtype=torch.float32, memory_format=torch.contiguous_format)
+            p.register_post_accumulate_grad_hook(partial(self._add, self.sums[key]))
+
+    def _add(self, total, p):
+        g = p.grad.float()
+        total.add_(g.square_(), alpha=self.weight)
+        p.grad = None
+
+
+def calibrate(fisher, loss_of, samples, state, steps, save, every=50):
+    """Runs the calibration steps that `state` does not have yet. Returns the signal that stopped it, or 0.
+
+    loss_of: batch -> L_cal; samples(first, signals): the batches from number `first` on; state: {"step", …}, moved on;
+    save(): writes state and sums, called now and then, at the end and when interrupted.
+    """
+    first = state["step"]
+    with Signals() as signals, tqdm(total=steps, initial=first, desc="calibrating", dynamic_ncols=True) as bar:
+        for batch in samples(first, signals):
+            name = batch.pop("name")[0]
+            fisher.weight = omega(batch["t"].item())
+            loss = loss_of(batch)
+            if not math.isfinite(loss.item()):
+                sys.exit(f"error: step {state['step'] + 1}: the loss is {loss.item()} on {name}; nothing of it was "
+                         "added, the last save is whole")
+            loss.backward()
+            state["step"] += 1
+            bar.set_postfix(loss=f"{loss.item():.4g}", refresh=False)
+            bar.update()
+            if signals.caught:
+                break
+            if state["step"] % every == 0 and state["step"] < steps:
+                save()
+        caught = signals.caught
+        if state["step"] > first:
+            save()
+    return caught
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores, and the choice under the budget
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def block_scores(dit, kind, fisher=None, eps=1e-8, seed=0):
+    """One score a block, the larger the rather kept: a list of floats.
+
+    paper: Σ w²/(F+ε_p) (Eq. 24); obd: ½ Σ F·w² (Optimal Brain Damage); magnitude: Σ w²; random: by the seed;
+    tail: the earlier the rather kept. fisher: {key within transformer_blocks: F}, for paper and obd.
+    """
+    count = len(dit.transformer_blocks)
+    if kind == "random":
+        return np.random.default_rng(seed).permutation(count).astype(float).tolist()
+    if kind == "tail":
+        return [float(count - i) for i in range(count)]
+    scores = [0.0] * count
+    for key, p in dit.transformer_blocks.named_parameters():
+        value = p.float().square()
+        if kind == "paper":
+            value /= fisher[key] + eps
+        elif kind == "obd":
+            value *= fisher[key] / 2
+        scores[int(key.partition(".")[0])] += value.sum(dtype=torch.float64).item()
+    return scores
+
+
+def choose(scores, size, fixed, budget):
+    """Indices of the blocks to keep, ascending: first and last, then greedily by falling score (Eq. 11).
+
+    size: parameters of each block; all must be equal, for then greedy is the exact solution of the knapsack.
+    fixed: parameters outside the blocks; budget: of the whole transformer. Raises ValueError for a budget that does not
+    hold two blocks, or holds all.
+    """
+    count, total = len(scores), fixed + sum(size)
+    assert len(set(size)) == 1, f"blocks of different sizes, {sorted(set(size))}: greedy would not be exact"
+    room = int((budget - fixed) // size[0])
+    if room < 2:
+        raise ValueError(f"a budget of {budget:.6g} parameters does not hold the first and the last block, which are "
+                         f"always kept: it takes {fixed + 2 * size[0]} at least")
+    if room >= count:
+        raise ValueError(f"a budget of {budget:.6g} parameters leaves nothing to drop: the transformer has {total} in "
+                         f"{count} blocks; --keep N keeps N blocks, 2 to {count - 1}")
+    inner = sorted(range(1, count - 1), key=lambda i: (-scores[i], i))
+    return sorted([0, count - 1, *inner[:room - 2]])
+
+
+def sizes(dit):
+    """([parameters of each block], parameters outside them)."""
+    blocks = [sum(p.numel() for p in block.parameters()) for block in dit.transformer_blocks]
+    return blocks, sum(p.numel() for p in dit.parameters()) - sum(blocks)
+
+
+def with_blocks(dit, kept):
+    """A LinearDiT of only the blocks `kept`, in that order; it shares the weights of `dit`."""
+    with torch.device("meta"):
+        small = LinearDiT(dit.config | {"num_layers": len(kept)})
+    old, state = dit.state_dict(), {}
+    for key in small.state_dict():
+        part, _, rest = key.partition(".")
+        if part == "transformer_blocks":
+            i, _, rest = rest.partition(".")
+            state[key] = old[f"{part}.{kept[int(i)]}.{rest}"]
+        else:
+            state[key] = old[key]
+    small.load_state_dict(state, assign=True)
+    return small.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def link_parts(source, out):
+    """vae/, text_encoder/, tokenizer/ and scheduler/ of `source` into `out`: hard links, or copies."""
+    for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
+        for path in sorted((source / part).glob("*")):
+            target, temporary = out / part / path.name, out / part / (path.name + ".tmp")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(path.resolve(), temporary)  # the Hub's cache holds links into its store
+            except OSError:
+                shutil.copyfile(path, temporary)
+            os.replace(temporary, target)
+
+
+def chart(scores, kept, kind, note, width=860, height=360):
+    """A picture: one bar a block, kept ones blue, dropped ones grey; logarithmic where the scores vary widely."""
+    values = np.array(scores)
+    log = values.min() > 0 and values.max() > 50 * values.min()
+    up = np.log10(values) if log else values
+    low = math.floor(up.min()) if log else 0.0
+    up = (up - low) / max(up.max() - low, 1e-300)
+    canvas = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(canvas)
+    left, top, right, bottom = 20, 64, width - 20, height - 44
+    step = (right - left) / len(scores)
+    draw.text((left, 8), f"Importance of each transformer block, score '{kind}'"
+              + (" (logarithmic)" if log else "") + f": {min(scores):.3g} to {max(scores):.3g}", "black")
+    draw.text((left, 24), note, "black")
+    for x, colour, text in ((left, "#1040c0", f"kept ({len(kept)})"),
+                            (left + 110, "#c0c0c0", f"dropped ({len(scores) - len(kept)})")):
+        draw.rectangle((x, 44, x + 10, 54), colour)
+        draw.text((x + 16, 43), text, "black")
+    for i, value in enumerate(up):
+        x = left + i * step
+        draw.rectangle((x + 0.12 * step, bottom - 2 - value * (bottom - top - 4), x + 0.88 * step, bottom),
+                       "#1040c0" if i in kept else "#c0c0c0")
+        draw.text((x + step / 2, bottom + 4), str(i), "black", anchor="ma")
+    draw.line((left, bottom, right, bottom), "black")
+    draw.text((width / 2, bottom + 22), "block, from the input to the output (the first and the last are always kept)",
+              "black", anchor="ma")
+    return canvas
+
+
+def write_model(args, model, scores, kept, provenance):
+    """The pruned model, its table and its picture. Raises SystemExit in one line."""
+    rank = {i: n for n, i in enumerate(sorted(range(len(scores)), key=lambda i: -scores[i]), 1)}
+    pruned = with_blocks(model.dit, kept)
+    try:
+        link_parts(model.folder, args.out)
+        save_module(pruned, args.out / "transformer", metadata=provenance)
+    except OSError as error:
+        sys.exit(f"error: {args.out}: the model cannot be written ({error.strerror or error})")
+    write_csv(args.out / "saliency.csv", ["block", "score", "rank", "kept"],
+              [{"block": i, "score": s, "rank": rank[i], "kept": int(i in kept)} for i, s in enumerate(scores)])
+    before, after = (sum(p.numel() for p in dit.parameters()) / 1e6 for dit in (model.dit, pruned))
+    note = f"{len(kept)} of {len(scores)} blocks kept: {after:.2f} of {before:.2f} M parameters"
+    write_atomically(args.out / "saliency.png", lambda f: chart(scores, kept, args.saliency, note).save(f, "PNG"))
+    print(f"{note}; dropped {', '.join(str(i) for i in range(len(scores)) if i not in kept)}; {args.out}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_model(args):
+    """(SanaSR with its adapter merged, f0: the prior without it). Raises SystemExit in one line."""
+    adapter = False if args.adapter == "none" else args.adapter
+    try:
+        if adapter and not Path(adapter).is_file():
+            sys.exit(f"error: --adapter {adapter}: no such file")
+        model = SanaSR.from_pretrained(args.model, args.device, DTYPES[args.dtype], adapter=adapter)
+        if not model.metadata and adapter is not False:
+            print("note: the model has no adapter; its transformer is pruned as it is", file=sys.stderr)
+        return model, LinearDiT.from_pretrained(model.folder / "transformer", model.dtype, args.device)
+    except (OSError, ValueError, weights.Unavailable) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+def adapter_hash(args, folder):
+    """SHA-256 of the adapter that `load_model` merges, or "none"."""
+    path = Path(args.adapter or folder / "adapter.safetensors")
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "none"
+
+
+class Calibration:
+    """What a sample's loss is made of: photos, prompts and the networks around the one that is pruned."""
+
+    def __init__(self, args, model, prior):
+        self.args, self.model = args, model
+        model.vae.requires_grad_(False)
+        for part in (model.dit, prior, model.vae.decoder):
+            part.checkpointing = args.checkpointing
+        lpips, args.lpips = load_lpips(args.lpips)
+        self.lpips, self.f0 = lpips.to(args.device), in_float32(prior)
+        self.vae = Latents(model.vae, model.scaling_factor)
+        photos, report = scan(args.data, args.crop, args.out / "data.json", args.workers)
+        lq = match_lq(photos, args.lq) if args.lq else {}
+        tags = find_tags(args.tags, args.protocol, photos, lq, args.out / "tags.csv")
+        prompts = [build_prompt(re.split(r"\s*,\s*", line), args.suffix) for line in tags]
+        self.conditions = Conditions(model)
+        self.conditions.prepare(sorted(set(prompts)))
+        side = args.crop // model.vae.factor
+        self.pairs = Pairs(photos, prompts, args.crop, (model.dit.config["in_channels"], side, side),
+                           PROTOCOLS[args.protocol][1], args.seed, lq)
+        self.digest = hashlib.sha256("".join(p.sha256 for p in photos).encode()).hexdigest()
+        print(f"{report}; {args.model}, τ {args.timestep:g}, LPIPS {args.lpips}, {args.dtype} on {args.device}")
+
+    def samples(self, first, last, signals):
+        """Batches of one sample, numbers `first` to `last` - 1; with "name", a list of one."""
+        loader = DataLoader(self.pairs, batch_sampler=[[n] for n in range(first, last)], num_workers=self.args.workers,
+                            worker_init_fn=ignore_interrupt)
+        for batch in batches(loader, signals):
+            name, prompts = batch.pop("name"), batch.pop("prompt")
+            batch = {k: v.to(self.args.device) for k, v in batch.items()}
+            batch["c"], batch["m"] = self.conditions(prompts)
+            yield batch | {"name": name}
+
+    def loss(self, dit, batch, vae=None):
+        """L_cal of a batch with `dit` in the place of the merged network, a scalar."""
+        return calibration_loss(in_float32(dit), self.f0, vae or self.vae, batch, self.args.timestep, self.lpips)
+
+
+# what F depends on; the number of steps may grow
+FISHER_SETTINGS = ("model", "base_fingerprint", "adapter_sha256", "photos_sha256", "protocol", "timestep", "suffix",
+                   "lpips", "crop", "seed", "dtype")
+
+
+def measure_fisher(args, model, calibration, settings):
+    """F over `args.steps` samples, going on from calibration.pt: {key: tensor}. Exits when it is interrupted."""
+    path, state, fisher = args.out / "calibration.pt", {"step": 0, "settings": settings}, Fisher(model.dit)
+    if args.resume and path.exists():
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged archive raises anything
+            sys.exit(f"error: {path} cannot be read ({str(error).splitlines()[0]}); delete it to calibrate anew")
+        if changed := [k for k in FISHER_SETTINGS if saved["settings"][k] != settings[k]]:
+            sys.exit(f"error: --resume: {', '.join(changed)} changed since {path} was begun; choose another --out")
+        if saved["step"] > args.steps:
+            sys.exit(f"error: --resume: {path} holds {saved['step']} steps already, more than --steps {args.steps}")
+        state["step"] = saved["step"]
+        for key, total in fisher.sums.items():
+            total.copy_(saved["sums"][key])
+
+    def save():
+        write_atomically(path, partial(torch.save, state | {"sums": fisher.sums}))
+    caught = calibrate(fisher, lambda batch: calibration.loss(model.dit, batch),
+                       lambda first, signals: calibration.samples(first, args.steps, signals), state, args.steps, save)
+    if caught:
+        print(f"interrupted; step {state['step']} is saved, --resume goes on")
+        sys.exit(128 + caught)
+    model.dit.requires_grad_(False)
+    return {key: total / state["step"] for key, total in fisher.sums.items()}
+
+
+def parser():
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1],
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("--data", nargs="+", metavar="DIR", help="folders of photos to calibrate with, searched recursively")
+    add("--lq", metavar="DIR", help="real LR pictures of the same names, a quarter of the size")
+    add("--model", default="embedded", metavar="NAME|FOLDER", help="see `python -m weights`")
+    add("--adapter", metavar="PATH", help="LoRA weights to merge (default: the model's own, if it has any; none: none)")
+    add("--out", type=Path, default=Path("runs/pruned"), metavar="DIR")
+    add("--resume", action="store_true", help="go on with what lies in --out")
+    size = p.add_mutually_exclusive_group()
+    size.add_argument("--budget", type=float, metavar="N", help="parameters of the whole transformer (default: 0.35e9; "
+                      "for models below that, 16 blocks of 28)")
+    size.add_argument("--keep", type=int, metavar="N", help="blocks to keep")
+    add("--steps", type=int, default=400, help="samples of the calibration")
+    add("--saliency", choices=SALIENCIES, default="paper")
+    add("--eps-p", type=float, default=1e-8, metavar="ε", help="of the paper's score")
+    add("--protocol", choices=list(PROTOCOLS), help="as in train.py (default: the adapter's, else hq)")
+    add("--timestep", type=float, metavar="N", help="τ in (0, 1000] (default: the adapter's, else the protocol's)")
+    add("--tags", metavar="none|ram|dape|FILE.csv", help="as in train.py")
+    add("--suffix", metavar="appendix|main|none|TEXT", help="quality words (default: the adapter's, else appendix)")
+    add("--lpips", choices=["vgg", "alex"], help="network of the LPIPS loss, as in train.py")
+    add("--crop", type=int, help="pixels (default: what the model was trained at, 512 for SANA-0.6B)")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on a GPU that has it, else fp32")
+    add("--checkpointing", action="store_true", help="less memory, more time: recompute activations")
+    add("--workers", type=int, default=4, help="loader processes, never more than there are cores")
+    add("--seed", type=int, default=0)
+    return p
+
+
+def parse(argv=None):
+    """The arguments. Raises SystemExit in one line for what does not fit."""
+    p = parser()
+    args = p.parse_args(argv)
+    args.calibrates = args.saliency in FROM_GRADIENTS
+    if args.calibrates and not args.data:
+        p.error(f"--data names the folders of photos that --saliency {args.saliency} is calibrated with")
+    if args.steps < 1:
+        p.error(f"--steps must be positive, not {args.steps}")
+    if not args.eps_p > 0:
+        p.error(f"--eps-p must be positive, not {args.eps_p:g}")
+    if args.timestep is not None and not 0 < args.timestep <= 1000:
+        p.error(f"--timestep must lie in (0, 1000], not {args.timestep:g}")
+    if not args.resume and any((args.out / name).exists() for name in ("calibration.pt", "transformer")):
+        sys.exit(f"error: {args.out} holds a model already: add --resume to go on, or choose another --out")
+    if (args.out / "adapter.safetensors").exists():
+        sys.exit(f"error: {args.out} holds an adapter.safetensors, which would be applied to the pruned model")
+    args.device = pick_device(args.device, 0)
+    args.dtype = next(name for name, dtype in DTYPES.items() if dtype == pick_dtype(args.dtype, args.device))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    args.workers = min(args.workers, cores)
+    return args
+
+
+def find_budget(args, dit):
+    """The budget in parameters of the whole transformer. Raises SystemExit."""
+    blocks, fixed = sizes(dit)
+    if args.keep is not None:
+        if not 2 <= args.keep < len(blocks):
+            sys.exit(f"error: --keep {args.keep}: of {len(blocks)} blocks 2 to {len(blocks) - 1} can be kept")
+        return fixed + args.keep * blocks[0]
+    if args.budget is not None:
+        return args.budget
+    if fixed + sum(blocks) > 0.35e9:
+        return 0.35e9
+    return fixed + max(2, round(len(blocks) * 16 / 28)) * blocks[0]
+
+
+def prune(args):
+    """The whole run, see the top of the file. Returns the exit code."""
+    torch.backends.cudnn.deterministic = True
+    model, prior = load_model(args)
+    if args.out.resolve() == model.folder.resolve():
+        sys.exit(f"error: --out {args.out} is the model itself")
+    metadata = model.metadata
+    args.protocol = args.protocol or metadata.get("protocol", "hq")
+    args.suffix = args.suffix or metadata.get("suffix", "appendix")
+    if args.timestep is None and "timestep" in metadata:
+        args.timestep = model.timestep
+    complete(args, model)
+    budget = find_budget(args, model.dit)
+    try:  # what does not fit is said before hours of calibration
+        choose([0.0] * len(model.dit.transformer_blocks), *sizes(model.dit), budget)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    settings = {"model": args.model, "base_fingerprint": fingerprint(model.folder / "transformer"),
+                "adapter_sha256": adapter_hash(args, model.folder)}
+    fisher = None
+    if args.calibrates:
+        calibration = Calibration(args, model, prior)
+        settings |= {k: getattr(args, k) for k in FISHER_SETTINGS if hasattr(args, k)}
+        settings["photos_sha256"] = calibration.digest
+        fisher = measure_fisher(args, model, calibration, settings)
+    scores = block_scores(model.dit, args.saliency, fisher, args.eps_p, args.seed)
+    kept = choose(scores, *sizes(model.dit), budget)
+    write_model(args, model, scores, kept, settings | {
+        "kept": kept, "scores": scores, "saliency": args.saliency, "eps_p": args.eps_p, "budget": budget,
+        "steps": args.steps if args.calibrates else 0, "protocol": args.protocol, "timestep": args.timestep,
+        "suffix": args.suffix, "seed": args.seed, "torch": torch.__version__})
+    return 0
+
+
+def main(argv=None):
+    args = parse(argv)
+    try:
+        return prune(args)
+    except OSError as error:
+        sys.exit(f"error: {str(error).strip().splitlines()[-1].removeprefix('OSError: ')}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

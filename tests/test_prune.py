@@ -1,0 +1,299 @@
+"""Pruning: the merge, F and the scores against other formulations, the choice, the folder, and interrupted runs."""
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from seeded import seeded_state_dict
+
+import prune
+import train
+from sanasr import LinearDiT, SanaSR, inject_lora, lora_parameters, one_step, save_lora, save_module
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = ["--tags", "none", "--lpips", "alex", "--crop", "96", "--workers", "0", "--device", "cpu"]
+BLOCKS = 5
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Bits depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(4):
+        rgb = np.random.default_rng(i).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        Image.fromarray(rgb).resize((128 + 8 * i, 112), Image.BICUBIC).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def deep(tiny_model, tmp_path_factory):
+    """The tiny model with five blocks, and a trained-looking adapter for τ 999 beside it."""
+    folder = tmp_path_factory.mktemp("deep") / "model"
+    shutil.copytree(tiny_model, folder)
+    config = tiny.CONFIGS["transformer"][1] | {"num_layers": BLOCKS}
+    with torch.device("meta"):
+        dit = LinearDiT(config)
+    manifest = [(key, x.shape) for key, x in dit.state_dict().items()]
+    dit.load_state_dict(seeded_state_dict(manifest, ""), assign=True)
+    save_module(dit, folder / "transformer")
+    inject_lora(dit, rank=4, targets="attn+ffn")
+    generator = torch.Generator().manual_seed(0)
+    for p in lora_parameters(dit).values():
+        p.data = 0.1 * torch.randn(p.shape, generator=generator)
+    save_lora(dit, folder / "adapter.safetensors", {"timestep": "999.0", "protocol": "lq", "suffix": "main"})
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, photos, deep):
+    """run(name, options…) prunes the five-block model in this process and returns the folder written."""
+    def start(name, *options, steps=3):
+        out = tmp_path / name
+        argv = ["--data", photos, "--model", deep, "--out", out, "--steps", steps, *QUICK, *options]
+        assert prune.main([str(a) for a in argv]) == 0
+        return out
+    return start
+
+
+def arguments(photos, deep, out, *options):
+    argv = ["--data", photos, "--model", deep, "--out", out, "--steps", 2, *QUICK, *options]
+    args = prune.parse([str(a) for a in argv])
+    args.protocol, args.suffix = "hq", "appendix"
+    out.mkdir()
+    model, prior = prune.load_model(args)
+    prune.complete(args, model)
+    return args, model, prior
+
+
+# --- merge, F, scores -------------------------------------------------------------------------------------------------
+
+def test_merged_network_answers_as_the_adapted_one(deep):
+    apart, merged = (SanaSR.from_pretrained(deep, merge=merge) for merge in (False, True))
+    base = SanaSR.from_pretrained(deep, adapter=False)
+    generator = torch.Generator().manual_seed(1)
+    z, c = torch.randn(2, 8, 3, 4, generator=generator), torch.randn(2, 5, 32, generator=generator)
+    t, m = torch.tensor([999.0, 20.0]), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    with torch.no_grad():
+        a, b, f0 = (one_step(x.dit, z, t, c, m) for x in (apart, merged, base))
+    assert not lora_parameters(merged.dit)
+    assert torch.linalg.norm(a - b) / torch.linalg.norm(a) < 2e-6 < 1e-3 < torch.linalg.norm(a - f0)
+
+
+def test_omega():
+    assert prune.omega(0) == 1 and abs(prune.omega(1000)) < 1e-12
+    assert prune.omega(100) == pytest.approx(1 - 4.615121 / 6.908755, abs=1e-6)  # ln 101, ln 1001
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fisher_is_the_weighted_mean_of_squared_gradients(photos, deep, tmp_path, checkpointing):
+    args, model, prior = arguments(photos, deep, tmp_path / "out", *["--checkpointing"] * checkpointing)
+    calibration = prune.Calibration(args, model, prior)
+    settings = dict.fromkeys(prune.FISHER_SETTINGS, "x")
+    fisher = prune.measure_fisher(args, model, calibration, settings)
+    dit = LinearDiT.from_pretrained(deep / "transformer")
+    dit.load_state_dict(model.dit.state_dict())
+    dit.requires_grad_(True)
+    want = {key: torch.zeros_like(p) for key, p in dit.transformer_blocks.named_parameters()}
+    for n in range(2):
+        sample = {k: torch.as_tensor(v)[None] for k, v in calibration.pairs[n].items() if k not in ("prompt", "name")}
+        sample["c"], sample["m"] = calibration.conditions([calibration.pairs[n]["prompt"]])
+        values = train.losses(train.in_float32(dit), train.in_float32(prior), calibration.vae, sample, 900.0,
+                              calibration.lpips)
+        w = 1 - np.log(sample["t"].item() + 1) / np.log(1001)
+        loss = w * (values["mse"] + 2 * values["lpips"] + values["align"])  # no consistency term
+        gradients = torch.autograd.grad(loss, list(dit.transformer_blocks.parameters()))
+        for total, g in zip(want.values(), gradients, strict=True):
+            total += w * g**2 / 2
+    assert fisher.keys() == want.keys()
+    for key in want:
+        assert torch.allclose(fisher[key], want[key], rtol=1e-3, atol=1e-6 * want[key].max().item()), key
+    assert not any(p.grad is not None for p in model.dit.parameters())  # freed at once
+    assert not any(p.grad is not None for p in prior.parameters())
+
+
+def test_scores_by_the_letter(deep):
+    dit = LinearDiT.from_pretrained(deep / "transformer")
+    generator = torch.Generator().manual_seed(2)
+    fisher = {k: torch.rand(p.shape, generator=generator) for k, p in dit.transformer_blocks.named_parameters()}
+    w = [torch.cat([p.flatten() for p in block.parameters()]).double() for block in dit.transformer_blocks]
+    f = [torch.cat([fisher[f"{i}.{k}"].flatten() for k, _ in block.named_parameters()]).double()
+         for i, block in enumerate(dit.transformer_blocks)]
+    want = {"paper": [(a**2 / (b + 0.01)).sum().item() for a, b in zip(w, f, strict=True)],
+            "obd": [(b * a**2).sum().item() / 2 for a, b in zip(w, f, strict=True)],
+            "magnitude": [(a**2).sum().item() for a in w]}
+    for kind, scores in want.items():
+        assert prune.block_scores(dit, kind, fisher, 0.01) == pytest.approx(scores, rel=1e-5)
+    assert np.argsort(prune.block_scores(dit, "tail")).tolist() == [4, 3, 2, 1, 0]
+    rolls = [prune.block_scores(dit, "random", seed=s) for s in (0, 0, 1)]
+    assert rolls[0] == rolls[1] != rolls[2] and sorted(rolls[0]) == [0, 1, 2, 3, 4]
+
+
+# --- the choice -------------------------------------------------------------------------------------------------------
+
+def test_first_and_last_are_kept_whatever_they_score():
+    assert prune.choose([0, 5, 9, 7, 8, 0], [10] * 6, 3, 43) == [0, 2, 4, 5]
+    assert prune.choose([0, 5, 9, 7, 8, 0], [10] * 6, 3, 42.9) == [0, 2, 5]
+    assert prune.choose([1.0] * 6, [10] * 6, 3, 43) == [0, 1, 2, 5]  # of equals the earlier
+    assert prune.choose([1.0] * 6, [10] * 6, 3, 23) == [0, 5]
+
+
+def test_impossible_budgets():
+    with pytest.raises(ValueError, match="takes 23 at least"):
+        prune.choose([1.0] * 6, [10] * 6, 3, 22)
+    with pytest.raises(ValueError, match="nothing to drop"):
+        prune.choose([1.0] * 6, [10] * 6, 3, 63)
+    with pytest.raises(AssertionError, match="different sizes"):
+        prune.choose([1.0] * 3, [10, 11, 10], 3, 30)
+
+
+def test_official_size_keeps_16_blocks_of_343_99_million():
+    config = json.loads((ROOT / "tests/data/official_configs/transformer.config.json").read_text())
+    with torch.device("meta"):
+        dit = LinearDiT(config)
+    blocks, fixed = prune.sizes(dit)
+    kept = prune.choose([float(i) for i in range(28)], blocks, fixed, 0.35e9)
+    small = prune.with_blocks(dit, kept)
+    assert kept == [0, *range(13, 28)] and small.config["num_layers"] == 16
+    assert round(sum(p.numel() for p in small.parameters()) / 1e6, 2) == 343.99
+    # what calibration holds in bf16: two transformers, F in float32 and the gradients of a block, of 16 GB
+    assert 2 * 2 * (sum(blocks) + fixed) + 4 * sum(blocks) + 2 * blocks[0] < 5e9
+
+
+# --- the folder -------------------------------------------------------------------------------------------------------
+
+def test_pruned_folder_is_a_model_like_any_other(run, deep, photos):
+    out = run("pruned", "--keep", 3)
+    config = json.loads((out / "transformer/config.json").read_text())
+    notes = config["_provenance"]
+    kept = notes["kept"]
+    assert config["num_layers"] == len(kept) == 3 and kept[0] == 0 and kept[-1] == BLOCKS - 1
+    assert (notes["timestep"], notes["protocol"], notes["suffix"]) == (999.0, "lq", "main")  # the adapter's
+    assert len(notes["scores"]) == BLOCKS and notes["saliency"] == "paper" and notes["steps"] == 3
+    want, got = SanaSR.from_pretrained(deep), SanaSR.from_pretrained(out)
+    assert got.timestep == 999 and not (out / "adapter.safetensors").exists()
+    for new, old in enumerate(kept):
+        for key, p in got.dit.transformer_blocks[new].state_dict().items():
+            assert torch.equal(p, want.dit.transformer_blocks[old].state_dict()[key])
+    assert torch.equal(got.dit.proj_out.weight, want.dit.proj_out.weight)
+    assert got.restore(Image.open(photos / "0.png").resize((16, 12))).size == (64, 48)
+    with open(out / "saliency.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert [int(r["block"]) for r in rows if r["kept"] == "1"] == kept
+    assert [float(r["score"]) for r in rows] == pytest.approx(notes["scores"], rel=1e-5)
+    inner = sorted(range(1, BLOCKS - 1), key=lambda i: -notes["scores"][i])
+    assert inner[0] in kept and sorted(int(r["rank"]) for r in rows) == [1, 2, 3, 4, 5]
+    picture = np.asarray(Image.open(out / "saliency.png").convert("RGB"))
+    assert (picture == [0x10, 0x40, 0xc0]).all(2).any() and (picture == [0xc0] * 3).all(2).any()
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_training_goes_on_from_a_pruned_folder(run, photos, tmp_path, monkeypatch):
+    out = run("pruned", "--keep", 3, "--saliency", "magnitude")
+    monkeypatch.chdir(tmp_path)
+    argv = ["--data", photos, "--model", out, "--name", "heal", "--steps", 1, "--tags", "none", "--no-lpips",
+            "--crop", 96, "--batch", 1, "--workers", 0, "--val", 0]
+    assert train.main([str(a) for a in argv]) == 0
+    assert SanaSR.from_pretrained(out, adapter=tmp_path / "runs/heal/adapter.safetensors").timestep == 900
+
+
+def test_the_default_keeps_as_large_a_part_of_a_small_model_as_of_the_official_one(deep, run):
+    notes = json.loads((run("pruned", "--saliency", "tail") / "transformer/config.json").read_text())["_provenance"]
+    assert notes["kept"] == [0, 1, 4]  # round(5 · 16/28)
+
+
+# --- interrupted runs -------------------------------------------------------------------------------------------------
+
+def weights_of(out):
+    return load_file(out / "transformer/diffusion_pytorch_model.safetensors")
+
+
+def test_a_resumed_calibration_is_that_which_was_not_interrupted(run):
+    whole = torch.load(run("whole", "--keep", 3, steps=4) / "calibration.pt", weights_only=True)
+    out = run("parts", "--keep", 3, steps=2)
+    run("parts", "--keep", 3, "--resume", steps=4)
+    parts = torch.load(out / "calibration.pt", weights_only=True)
+    assert whole["step"] == parts["step"] == 4
+    assert all(torch.equal(whole["sums"][k], parts["sums"][k]) for k in whole["sums"])
+    before = (out / "calibration.pt").stat().st_mtime_ns
+    run("parts", "--keep", 2, "--saliency", "obd", "--resume", steps=4)  # another score and budget, no new sample
+    assert torch.load(out / "calibration.pt", weights_only=True)["step"] == 4
+    assert (out / "calibration.pt").stat().st_mtime_ns == before
+    notes = json.loads((out / "transformer/config.json").read_text())["_provenance"]
+    assert notes["kept"] == [0, 4] and notes["saliency"] == "obd"
+
+
+def test_ctrl_c_saves_and_resumes(photos, deep, tmp_path):
+    out = tmp_path / "out"
+    argv = ["--data", photos, "--model", deep, "--out", out, "--steps", 500, "--keep", 3, *QUICK]
+    process = subprocess.Popen([sys.executable, ROOT / "prune.py", *map(str, argv)], cwd=tmp_path,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    seen = ""
+    while "2/500" not in seen and process.poll() is None:  # the bar: the loop runs
+        seen = seen[-20:] + process.stderr.read(1)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume goes on" in stdout, stderr
+    assert not (out / "transformer").exists()
+    done = torch.load(out / "calibration.pt", weights_only=True)["step"]
+    assert 2 <= done < 500
+    argv[argv.index(500)] = done + 1
+    assert prune.main([*map(str, argv), "--resume"]) == 0
+    assert (out / "transformer/config.json").exists()
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--keep", "1"], "of 5 blocks 2 to 4 can be kept"),
+    (["--keep", "5"], "of 5 blocks 2 to 4 can be kept"),
+    (["--budget", "10"], "does not hold the first and the last block"),
+    (["--budget", "1e9"], "leaves nothing to drop"),
+    (["--adapter", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
+    (["--model", "nowhere"], "nowhere: neither a folder nor a known model"),
+    (["--data", "nowhere"], "nowhere: no such folder"),
+    (["--steps", "0"], "--steps must be positive"),
+    (["--eps-p", "0"], "--eps-p must be positive"),
+    (["--timestep", "1001"], "--timestep must lie in"),
+])
+def test_errors_are_one_line(run, capsys, options, message):
+    with pytest.raises(SystemExit) as stop:
+        run("pruned", *options)
+    assert stop.value.code not in (0, None)
+    assert message in str(stop.value.code) + capsys.readouterr().err
+
+
+def test_what_lies_there_is_not_overwritten(run, tmp_path, photos):
+    out = run("pruned", "--keep", 3)
+    before = weights_of(out)
+    for options, message in ((["--keep", 2], "add --resume"), (["--resume", "--seed", 1], "seed changed"),
+                             (["--resume", "--timestep", 5], "timestep changed")):
+        with pytest.raises(SystemExit, match=message):
+            run("pruned", *options)
+    with pytest.raises(SystemExit, match="more than --steps 2"):
+        run("pruned", "--resume", steps=2)
+    (out / "calibration.pt").write_bytes(b"broken")
+    with pytest.raises(SystemExit, match="delete it to calibrate anew"):
+        run("pruned", "--resume")
+    assert all(torch.equal(before[k], v) for k, v in weights_of(out).items())
+    assert prune.parse(["--out", str(tmp_path / "x"), "--saliency", "tail"]).data is None  # needs no photos
+    with pytest.raises(SystemExit):
+        prune.parse(["--out", str(tmp_path / "x")])
