@@ -1,32 +1,41 @@
 """Train the small SANA-SR that the repository carries, from photos alone: autoencoder, then prior, then the method.
 
-    python -m weights.pretrain --data ./hq                    # every stage in turn; Ctrl-C saves, the same line goes on
-    python -m weights.pretrain --data ./hq --stage autoencoder --steps 20000
-    python -m weights.pretrain --stage export                 # runs/pretrain -> weights/embedded, fp16
+    python -m weights.pretrain autoencoder --data ./hq        # Ctrl-C saves, the same line goes on
+    python -m weights.pretrain prior --data ./hq
+    python -m weights.pretrain export                         # runs/pretrain -> weights/embedded, in fp16
+    python train.py --data ./hq                               # the method itself, on the exported prior
+    python -m weights.pretrain export --adapter runs/NAME/adapter.safetensors
 
 Stages (each saves as it goes under --out, continues from what it saved, on a CPU or a GPU alike):
-    autoencoder   DC-AE, 32× per side, clean photos: L1 + LPIPS (AlexNet)
+    autoencoder   DC-AE, 32× per side, on clean photos: L1 + LPIPS (AlexNet)
+    prior         LinearDiT by flow matching on its latents, jointly with a small Gemma-2 that reads the photos' tags;
+                  the tokenizer is a byte-fallback BPE trained on RAM's list of tags
 Needs a folder of photos (searched recursively). Every 16th file, chosen by the hash of its name, is held out and never
-trained on; validation is on those.
+trained on; validation is on those. Tags come from the file names (`inet_n01494475_hammerhead.webp`: hammerhead).
 """
 import argparse
 import copy
 import csv
 import hashlib
+import json
 import os
+import re
+import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
 from metrics import LPIPS
-from sanasr import DCAE
+from sanasr import DCAE, Gemma2, GemmaTokenizer, LinearDiT, build_prompt, save_module, tokenize_prompt
 
 VIT, RES = "EfficientViTBlock", "ResBlock"
 WIDTHS = [16, 32, 64, 128, 256, 256]  # the first is unused: depth 0 makes conv_in a down-sampling block
@@ -34,10 +43,20 @@ AUTOENCODER = dict(
     in_channels=3, latent_channels=128, attention_head_dim=32,
     encoder_block_types=[RES, RES, RES, RES, RES, VIT], decoder_block_types=[RES, RES, RES, RES, RES, VIT],
     encoder_block_out_channels=WIDTHS, decoder_block_out_channels=WIDTHS,
-    encoder_layers_per_block=[0, 1, 1, 2, 2, 2], decoder_layers_per_block=[0, 1, 2, 2, 2, 2],
+    encoder_layers_per_block=[0, 1, 1, 2, 1, 2], decoder_layers_per_block=[0, 1, 2, 2, 2, 2],
     encoder_qkv_multiscales=[[], [], [], [], [], [5]], decoder_qkv_multiscales=[[], [], [], [], [], [5]],
-    downsample_block_type="Conv", upsample_block_type="pixel_shuffle",
+    downsample_block_type="Conv", upsample_block_type="interpolate",
 )
+PRIOR = dict(
+    in_channels=128, out_channels=128, num_layers=12, num_attention_heads=5, attention_head_dim=32,
+    num_cross_attention_heads=5, cross_attention_head_dim=32, cross_attention_dim=160, caption_channels=128,
+    mlp_ratio=2.5, sample_size=8,
+)
+TEXT_ENCODER = dict(
+    vocab_size=2048, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=32,
+)
+HERE = Path(__file__).resolve().parent
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Photos
@@ -70,11 +89,15 @@ class Photos:
         """n random crops with flips of random training photos: n,3,size,size in [-1, 1]."""
         batch = np.empty((n, size, size, 3), np.uint8)
         for i in range(n):
-            image = self.train[rng.integers(len(self.train))][1]
-            y, x = (rng.integers(side - size + 1) for side in image.shape[:2])
-            crop = image[y:y + size, x:x + size]
-            batch[i] = crop[:, ::-1] if rng.random() < 0.5 else crop
+            batch[i] = self.crop(rng.integers(len(self.train)), size, rng)
         return to_signed(batch)
+
+    def crop(self, i, size, rng):
+        """A random crop of training photo i, flipped or not: uint8 size,size,3."""
+        image = self.train[i][1]
+        y, x = (rng.integers(side - size + 1) for side in image.shape[:2])
+        crop = image[y:y + size, x:x + size]
+        return crop[:, ::-1] if rng.random() < 0.5 else crop
 
     def val_crops(self, size, limit):
         """The central crops of the first `limit` held-out photos that are large enough."""
@@ -104,11 +127,18 @@ def save(path, state):
     os.replace(f"{path}.tmp", path)
 
 
+def load_state(path, device="cpu"):
+    """A state that `fit` saved; ends the program with one line where there is none."""
+    if not Path(path).exists():
+        sys.exit(f"error: {path}: not there yet; run the stage `{Path(path).stem}` first")
+    return torch.load(path, map_location=device, weights_only=True)
+
+
 def fit(name, model, loss_fn, validate, args, steps, lr, weight_decay=0.01):
     """Minimise `loss_fn(model, step) -> (loss, {name: value})` over `steps`; returns the model with its EMA weights.
 
-    State lies in OUT/name.pt and is taken up where it ended; SIGTERM and Ctrl-C save. Every --validate-every steps a
-    line with `validate(ema_model) -> {name: value}` goes to the screen and to OUT/name.csv.
+    The state lies in OUT/name.pt and is taken up where it ended; SIGTERM and Ctrl-C save. Every --validate-every steps
+    a line with `validate(ema_model) -> {name: value}` goes to the screen and to OUT/name.csv.
     """
     path = Path(args.out) / f"{name}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +147,7 @@ def fit(name, model, loss_fn, validate, args, steps, lr, weight_decay=0.01):
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
     step, seconds = 0, 0.0
     if path.exists():
-        state = torch.load(path, map_location=args.device, weights_only=True)
+        state = load_state(path, args.device)
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
@@ -205,21 +235,172 @@ def train_autoencoder(photos, args):
     return fit("autoencoder", new_autoencoder(), loss_fn, validate, args, args.steps or 40_000, args.lr or 8e-4)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 2: the prior, with its text encoder and tokenizer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(lines, size):
+    """A byte-fallback BPE in Gemma's format: the dict of a tokenizer.json with `size` tokens.
+
+    A word is "▁" and what follows up to the next space; merges stay within words and take the most frequent pair.
+    """
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    words = Counter(word for line in lines for text in (line, f" {line},")
+                    for word in re.findall("▁?[^▁]+", text.lower().replace(" ", "▁")))
+    words = {tuple(word): count for word, count in words.items()}
+    vocab = [*special, *(f"<0x{b:02X}>" for b in range(256)), *sorted({char for word in words for char in word})]
+    merges = []
+    while len(vocab) < size:
+        pairs = Counter()
+        for word, count in words.items():
+            for pair in zip(word, word[1:], strict=False):
+                pairs[pair] += count
+        if not pairs:
+            break
+        a, b = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        vocab += [a + b] if a + b not in vocab else []  # another merge may have made the same piece
+        merges.append([a, b])
+        merged = {}
+        for word, count in words.items():
+            parts, i = [], 0
+            while i < len(word):
+                step = 2 if word[i:i + 2] == (a, b) else 1
+                parts.append("".join(word[i:i + step]))
+                i += step
+            merged[tuple(parts)] = merged.get(tuple(parts), 0) + count
+        words = merged
+    vocab = {piece: i for i, piece in enumerate(vocab)}
+    return dict(version="1.0", added_tokens=[dict(id=vocab[p], content=p, special=True) for p in special],
+                model=dict(type="BPE", unk_token="<unk>", byte_fallback=True, vocab=vocab, merges=merges))
+
+
+def tags(path):
+    """What a photo's file name says it shows: `inet_n01494475_hammerhead` -> ["hammerhead"]."""
+    collection, _, name = path.stem.partition("_")
+    kinds = dict(bsds=["photo"], urban=["building", "city"], sunhays=["scenery"])
+    if collection in kinds:
+        return kinds[collection]
+    name = re.sub(r"^n\d+_|_?by_.*", "", name, flags=re.IGNORECASE)
+    return [re.sub(r"(?<=[a-z])(?=[A-Z])|_|-", " ", name).lower().strip()] if re.search("[A-Za-z]", name) else []
+
+
+class Prior(nn.Module):
+    """LinearDiT and the text encoder that learns with it."""
+
+    def __init__(self):
+        super().__init__()
+        self.dit, self.text = LinearDiT(PRIOR), Gemma2(TEXT_ENCODER)
+        nn.init.normal_(self.text.embed_tokens.weight, std=TEXT_ENCODER["hidden_size"] ** -0.5)  # Gemma scales it by √D
+        nn.init.normal_(self.dit.time_embed.linear.weight, std=0.02)
+        for zero in [self.dit.proj_out] + [block.attn2.to_out[0] for block in self.dit.transformer_blocks]:
+            nn.init.zeros_(zero.weight)
+
+    def forward(self, z, t, ids, mask):
+        return self.dit(z, t, self.text(ids, mask), mask)
+
+
+def train_prior(photos, args):
+    """Flow matching: f(x_t, t, text) -> ε − x_0. Reports the held-out loss with right, empty and shuffled prompts."""
+    out, device = Path(args.out), args.device
+    vae = DCAE(AUTOENCODER)
+    vae.load_state_dict(load_state(out / "autoencoder.pt")["ema"])
+    vae.to(device).eval().requires_grad_(False)
+    if not (out / "tokenizer" / "tokenizer.json").exists():
+        (out / "tokenizer").mkdir(parents=True, exist_ok=True)
+        lines = (HERE / "ram" / "tags.txt").read_text(encoding="utf-8").split("\n")
+        bpe = json.dumps(train_tokenizer(lines, TEXT_ENCODER["vocab_size"]), ensure_ascii=False)
+        (out / "tokenizer" / "tokenizer.json").write_text(bpe, encoding="utf-8")
+    tokenizer = GemmaTokenizer(out / "tokenizer")
+
+    def tokens(paths, suffix="appendix"):
+        ids = [torch.tensor(tokenize_prompt(tokenizer, build_prompt(tags(p) if p else "", suffix))[0]) for p in paths]
+        mask = [torch.ones_like(i) for i in ids]
+        return [nn.utils.rnn.pad_sequence(x, batch_first=True).to(device) for x in (ids, mask)]
+
+    @torch.inference_mode()
+    def encode(x):
+        return torch.cat([vae.encode(part.to(device)).cpu() for part in x.split(8)])
+
+    # many random crops are encoded once: the encoder would cost more than the prior itself
+    path, size = out / "latents.pt", PRIOR["sample_size"] * vae.factor
+    if not path.exists():
+        chosen = np.random.default_rng(args.seed).integers(len(photos.train), size=args.latents)
+        z = [encode(to_signed(np.stack([photos.crop(i, size, np.random.default_rng((args.seed, n)))])))
+             for n, i in enumerate(tqdm(chosen, desc="encoding"))]
+        save(path, dict(z=torch.cat(z).half(), photo=torch.from_numpy(chosen)))
+    data = torch.load(path, weights_only=True)
+    scale = 1 / data["z"].float().std().item()
+    print(f"{len(data['z'])} latents, scaling factor {scale:.5f}")
+    val_z = encode(photos.val_crops(size, 64)) * scale
+    val_paths = [p for p, im in photos.val if min(im.shape[:2]) >= size][:64]
+
+    def flow_loss(model, z, t, noise, ids, mask):
+        sigma = (t / 1000)[:, None, None, None]
+        return F.mse_loss(model((1 - sigma) * z + sigma * noise, t, ids, mask).float(), noise - z)
+
+    def loss_fn(model, step):
+        rng = np.random.default_rng((args.seed, step))
+        pick = rng.integers(len(data["z"]), size=args.batch)
+        z = data["z"][pick].float().to(device) * scale
+        paths = [photos.train[i][0] if rng.random() > 0.1 else None for i in data["photo"][pick].tolist()]
+        t = (1000 * torch.randn(args.batch).sigmoid()).to(device)  # logit-normal, as SANA trains
+        loss = flow_loss(model, z, t, torch.randn_like(z), *tokens(paths, "appendix" if rng.random() < 0.5 else "none"))
+        return loss, dict(flow=loss.item())
+
+    def validate(model):
+        generator, z = torch.Generator().manual_seed(0), val_z.to(device)
+        noise = torch.randn(val_z.shape, generator=generator).to(device)
+        t = torch.linspace(50, 950, len(z), device=device)
+        prompts = dict(right=val_paths, empty=[None] * len(z), shuffled=val_paths[1:] + val_paths[:1])
+        return {f"val_{k}": flow_loss(model, z, t, noise, *tokens(v)).item() for k, v in prompts.items()}
+
+    return fit("prior", Prior(), loss_fn, validate, args, args.steps or 30_000, args.lr or 5e-4)
+
+
+def export(args):
+    """runs/pretrain -> the official layout, in fp16: vae/, transformer/, text_encoder/, tokenizer/, and the adapter."""
+    out, target = Path(args.out), Path(args.to)
+    autoencoder, prior = load_state(out / "autoencoder.pt"), load_state(out / "prior.pt")
+    scale = 1 / torch.load(out / "latents.pt", weights_only=True)["z"].float().std().item()
+    vae, model = DCAE(AUTOENCODER | dict(scaling_factor=round(scale, 5))), Prior()
+    vae.load_state_dict(autoencoder["ema"])
+    model.load_state_dict(prior["ema"])
+    for part, name in ((vae, "vae"), (model.dit, "transformer"), (model.text, "text_encoder")):
+        save_module(part, target / name, torch.float16)
+    (target / "tokenizer").mkdir(exist_ok=True)
+    shutil.copy(out / "tokenizer" / "tokenizer.json", target / "tokenizer")
+    if args.adapter:
+        shutil.copy(args.adapter, target / "adapter.safetensors")
+    history = {name: dict(steps=state["step"], hours=round(state["seconds"] / 3600, 2))
+               for name, state in (("autoencoder", autoencoder), ("prior", prior))}
+    (target / "provenance.json").write_text(json.dumps(dict(trained=True, **history), indent=2) + "\n")
+    print(f"wrote {target}: {sum(f.stat().st_size for f in target.rglob('*') if f.is_file()) / 1e6:.1f} MB")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["autoencoder", "prior", "export"])
     parser.add_argument("--data", nargs="+", help="folders of clean photos")
-    parser.add_argument("--stage", default="autoencoder", choices=["autoencoder"])
     parser.add_argument("--out", default="runs/pretrain", help="where states and logs go (default %(default)s)")
+    parser.add_argument("--to", default=HERE / "embedded", help="export: the folder to write (default %(default)s)")
+    parser.add_argument("--adapter", help="export: the adapter that train.py left in runs/NAME")
     parser.add_argument("--steps", type=int, help="of the stage; the learning rate decays over the last quarter")
-    parser.add_argument("--batch", type=int, default=8, help="crops a step (default %(default)s)")
-    parser.add_argument("--crop", type=int, default=128, help="pixels per side, a multiple of 32 (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=4, help="crops a step (default %(default)s)")
+    parser.add_argument("--crop", type=int, default=256, help="autoencoder: pixels per side, a multiple of 32. Small "
+                        "crops mislead: of 4×4 latents nearly all touch the border (default %(default)s)")
+    parser.add_argument("--latents", type=int, default=8000, help="prior: crops to encode (default %(default)s)")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: the stage's own)")
     parser.add_argument("--validate-every", type=int, default=500, metavar="N", help="steps (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    if args.stage == "export":
+        return export(args)
+    if not args.data:
+        parser.error("--data is needed: a folder of clean photos")
     photos = Photos(args.data, args.crop)
-    train_autoencoder(photos, args)
+    dict(autoencoder=train_autoencoder, prior=train_prior)[args.stage](photos, args)
 
 
 if __name__ == "__main__":
