@@ -7,6 +7,7 @@
     python eval.py lr/ --hr hr/ --csv scores.csv --report report.html      restores, then scores against references
     python eval.py --sr results/ --hr hr/ --metrics all                    scores pictures of any method
     python eval.py --profile                       parameters, multiply-accumulates and latency by stage
+    python eval.py photos/ --stability             what degradations change in latents and in pixels (the paper's §3.1)
 
 Reads every picture format that Pillow decodes, with EXIF orientation applied. Grey pictures come out grey, alpha is
 enlarged (bicubic) and kept, 16 bits become 8, of an animation the first frame is taken. Inputs are never overwritten
@@ -389,6 +390,17 @@ def profile(model, args):
     print_profile(table)
 
 
+def stability(model, inputs, args):
+    """Prints how much the pictures `inputs` and their latents change under degradations. Raises SystemExit."""
+    from metrics.stability import print_stability, stability
+    try:
+        changes = stability(model.vae, map(read_rgb, tqdm(inputs, unit="img", disable=None)), args.seed)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {whole(error)}")
+    print(f"{args.model}, {len(inputs)} photos, mean of ‖y' − y‖ / ‖y‖")
+    print_stability(changes)
+
+
 # --- the command ---
 
 def parse(argv=None):
@@ -409,7 +421,8 @@ def parse(argv=None):
     add("--timestep", type=float, metavar="N", help="τ of the one update (default: the adapter's, else 900)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bf16 on a GPU that has it, else fp32")
-    add("--seed", type=int, default=0, metavar="N", help="nothing here draws noise: results are equal for every seed")
+    add("--seed", type=int, default=0, metavar="N", help="of --stability; a restoration draws no noise: it is the same "
+        "for every seed")
     add("--tile", type=int, metavar="N", help="largest side, in pixels of the result, that the networks see at once "
         "(default: 1024; 0: no limit)")
     add("--color-fix", choices=["none", "adain", "wavelet"], default="none", help="colours of the enlarged input")
@@ -425,6 +438,8 @@ def parse(argv=None):
     add = parser.add_argument_group("measurements").add_argument
     add("--profile", type=int, nargs="?", const=512, metavar="SIDE", help="parameters, multiply-accumulates and "
         "latency of each stage for a result of SIDE×SIDE (default: 512) and 300 text tokens; nothing is restored")
+    add("--stability", action="store_true", help="how much blur, noise, JPEG and down-sampling of the INPUT photos "
+        "change their latents, beside their pixels (§3.1); nothing is restored")
     args = parser.parse_args(argv)
     if args.profile is not None and (args.profile < 32 or args.profile % 32):
         parser.error(f"--profile {args.profile}: the side must be a multiple of 32")
@@ -433,6 +448,8 @@ def parse(argv=None):
     if args.prompt_from == "hr" and (args.tagger == "none" or not args.hr or args.sr):
         parser.error("--prompt-from hr needs pictures to restore, --tagger ram or dape, and --hr DIR")
     args.score = any([args.hr, args.sr, args.metrics, args.csv, args.report])
+    if args.score and (args.profile or args.stability):
+        parser.error("--profile and --stability score nothing: leave --hr, --sr, --metrics, --csv and --report out")
     if args.score:
         from metrics.score import pick
         try:
@@ -502,7 +519,11 @@ def main(argv=None):
     if args.profile:
         profile(load_model(args), args)
         return 0
-    jobs = plan(find_inputs(args.inputs), args.out)
+    inputs = find_inputs(args.inputs)
+    if args.stability:
+        stability(load_model(args), inputs, args)
+        return 0
+    jobs = plan(inputs, args.out)
     pairs = find_pairs(args, jobs) if args.score else []
     if ranks > 1:  # only to leave together: torchrun ends the others as soon as one rank fails
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))

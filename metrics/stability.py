@@ -1,0 +1,71 @@
+"""Is the autoencoder's latent more stable under degradation than the picture (§3.1)? `eval.py --stability` measures it.
+
+For a photo x and its degraded x', ‖x' − x‖ / ‖x‖ with pixels in [-1, 1], beside ‖E(x') − E(x)‖ / ‖E(x)‖.
+"""
+import math
+from statistics import fmean
+
+import numpy as np
+import torch
+
+from degrade import blur, enlarge, gaussian_kernel, gaussian_noise, jpeg, resize, to_tensor
+
+SIDE = 512  # larger photos are cropped to their centre
+STRENGTHS = {
+    "blur": (1, 2, 4),           # σ in pixels
+    "noise": (5, 15, 30),        # σ in grey levels of 255
+    "JPEG": (90, 60, 30),        # quality
+    "down-sampling": (2, 4, 8),  # factor: by area, and back by Pillow's BICUBIC
+}
+
+
+def degraded(x, kind, strength, rng):
+    """x: 3,H,W in [0, 1] of 8-bit values -> the same with one degradation of STRENGTHS, again of 8-bit values."""
+    if kind == "blur":
+        x = blur(x, gaussian_kernel(2 * math.ceil(3 * strength) + 1, strength, strength, 0.0))
+    elif kind == "noise":
+        x = gaussian_noise(x, rng, strength, grey=False)
+    elif kind == "JPEG":
+        x = jpeg(x, strength)
+    else:
+        height, width = x.shape[1:]
+        x = enlarge(resize(x, height // strength, width // strength, "area"), (width, height)) / 2 + 0.5
+    return (x.clamp(0, 1) * 255).round() / 255
+
+
+def relative(a, b):
+    """‖a − b‖ / ‖b‖, in float32."""
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+
+@torch.inference_mode()
+def stability(vae, photos, seed=0):
+    """vae: DCAE; photos: PIL images, or what yields them -> {(kind, strength): (pixels, latents)}, means over photos.
+
+    The noise of the photo with number i is drawn from (seed, i), so a call can be repeated. A photo's central part, of
+    at most 512 pixels and a multiple of the autoencoder's 32 a side, is used; raises ValueError for a smaller one.
+    """
+    p = next(vae.parameters())
+
+    def encode(x):
+        return vae.encode((x * 2 - 1)[None].to(p.device, p.dtype))
+    changes = {(kind, strength): [] for kind, strengths in STRENGTHS.items() for strength in strengths}
+    for i, photo in enumerate(photos):
+        width, height = (min(n, SIDE) // vae.factor * vae.factor for n in photo.size)
+        if not width or not height:
+            raise ValueError(f"--stability needs photos of at least {vae.factor} pixels a side, "
+                             f"one is {photo.width}×{photo.height}")
+        left, top = (photo.width - width) // 2, (photo.height - height) // 2
+        x = to_tensor(photo.crop((left, top, left + width, top + height)))
+        z = encode(x)
+        for (kind, strength), values in changes.items():
+            y = degraded(x, kind, strength, np.random.default_rng((seed, i)))
+            values.append((relative(y * 2 - 1, x * 2 - 1), relative(encode(y), z)))
+    return {key: tuple(map(fmean, zip(*values, strict=True))) for key, values in changes.items()}
+
+
+def print_stability(changes):
+    """The table; a ratio below 1 says that the latents change less than the pixels."""
+    print(f"{'':18}{'pixels':>10}{'latents':>10}{'ratio':>10}")
+    for (kind, strength), (pixels, latents) in changes.items():
+        print(f"{f'{kind} {strength}':18}{pixels:10.4f}{latents:10.4f}{latents / pixels if pixels else math.nan:10.2f}")

@@ -1,0 +1,83 @@
+"""What eval.py --stability measures: relative changes that can be told beforehand, and the same ones again."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import eval as evaluate
+from degrade import to_tensor
+from metrics.stability import STRENGTHS, degraded, stability
+
+
+class Identity(nn.Module):
+    """An autoencoder whose latents are the pixels, `gain` times."""
+    factor = 32
+
+    def __init__(self, gain=1.0):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(gain))
+        self.seen = []
+
+    def encode(self, x):
+        self.seen.append(x)
+        return self.gain * x
+
+
+def photo(width=70, height=100, seed=0):
+    coarse = np.random.default_rng(seed).integers(60, 196, (6, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def test_latents_that_are_the_pixels_change_as_they_do():
+    vae = Identity(gain=3.0)
+    changes = stability(vae, [photo(), photo(seed=1)])
+    assert list(changes) == [(kind, s) for kind, strengths in STRENGTHS.items() for s in strengths]
+    for pixels, latents in changes.values():
+        assert 0 < pixels < 1 and latents == pytest.approx(pixels, rel=1e-5)
+    assert {x.shape for x in vae.seen} == {(1, 3, 96, 64)}, "the central part, a multiple of 32"
+    for kind, strengths in STRENGTHS.items():
+        by_strength = [changes[kind, s][0] for s in strengths]
+        assert by_strength == sorted(by_strength), f"{kind} grows"
+
+
+def test_each_degradation_does_what_it_says():
+    x = to_tensor(photo(96, 96))
+    rng = np.random.default_rng(0)
+    noise = degraded(x, "noise", 15, rng) - x
+    assert noise.std().item() * 255 == pytest.approx(15, rel=0.05)
+    flat = torch.full((3, 64, 64), 128 / 255)  # which JPEG holds exactly
+    for kind in ("blur", "JPEG", "down-sampling"):
+        for strength in STRENGTHS[kind]:
+            assert torch.allclose(degraded(flat, kind, strength, rng), flat), "nothing to lose in a flat picture"
+            y = degraded(x, kind, strength, rng)
+            assert y.shape == x.shape and not torch.equal(y, x)
+            assert torch.allclose((y * 255).round() / 255, y)
+
+
+def test_the_seed_decides_the_noise():
+    vae, key = Identity(), ("noise", 15)
+    first, again, other = (stability(vae, [photo()], seed)[key] for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_photos_that_are_too_small():
+    with pytest.raises(ValueError, match="32 pixels a side, one is 31×100"):
+        stability(Identity(), [photo(31)])
+
+
+def test_the_command(tiny_model, tmp_path, capsys):
+    for i in range(2):
+        photo(64, 64, i).save(tmp_path / f"{i}.png")
+    arguments = [str(tmp_path), "--stability", "--model", str(tiny_model), "--device", "cpu"]
+    assert evaluate.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "2 photos" in out and len(out.splitlines()) == 2 + 12 and "JPEG 30" in out
+    assert evaluate.main(arguments) == 0 and capsys.readouterr().out == out
+    (tmp_path / "broken.png").write_bytes(b"no")
+    with pytest.raises(SystemExit, match="error: .*broken.png"):
+        evaluate.main(arguments)
+    with pytest.raises(SystemExit):
+        evaluate.main([*arguments, "--hr", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        evaluate.main(["--stability"])
