@@ -43,7 +43,7 @@ AUTOENCODER = dict(
     in_channels=3, latent_channels=128, attention_head_dim=32,
     encoder_block_types=[RES, RES, RES, RES, RES, VIT], decoder_block_types=[RES, RES, RES, RES, RES, VIT],
     encoder_block_out_channels=WIDTHS, decoder_block_out_channels=WIDTHS,
-    encoder_layers_per_block=[0, 1, 1, 2, 1, 2], decoder_layers_per_block=[0, 1, 2, 2, 2, 2],
+    encoder_layers_per_block=[0, 1, 1, 2, 2, 2], decoder_layers_per_block=[0, 1, 2, 2, 2, 2],
     encoder_qkv_multiscales=[[], [], [], [], [], [5]], decoder_qkv_multiscales=[[], [], [], [], [], [5]],
     downsample_block_type="Conv", upsample_block_type="interpolate",
 )
@@ -232,7 +232,10 @@ def train_autoencoder(photos, args):
             distance += lpips(y, x).tolist()
         return dict(val_psnr=float(np.mean(psnr)), val_lpips=float(np.mean(distance)))
 
-    return fit("autoencoder", new_autoencoder(), loss_fn, validate, args, args.steps or 40_000, args.lr or 8e-4)
+    model = new_autoencoder()
+    if args.init:
+        model.load_state_dict(DCAE.from_pretrained(Path(args.init) / "vae", torch.float32).state_dict())
+    return fit("autoencoder", model, loss_fn, validate, args, args.steps or 40_000, args.lr or 8e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -385,6 +388,8 @@ def main():
     parser.add_argument("--out", default="runs/pretrain", help="where states and logs go (default %(default)s)")
     parser.add_argument("--to", default=HERE / "embedded", help="export: the folder to write (default %(default)s)")
     parser.add_argument("--adapter", help="export: the adapter that train.py left in runs/NAME")
+    parser.add_argument("--init", metavar="FOLDER", help="autoencoder: start from this model's weights, say the carried "
+                        "ones (weights/embedded), where --out holds no state yet")
     parser.add_argument("--steps", type=int, help="of the stage; the learning rate decays over the last quarter")
     parser.add_argument("--batch", type=int, default=4, help="crops a step (default %(default)s)")
     parser.add_argument("--crop", type=int, default=256, help="autoencoder: pixels per side, a multiple of 32. Small "
