@@ -3,6 +3,7 @@
     python prune.py --data ./hq --adapter runs/official/best.safetensors --model sana-600m-512 --out runs/pruned
     python prune.py --data ./hq --keep 16 --saliency obd --out runs/obd      # another score, another budget
     python prune.py --out runs/pruned --data ./hq --resume                   # goes on where it was stopped or killed
+    python prune.py --data ./hq --out runs/pruned --resume --compare         # the scores against an oracle, a table
     python eval.py lr.png --model runs/pruned                                # the result is a model like any other
 
     W ← W + (α/r) B A                                   the adapter is merged; f0 is a frozen copy of the prior
@@ -12,7 +13,8 @@
     keep the first and the last block, then by falling S what the budget holds                     (Eq. 11)
 
 Leaves in --out: transformer/ (fewer blocks, no adapter), vae/, text_encoder/ and tokenizer/ as they were,
-saliency.csv and saliency.png, calibration.pt (F: with --resume another score, ε_p or budget costs no calibration).
+saliency.csv and saliency.png, calibration.pt (F: with --resume another score, ε_p or budget costs no calibration);
+--compare adds compare.csv and oracle.csv.
 """
 import argparse
 import hashlib
@@ -21,7 +23,7 @@ import os
 import re
 import shutil
 import sys
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -259,6 +261,92 @@ def write_model(args, model, scores, kept, provenance):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The scores against an oracle
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rank_correlation(a, b):
+    """Spearman's ρ of two lists of numbers, equal ones in their order."""
+    ranks = [np.argsort(np.argsort(x, kind="stable"), kind="stable") for x in (a, b)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+@torch.no_grad()
+def masked(dit, nonzero):
+    """A copy of `dit` that keeps its depth, but of the weights in the blocks the smallest are zero, so that `nonzero`
+    parameters are left in the whole transformer: unstructured magnitude pruning, all blocks under one threshold."""
+    copy = with_blocks(dit, range(len(dit.transformer_blocks)))
+    flat = torch.cat([p.flatten() for p in copy.transformer_blocks.parameters()])
+    size = flat.abs()
+    drop = sum(p.numel() for p in copy.parameters()) - int(nonzero)
+    threshold = size.kthvalue(drop).values
+    flat[size < threshold] = 0
+    ties = (size == threshold).nonzero()[:, 0]  # in bfloat16 many are equal
+    flat[ties[:drop - int((size < threshold).sum())]] = 0
+    state, start = {}, 0
+    for key, p in copy.transformer_blocks.named_parameters():
+        state[key] = flat[start:start + p.numel()].view(p.shape)
+        start += p.numel()
+    copy.transformer_blocks.load_state_dict(state, assign=True)
+    return copy
+
+
+@torch.no_grad()
+def mean_losses(calibration, networks, first, count, what):
+    """{name: mean L_cal over samples `first`, …} of {name: LinearDiT}; the same `count` samples for each."""
+    totals, args = dict.fromkeys(networks, 0.0), calibration.args
+    with Signals() as signals, tqdm(total=count * len(networks), desc=what, dynamic_ncols=True) as bar:
+        for batch in calibration.samples(first, first + count, signals):
+            vae = Latents(calibration.model.vae, calibration.model.scaling_factor)
+            vae.encode = lru_cache(vae.encode)  # x_L and x_H are the same for every network
+            for name, dit in networks.items():
+                totals[name] += calibration.loss(dit, batch, vae).item() / count
+                bar.update()
+                if signals.caught:
+                    print(f"interrupted; the pruned model in {args.out} is whole, the comparison starts anew")
+                    sys.exit(128 + signals.caught)
+    return totals
+
+
+def compare(args, calibration, dit, fisher, budget):
+    """The paper's Table 6 and what it lacks: every score beside the oracle, the true loss increase without each block.
+
+    The loss is L_cal on `args.samples` samples that the calibration did not draw. Writes oracle.csv (block by block)
+    and compare.csv (score by score: Spearman's ρ with the oracle over the blocks that may be dropped, the mean loss of
+    the pruned network and the kept set), the paper's score for ε_p from 1e-12 to 1e-2 among them.
+    """
+    (blocks, fixed), first = sizes(dit), args.steps
+    every = tuple(range(len(blocks)))
+    without = [tuple(k for k in every if k != i) for i in every]
+    loss = mean_losses(calibration, {kept: with_blocks(dit, kept) for kept in (every, *without)}, first, args.samples,
+                       "each block left out")
+    oracle = [loss[kept] - loss[every] for kept in without]
+    score = partial(block_scores, dit, fisher=fisher, seed=args.seed)
+    scores = {"oracle": oracle} | {kind: score(kind, eps=args.eps_p) for kind in SALIENCIES}
+    write_csv(args.out / "oracle.csv", ["block", "loss_increase", *SALIENCIES],
+              [{"block": i, "loss_increase": oracle[i]} | {k: scores[k][i] for k in SALIENCIES} for i in every])
+    scores |= {f"paper, eps_p 1e{k}": score("paper", eps=10.0 ** k) for k in range(-12, -1)}
+
+    sets = {name: tuple(choose(values, blocks, fixed, budget)) for name, values in scores.items()}
+    left = fixed + len(sets["oracle"]) * blocks[0]
+    networks = {kept: with_blocks(dit, kept) for kept in sets.values()} | {"mask": masked(dit, left)}
+    loss |= mean_losses(calibration, networks, first, args.samples, "each choice")
+    rows = [{"score": "unpruned", "loss": loss[every]}] + [
+        {"score": name, "correlation": rank_correlation(scores[name][1:-1], oracle[1:-1]), "loss": loss[kept],
+         "kept": " ".join(map(str, kept))} for name, kept in sets.items()]
+    rows.append({"score": "unstructured magnitude mask", "loss": loss["mask"], "kept": "all, masked"})
+    write_csv(args.out / "compare.csv", ["score", "correlation", "loss", "kept"], rows)
+    small = [(f < args.eps_p).float().mean(dtype=torch.float64).item() * f.numel() for f in fisher.values()]
+    print(f"{args.samples} samples; F lies below ε_p = {args.eps_p:g} for "
+          f"{sum(small) / sum(f.numel() for f in fisher.values()):.1%} of the weights\n"
+          f"{'score':<28} {'ρ(oracle)':>9} {'loss':>9} {'increase':>9}  kept")
+    for row in rows:
+        rho = f"{row['correlation']:9.3f}" if "correlation" in row else " " * 9
+        rise = row["loss"] / loss[every] - 1
+        print(f"{row['score']:<28} {rho} {row['loss']:9.4f} {rise:9.1%}  {row.get('kept', '')}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -370,6 +458,9 @@ def parser():
     add("--steps", type=int, default=400, help="samples of the calibration")
     add("--saliency", choices=SALIENCIES, default="paper")
     add("--eps-p", type=float, default=1e-8, metavar="ε", help="of the paper's score")
+    add("--compare", action="store_true", help="also measure every score, the sets it keeps and the effect of ε_p "
+        "against an oracle: the loss without each block")
+    add("--samples", type=int, default=16, help="that --compare measures the loss on")
     add("--protocol", choices=list(PROTOCOLS), help="as in train.py (default: the adapter's, else hq)")
     add("--timestep", type=float, metavar="N", help="τ in (0, 1000] (default: the adapter's, else the protocol's)")
     add("--tags", metavar="none|ram|dape|FILE.csv", help="as in train.py")
@@ -388,11 +479,13 @@ def parse(argv=None):
     """The arguments. Raises SystemExit in one line for what does not fit."""
     p = parser()
     args = p.parse_args(argv)
-    args.calibrates = args.saliency in FROM_GRADIENTS
+    args.calibrates = args.saliency in FROM_GRADIENTS or args.compare
     if args.calibrates and not args.data:
-        p.error(f"--data names the folders of photos that --saliency {args.saliency} is calibrated with")
-    if args.steps < 1:
-        p.error(f"--steps must be positive, not {args.steps}")
+        p.error("--data names the folders of photos for the calibration, which the scores magnitude, random and tail "
+                "do without")
+    for option in ("steps", "samples"):
+        if getattr(args, option) < 1:
+            p.error(f"--{option} must be positive, not {getattr(args, option)}")
     if not args.eps_p > 0:
         p.error(f"--eps-p must be positive, not {args.eps_p:g}")
     if args.timestep is not None and not 0 < args.timestep <= 1000:
@@ -455,6 +548,8 @@ def prune(args):
         "kept": kept, "scores": scores, "saliency": args.saliency, "eps_p": args.eps_p, "budget": budget,
         "steps": args.steps if args.calibrates else 0, "protocol": args.protocol, "timestep": args.timestep,
         "suffix": args.suffix, "seed": args.seed, "torch": torch.__version__})
+    if args.compare:
+        compare(args, calibration, model.dit, fisher, budget)
     return 0
 
 
@@ -462,6 +557,9 @@ def main(argv=None):
     args = parse(argv)
     try:
         return prune(args)
+    except KeyboardInterrupt:  # outside the loops, which save
+        print(f"interrupted; every file in {args.out} is whole", file=sys.stderr)
+        return 130
     except OSError as error:
         sys.exit(f"error: {str(error).strip().splitlines()[-1].removeprefix('OSError: ')}")
 

@@ -220,6 +220,59 @@ def test_the_default_keeps_as_large_a_part_of_a_small_model_as_of_the_official_o
     assert notes["kept"] == [0, 1, 4]  # round(5 · 16/28)
 
 
+# --- the comparison ---------------------------------------------------------------------------------------------------
+
+def test_rank_correlation():
+    assert prune.rank_correlation([1, 2, 3, 4], [10, 20, 40, 80]) == pytest.approx(1)
+    assert prune.rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    assert prune.rank_correlation([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(1 - 6 * 2 / (4 * 15))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mask_leaves_the_largest_weights_and_exactly_as_many(deep, dtype):
+    dit = LinearDiT.from_pretrained(deep / "transformer", dtype)
+    before = {k: p.clone() for k, p in dit.named_parameters()}
+    zeros = sum(int((p == 0).sum()) for p in dit.parameters())
+    blocks, fixed = prune.sizes(dit)
+    left = fixed + 3 * blocks[0]
+    network = prune.masked(dit, left)
+    dropped = sum(int((p == 0).sum()) for p in network.parameters())
+    assert dropped == fixed + 5 * blocks[0] - left and zeros == 0
+    assert all(torch.equal(before[k], p) for k, p in dit.named_parameters())  # the original is unharmed
+    pairs = [(before[k].flatten(), p.flatten()) for k, p in network.named_parameters() if "transformer_blocks" in k]
+    a, b = (torch.cat(x).abs() for x in zip(*pairs, strict=True))
+    assert a[b == 0].max() <= a[b != 0].min() and torch.equal(a[b != 0], b[b != 0])
+
+
+def test_comparison_with_the_oracle(run, deep, photos, tmp_path, capsys):
+    out = run("pruned", "--keep", 3, "--compare", "--samples", 2)
+    with open(out / "compare.csv", newline="") as f:
+        rows = {row["score"]: row for row in csv.DictReader(f)}
+    with open(out / "oracle.csv", newline="") as f:
+        oracle = list(csv.DictReader(f))
+    assert len(oracle) == BLOCKS and len(rows) == 1 + 1 + len(prune.SALIENCIES) + 11 + 1
+    assert float(rows["oracle"]["correlation"]) == pytest.approx(1)
+    best = max((1, 2, 3), key=lambda i: float(oracle[i]["loss_increase"]))
+    assert rows["oracle"]["kept"] == f"0 {best} 4" and rows["tail"]["kept"] == "0 1 4"
+    notes = json.loads((out / "transformer/config.json").read_text())["_provenance"]
+    assert rows["paper"]["kept"] == rows["paper, eps_p 1e-8"]["kept"] == " ".join(map(str, notes["kept"]))
+    # the same by another way: the folder that was written, through train's losses
+    args, _, prior = arguments(photos, deep, tmp_path / "again", "--protocol", "lq", "--suffix", "main")
+    args.protocol, args.suffix, args.timestep = "lq", "main", 999.0
+    calibration = prune.Calibration(args, SanaSR.from_pretrained(deep), prior)
+    pruned = train.in_float32(LinearDiT.from_pretrained(out / "transformer"))
+    total = 0.0
+    for n in (3, 4):  # after the three of the calibration
+        sample = {k: torch.as_tensor(v)[None] for k, v in calibration.pairs[n].items() if k not in ("prompt", "name")}
+        sample["c"], sample["m"] = calibration.conditions([calibration.pairs[n]["prompt"]])
+        with torch.no_grad():
+            values = train.losses(pruned, train.in_float32(prior), calibration.vae, sample, 999.0, calibration.lpips)
+        loss = values["mse"] + 2 * values["lpips"] + values["align"]
+        total += (1 - np.log(sample["t"].item() + 1) / np.log(1001)) * loss.item() / 2
+    assert float(rows["paper"]["loss"]) == pytest.approx(total, rel=1e-4)
+    assert "ρ(oracle)" in capsys.readouterr().out
+
+
 # --- interrupted runs -------------------------------------------------------------------------------------------------
 
 def weights_of(out):
