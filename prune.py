@@ -4,6 +4,8 @@
     python prune.py --data ./hq --keep 16 --saliency obd --out runs/obd      # another score, another budget
     python prune.py --out runs/pruned --data ./hq --resume                   # goes on where it was stopped or killed
     python prune.py --data ./hq --out runs/pruned --resume --compare         # the scores against an oracle, a table
+    python prune.py --data ./hq --out runs/pruned --resume --validate        # pruned against unpruned, metric by metric
+    python prune.py --data ./hq --out runs/pruned --resume --heal 1000       # then trains an adapter on it and merges
     python eval.py lr.png --model runs/pruned                                # the result is a model like any other
 
     W ← W + (α/r) B A                                   the adapter is merged; f0 is a frozen copy of the prior
@@ -14,16 +16,20 @@
 
 Leaves in --out: transformer/ (fewer blocks, no adapter), vae/, text_encoder/ and tokenizer/ as they were,
 saliency.csv and saliency.png, calibration.pt (F: with --resume another score, ε_p or budget costs no calibration);
---compare adds compare.csv and oracle.csv.
+--compare adds compare.csv and oracle.csv, --validate adds validation.csv, --heal the model healed/ beside the pruned.
 """
 import argparse
+import csv
 import hashlib
 import math
 import os
 import re
 import shutil
 import sys
+import tempfile
+from contextlib import redirect_stdout
 from functools import lru_cache, partial
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +38,11 @@ from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import eval as evaluator
+import train
 import weights
 from eval import DTYPES, pick_device, pick_dtype
+from metrics import METRICS
 from sanasr import LinearDiT, SanaSR, build_prompt, fingerprint, save_module
 from train import (
     LAMBDA,
@@ -51,12 +60,14 @@ from train import (
     losses,
     match_lq,
     scan,
+    validation_pairs,
     write_atomically,
     write_csv,
 )
 
 SALIENCIES = ("paper", "obd", "magnitude", "random", "tail")
 FROM_GRADIENTS = ("paper", "obd")  # the others need no calibration
+MAX_DROP = 0.03  # of any metric, relative to the unpruned model, in its worse direction
 TERMS = {name: LAMBDA[name] for name in ("mse", "lpips", "align")}  # L_rec and L_align, without L_cons
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,6 +358,86 @@ def compare(args, calibration, dit, fisher, budget):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Healing and validation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def heal(args, provenance):
+    """Trains an adapter on the pruned model for `args.heal` steps by train.py and merges it into --out/healed.
+
+    The paper does not do this. Returns train.py's exit code. The run lies in --out under the fingerprint of what it was
+    trained on, so that --resume goes on with it as long as the pruned model is the same.
+    """
+    out = args.out.resolve()
+    name = out / f"heal-{fingerprint(out / 'transformer')[:8]}"
+    argv = ["--data", *args.data, "--model", out, "--name", name, "--steps", args.heal, "--protocol", args.protocol,
+            "--timestep", args.timestep, "--tags", args.tags, "--suffix", args.suffix, "--lpips", args.lpips, "--crop",
+            args.crop, "--device", args.device.type, "--dtype", args.dtype, "--workers", args.workers, "--seed",
+            args.seed, "--val", args.val, *(["--lq", args.lq] if args.lq else []),
+            *["--checkpointing"] * args.checkpointing, *["--resume"] * (name / "state.pt").exists()]
+    if code := train.main([str(a) for a in argv]):
+        return code
+    model = SanaSR.from_pretrained(out, args.device, DTYPES[args.dtype], adapter=name / "adapter.safetensors")
+    link_parts(out, out / "healed")
+    save_module(model.dit, out / "healed" / "transformer", metadata=provenance | {"healed_steps": args.heal})
+    print(f"healed in {args.heal} steps, merged: {args.out}/healed")
+    return 0
+
+
+def evaluate(args, lr, hr, model, adapter=None):
+    """{metric: mean} of a model by eval.py, on the pictures in folder `lr` with their references in `hr`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        argv = [lr, "--hr", hr, "--model", model, "--csv", f"{scratch}/scores.csv", "--out", f"{scratch}/pictures/",
+                "--suffix", args.suffix, "--timestep", args.timestep, "--device", args.device.type, "--dtype",
+                args.dtype, "--tagger", args.tags if args.tags in ("ram", "dape") else "none",
+                *(["--adapter", adapter] if adapter else []), *(["--metrics", args.metrics] if args.metrics else [])]
+        with redirect_stdout(StringIO()):
+            if evaluator.main([str(a) for a in argv]):
+                sys.exit(f"error: --validate: pictures of {lr} could not be restored")
+        with open(f"{scratch}/scores.csv", newline="") as f:
+            row = next(row for row in csv.DictReader(f) if row.pop("image") == "mean")
+    return {name: float(value) for name, value in row.items()}
+
+
+def relative_drop(metric, before, after):
+    """How much worse `after` is, as a part of `before`; negative where it is better."""
+    worse = before - after if METRICS[metric].better == "higher" else after - before
+    return worse / max(abs(before), 1e-12)
+
+
+def validate(args):
+    """Scores the pruned (and the healed) model against the unpruned: passed where no metric is over 3 % worse.
+
+    On `--pairs LR HR`, else on central crops of the photos that were held out. Writes validation.csv. Returns the exit
+    code: 0 where the pruned model passes every metric.
+    """
+    if args.pairs:
+        lr, hr = args.pairs
+    else:
+        (held, _), lq, _ = find_photos(args)
+        if not held:
+            sys.exit("error: --validate: no photo is held out; see --val, or name pictures by --pairs LR HR")
+        validation_pairs(held, lq, args.crop, args.seed, args.out / "val")
+        lr, hr = args.out / "val" / "lr", args.out / "val" / "hr"
+    before = evaluate(args, lr, hr, args.model, args.adapter)
+    passed, rows = {}, []
+    for name, folder in (("pruned", args.out), *([("healed", args.out / "healed")] if args.heal else [])):
+        after = evaluate(args, lr, hr, folder)
+        rows += [{"model": name, "metric": k, "unpruned": before[k], "value": after[k],
+                  "drop": (drop := relative_drop(k, before[k], after[k])), "passed": int(drop <= MAX_DROP)}
+                 for k in before]
+        passed[name] = all(row["passed"] for row in rows if row["model"] == name)
+    write_csv(args.out / "validation.csv", list(rows[0]), rows)
+    print(f"{'model':<8} {'metric':<12} {'unpruned':>10} {'value':>10} {'drop':>8}")
+    for row in rows:
+        print(f"{row['model']:<8} {row['metric']:<12} {row['unpruned']:10.4f} {row['value']:10.4f} {row['drop']:8.2%}  "
+              f"{'pass' if row['passed'] else 'FAIL'}")
+    print("; ".join(f"{name}: {'passed' if ok else 'failed'} (at most {MAX_DROP:.0%} worse in any metric)"
+                    for name, ok in passed.items()))
+    return 0 if passed["pruned"] else 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -382,8 +473,7 @@ class Calibration:
         lpips, args.lpips = load_lpips(args.lpips)
         self.lpips, self.f0 = lpips.to(args.device), in_float32(prior)
         self.vae = Latents(model.vae, model.scaling_factor)
-        photos, report = scan(args.data, args.crop, args.out / "data.json", args.workers)
-        lq = match_lq(photos, args.lq) if args.lq else {}
+        (_, photos), lq, report = find_photos(args)
         tags = find_tags(args.tags, args.protocol, photos, lq, args.out / "tags.csv")
         prompts = [build_prompt(re.split(r"\s*,\s*", line), args.suffix) for line in tags]
         self.conditions = Conditions(model)
@@ -407,6 +497,14 @@ class Calibration:
     def loss(self, dit, batch, vae=None):
         """L_cal of a batch with `dit` in the place of the merged network, a scalar."""
         return calibration_loss(in_float32(dit), self.f0, vae or self.vae, batch, self.args.timestep, self.lpips)
+
+
+def find_photos(args):
+    """((photos held out, as train.py does, the others), {photo: its LR picture}, a report)."""
+    photos, report = scan(args.data, args.crop, args.out / "data.json", args.workers)
+    held = min(args.val, len(photos) // 2)
+    lq = match_lq(photos, args.lq) if args.lq else {}
+    return (photos[:held], photos[held:]), lq, f"{report}; {held} held out for validation"
 
 
 # what F depends on; the number of steps may grow
@@ -461,6 +559,13 @@ def parser():
     add("--compare", action="store_true", help="also measure every score, the sets it keeps and the effect of ε_p "
         "against an oracle: the loss without each block")
     add("--samples", type=int, default=16, help="that --compare measures the loss on")
+    add("--validate", action="store_true", help="also score the pruned model against the unpruned: no metric may be "
+        "over 3 %% worse; the exit code is 1 where it fails")
+    add("--pairs", nargs=2, metavar=("LR", "HR"), help="folders for --validate (default: made of held-out photos)")
+    add("--metrics", metavar="LIST", help="for --validate, as in eval.py")
+    add("--val", type=int, default=8, metavar="N", help="photos held out for validation, the same as in train.py")
+    add("--heal", type=int, default=0, metavar="N", help="also train an adapter on the pruned model for N steps and "
+        "merge it, into healed/ (not in the paper)")
     add("--protocol", choices=list(PROTOCOLS), help="as in train.py (default: the adapter's, else hq)")
     add("--timestep", type=float, metavar="N", help="τ in (0, 1000] (default: the adapter's, else the protocol's)")
     add("--tags", metavar="none|ram|dape|FILE.csv", help="as in train.py")
@@ -480,9 +585,8 @@ def parse(argv=None):
     p = parser()
     args = p.parse_args(argv)
     args.calibrates = args.saliency in FROM_GRADIENTS or args.compare
-    if args.calibrates and not args.data:
-        p.error("--data names the folders of photos for the calibration, which the scores magnitude, random and tail "
-                "do without")
+    if not args.data and (args.calibrates or args.heal or (args.validate and not args.pairs)):
+        p.error("--data names the folders of photos; only the scores magnitude, random and tail do without")
     for option in ("steps", "samples"):
         if getattr(args, option) < 1:
             p.error(f"--{option} must be positive, not {getattr(args, option)}")
@@ -544,13 +648,16 @@ def prune(args):
         fisher = measure_fisher(args, model, calibration, settings)
     scores = block_scores(model.dit, args.saliency, fisher, args.eps_p, args.seed)
     kept = choose(scores, *sizes(model.dit), budget)
-    write_model(args, model, scores, kept, settings | {
+    provenance = settings | {
         "kept": kept, "scores": scores, "saliency": args.saliency, "eps_p": args.eps_p, "budget": budget,
         "steps": args.steps if args.calibrates else 0, "protocol": args.protocol, "timestep": args.timestep,
-        "suffix": args.suffix, "seed": args.seed, "torch": torch.__version__})
+        "suffix": args.suffix, "seed": args.seed, "torch": torch.__version__}
+    write_model(args, model, scores, kept, provenance)
     if args.compare:
         compare(args, calibration, model.dit, fisher, budget)
-    return 0
+    if args.heal and (code := heal(args, provenance)):
+        return code
+    return validate(args) if args.validate else 0
 
 
 def main(argv=None):

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from seeded import seeded_state_dict
 
+import metrics
 import prune
 import train
 from sanasr import LinearDiT, SanaSR, inject_lora, lora_parameters, one_step, save_lora, save_module
@@ -271,6 +272,53 @@ def test_comparison_with_the_oracle(run, deep, photos, tmp_path, capsys):
         total += (1 - np.log(sample["t"].item() + 1) / np.log(1001)) * loss.item() / 2
     assert float(rows["paper"]["loss"]) == pytest.approx(total, rel=1e-4)
     assert "ρ(oracle)" in capsys.readouterr().out
+
+
+# --- healing and validation -------------------------------------------------------------------------------------------
+
+def test_relative_drop_goes_in_the_worse_direction():
+    assert prune.relative_drop("psnr", 20.0, 19.0) == pytest.approx(0.05)
+    assert prune.relative_drop("lpips", 0.20, 0.21) == pytest.approx(0.05)
+    assert prune.relative_drop("lpips", 0.20, 0.19) == pytest.approx(-0.05)
+
+
+def test_validation_says_which_metric_fails(tmp_path, photos, deep, monkeypatch, capsys):
+    argv = [str(a) for a in ["--data", photos, "--model", deep, "--out", tmp_path / "out", *QUICK, "--saliency", "tail",
+                             "--validate", "--metrics", "psnr,lpips"]]
+    real = prune.evaluate
+    monkeypatch.setattr(prune, "evaluate", lambda args, lr, hr, model, adapter=None:
+                        {"psnr": 20.0, "lpips": 0.2} if model == str(deep) else {"psnr": 19.5, "lpips": 0.2061})
+    assert prune.main(argv) == 1
+    with open(tmp_path / "out/validation.csv", newline="") as f:
+        rows = {row["metric"]: row for row in csv.DictReader(f)}
+    assert (rows["psnr"]["passed"], rows["lpips"]["passed"]) == ("1", "0")  # 2.5 % and 3.05 %
+    assert float(rows["psnr"]["drop"]) == pytest.approx(0.025)
+    assert "pruned: failed" in capsys.readouterr().out
+    monkeypatch.setattr(prune, "evaluate", real)
+    assert prune.main([*argv, "--resume"]) in (0, 1)
+    with open(tmp_path / "out/validation.csv", newline="") as f:
+        rows = {row["metric"]: row for row in csv.DictReader(f)}
+    psnr = []  # of the unpruned model, by restoring the held-out pictures here
+    model = SanaSR.from_pretrained(deep)
+    for path in sorted((tmp_path / "out/val/lr").iterdir()):
+        x, y = (torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255 for image in (
+            model.restore(Image.open(path), "", suffix="main"), Image.open(tmp_path / "out/val/hr" / path.name)))
+        psnr.append(metrics.load("psnr")(x, y).item())
+    assert len(psnr) == 2 and float(rows["psnr"]["unpruned"]) == pytest.approx(sum(psnr) / 2, rel=1e-4)
+    assert float(rows["psnr"]["value"]) != pytest.approx(sum(psnr) / 2, rel=1e-6)
+
+
+def test_healing_trains_on_the_pruned_model_and_merges(run):
+    out = run("pruned", "--keep", 3, "--saliency", "magnitude", "--heal", 2)
+    healed, pruned = (SanaSR.from_pretrained(folder) for folder in (out / "healed", out))
+    run_folder, = out.glob("heal-*")
+    want = SanaSR.from_pretrained(out, adapter=run_folder / "adapter.safetensors").dit.state_dict()
+    assert all(torch.equal(want[k], v) for k, v in healed.dit.state_dict().items())
+    assert any(not torch.equal(v, want[k]) for k, v in pruned.dit.state_dict().items())
+    assert healed.timestep == 999 and healed.metadata["healed_steps"] == 2 and healed.metadata["kept"][-1] == 4
+    run("pruned", "--keep", 3, "--saliency", "magnitude", "--heal", 3, "--resume")  # goes on with the same run
+    assert SanaSR.from_pretrained(out / "healed").metadata["healed_steps"] == 3
+    assert len(list(out.glob("heal-*"))) == 1
 
 
 # --- interrupted runs -------------------------------------------------------------------------------------------------
