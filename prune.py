@@ -608,6 +608,8 @@ def parse(argv=None):
 def find_budget(args, dit):
     """The budget in parameters of the whole transformer. Raises SystemExit."""
     blocks, fixed = sizes(dit)
+    if len(blocks) < 3:
+        sys.exit(f"error: {args.model} has {len(blocks)} blocks: first and last are kept, so there is nothing to drop")
     if args.keep is not None:
         if not 2 <= args.keep < len(blocks):
             sys.exit(f"error: --keep {args.keep}: of {len(blocks)} blocks 2 to {len(blocks) - 1} can be kept")
