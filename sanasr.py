@@ -40,9 +40,10 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 import weights
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Configs: the official config.json files, taken at their word
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Configs: the official config.json files, taken at their word ---
+
+
+NULLABLE = {"out_channels", "attn_logit_softcapping", "sample_size"}  # numbers that may also be null
 
 
 def read_config(name, config, defaults, neutral=None, ignored=()):
@@ -50,10 +51,15 @@ def read_config(name, config, defaults, neutral=None, ignored=()):
 
     neutral: key -> the one value this code computes with; a list of that value is the same said for every stage.
     ignored: keys that do not touch the computation, like all that start with "_".
-    Raises ValueError naming the key that this code does not honour.
+    Raises ValueError naming the key that this code does not honour, or the number that is none.
     """
+    if not isinstance(config, dict):
+        raise ValueError(f"{name} config: not an object of keys and values")
     neutral = neutral or {}
     for key, value in config.items():
+        if isinstance(defaults.get(key), int | float) and not (isinstance(value, int | float) and value >= 0) \
+                and not (value is None and key in NULLABLE):
+            raise ValueError(f"{name} config: {key} = {value!r} is not a number that can be used")
         if key in defaults or key in ignored or key.startswith("_"):
             continue
         if key not in neutral:
@@ -99,9 +105,7 @@ DIT_NEUTRAL = dict(patch_size=1, norm_elementwise_affine=False, dropout=0.0, gui
                    interpolation_scale=None, timestep_scale=1.0)
 DIT_IGNORED = {"guidance_embeds_scale"}
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Operators shared by the networks
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Operators shared by the networks ---
 
 
 def to_tokens(x):
@@ -134,7 +138,7 @@ class Linear(nn.Linear):
     def forward(self, x):
         y = F.linear(x, self.weight.flatten(1), self.bias)
         if self.adapter_scale:
-            y = y + self.adapter_scale * self.lora_B(self.lora_A(x))
+            y = y + self.adapter_scale * self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))).to(y.dtype)
         return y
 
 
@@ -177,9 +181,7 @@ class GLUMBConv(nn.Module):
         return kernels.mix_ffn(x, height, width, inverted.weight, inverted.bias, depth.weight, depth.bias, point.weight)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# DC-AE: the 32× deep compression autoencoder
-# ---------------------------------------------------------------------------------------------------------------------
+# --- DC-AE: the 32× deep compression autoencoder ---
 
 
 class ResBlock(nn.Module):
@@ -370,9 +372,7 @@ class DCAE(nn.Module):
         return self.decoder(z.contiguous(memory_format=torch.channels_last))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Gemma-2: the text encoder, and its tokenizer
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Gemma-2: the text encoder, and its tokenizer ---
 
 
 class GemmaRMSNorm(nn.Module):
@@ -453,7 +453,7 @@ class Gemma2(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        config = dict(config)
+        config = {**config}
         rope = config.pop("rope_parameters", None)  # the newer spelling of rope_theta
         if rope is not None:
             config |= read_config("Gemma2 rope", rope, dict(rope_theta=10000.0), dict(rope_type="default"))
@@ -558,9 +558,7 @@ class GemmaTokenizer:
         return [s for s in symbols if s is not None]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# LinearDiT: SANA's diffusion transformer
-# ---------------------------------------------------------------------------------------------------------------------
+# --- LinearDiT: SANA's diffusion transformer ---
 
 
 class TimestepEmbedder(nn.Module):
@@ -669,7 +667,7 @@ class LinearDiT(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
         self.config = config = read_config("LinearDiT", config, DIT_DEFAULTS, DIT_NEUTRAL, DIT_IGNORED)
-        width, self.eps = config["num_attention_heads"] * config["attention_head_dim"], config["norm_eps"]
+        width = config["num_attention_heads"] * config["attention_head_dim"]
         if config["cross_attention_dim"] != width:
             raise ValueError(f"LinearDiT config: cross_attention_dim must be the width of the blocks, {width}")
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
@@ -694,13 +692,11 @@ class LinearDiT(nn.Module):
             x = run(block, x, c, bias, modulation, height, width, checkpointing=self.checkpointing)
         # trap: the output's AdaLN takes the embedding before SiLU + linear
         shift, scale = (self.scale_shift_table + e[:, None]).chunk(2, dim=1)  # B,1,D
-        x = F.layer_norm(x, x.shape[2:], eps=1e-6) * (1 + scale) + shift
+        x = F.layer_norm(x, x.shape[2:], eps=1e-6) * (1 + scale) + shift  # 1e-6 whatever `norm_eps` says
         return to_picture(self.proj_out(x), height, width)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# LoRA: low-rank adapters on the frozen prior (Eq. 13)
-# ---------------------------------------------------------------------------------------------------------------------
+# --- LoRA: low-rank adapters on the frozen prior (Eq. 13) ---
 
 LORA_TARGETS = {
     "attn": ("to_q", "to_k", "to_v", "to_out.0"),  # self- and cross-attention: the paper's Appendix B
@@ -785,7 +781,12 @@ def load_lora(model, path):
     with open_weights(path) as file:
         metadata = file.metadata() or {}
         for key in file.keys():
-            state[re.sub(r"^(base_model\.model\.|transformer\.)+", "", key)] = file.get_tensor(key).flatten(1)
+            x = file.get_tensor(key)
+            if x.ndim < 2:
+                raise ValueError(f"{path}: {key} is no matrix; only plain LoRA weights are read")
+            state[re.sub(r"^(base_model\.model\.|transformer\.)+", "", key)] = x.flatten(1)
+    if not state:
+        raise ValueError(f"{path}: there is no adapter in it")
     modules = dict(model.named_modules())
     for key in state:
         name, _, half = key.removesuffix(".weight").rpartition(".")
@@ -814,9 +815,7 @@ def merge_lora(model):
         del module.lora_A, module.lora_B, module.adapter_scale
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts: p = tags ⊕ quality suffix, and the mask m (Eq. 2)
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Prompts: p = tags ⊕ quality suffix, and the mask m (Eq. 2) ---
 
 SUFFIXES = {
     "appendix": "clean, extremely detailed, best quality, sharp, high-resolution",  # Appendix B: the default
@@ -862,9 +861,7 @@ def tokenize_prompt(tokenizer, prompt, instruction=""):
     return ids, [mask[i] for i in kept], kept
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading and saving: official folders, safetensors only, all or nothing
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Loading and saving: official folders, safetensors only, all or nothing ---
 
 
 def open_weights(path):
@@ -895,7 +892,7 @@ def load_module(cls, folder, dtype=None, device="cpu"):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         with torch.device("meta"):
             module = cls(config)
-    except ValueError as error:  # of JSON, too
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:  # of JSON, too; or no network has these sizes
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
     expected, state, problems = module.state_dict(), {}, []
     for name in weights.pick_files(os.listdir(folder), dtype, where=f"{folder}: "):
@@ -937,7 +934,7 @@ for _cls in (DCAE, Gemma2, LinearDiT):  # X.from_pretrained(folder, dtype=None, 
 def fingerprint(folder):
     """A hash that changes with any file of `folder`: names, sizes, and 16 samples of 64 KiB of each file."""
     digest = hashlib.sha256()
-    for path in sorted(Path(folder).iterdir()):
+    for path in sorted(path for path in Path(folder).iterdir() if path.is_file()):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with open(path, "rb") as file:
@@ -947,9 +944,7 @@ def fingerprint(folder):
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The method: one latent update, and a restorer around it
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The method: one latent update, and a restorer around it ---
 
 
 def sigma(t):
@@ -1101,7 +1096,8 @@ class SanaSR:
         clock.lap("text")
         width, height = 4 * image.width, 4 * image.height
         x = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC))
-        x = torch.from_numpy(x.copy()).permute(2, 0, 1)[None].to(self.device, self.vae_dtype) / 127.5 - 1  # 1,3,H,W
+        x = torch.from_numpy(x.copy()).to(self.device).permute(2, 0, 1)[None].float()  # bfloat16 would lose grey levels
+        x = x.div_(127.5).sub_(1).to(self.vae_dtype)  # 1,3,H,W
         x = F.pad(x, (0, -width % self.vae.factor, 0, -height % self.vae.factor), mode="replicate")
         z = self.scaling_factor * tiled(self.vae.encode, x, tile, overlap, down=self.vae.factor)  # 1,C,h,w
         clock.lap("encode")
@@ -1109,7 +1105,7 @@ class SanaSR:
         clock.lap("dit")
         z = z.to(self.vae_dtype) / self.scaling_factor
         x = tiled(self.vae.decode, z, tile, overlap, up=self.vae.factor)[0, :, :height, :width]  # 3,H,W
-        x = ((x + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0)
+        x = x.float().add_(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0)
         result = Image.fromarray(x.cpu().numpy())
         clock.lap("decode")
         self.stages = clock.laps
@@ -1124,6 +1120,6 @@ class Stopwatch:
 
     def lap(self, name):
         if self.device.type in ("cuda", "mps"):
-            getattr(torch, self.device.type).synchronize()
+            getattr(torch, self.device.type).synchronize(*[self.device] * (self.device.type == "cuda"))
         now = time.perf_counter()
         self.laps[name], self.last = 1000 * (now - self.last), now

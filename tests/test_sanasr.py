@@ -113,6 +113,7 @@ def test_official_configs_are_read(config):
     (LinearDiT, "qk_norm", "rms_norm_across_heads"), (LinearDiT, "timestep_scale", 0.001),
     (LinearDiT, "guidance_embeds", True), (LinearDiT, "patch_size", 2), (LinearDiT, "invented", 1),
     (DCAE, "decoder_norm_types", ["batch_norm"] * 6), (DCAE, "decoder_act_fns", "relu"),
+    (DCAE, "scaling_factor", None), (DCAE, "encoder_out_shortcut", "no"), (LinearDiT, "norm_eps", "small"),
     (Gemma2, "hidden_activation", "silu"), (Gemma2, "rope_parameters", {"rope_type": "linear"})])
 def test_unhonoured_config_values_are_errors(cls, key, value):
     part = {LinearDiT: "transformer", DCAE: "vae", Gemma2: "text_encoder"}[cls]
@@ -255,6 +256,14 @@ def test_an_adapter_of_another_base_is_refused(tmp_path):
         sanasr.load_lora(dit, tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize("state, message", [
+    ({}, "no adapter"), ({"transformer_blocks.0.attn1.to_q.alpha": torch.tensor(4.0)}, "to_q.alpha is no matrix")])
+def test_what_is_no_plain_adapter_is_refused(tmp_path, state, message):
+    save_file(state, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=f"a.safetensors: .*{message}"):
+        sanasr.load_lora(golden(LinearDiT, "dit_small")[0], tmp_path / "a.safetensors")
+
+
 # --- loading -------------------------------------------------------------------------------------------------------
 
 def test_shards_prefix_and_stored_dtypes(tiny_model, tmp_path):
@@ -390,6 +399,24 @@ def test_half_precision_reaches_the_transformer_alone(tiny_model):
     model = SanaSR.from_pretrained(tiny_model, dtype=torch.float16)
     assert model.dit.proj_out.weight.dtype == torch.float16
     assert model.vae.decoder.conv_in.weight.dtype == torch.bfloat16
+
+
+def test_half_precision_runs_with_the_adapter_apart(tiny_model, tmp_path):
+    dit = LinearDiT.from_pretrained(tiny_model / "transformer")
+    sanasr.inject_lora(dit, 2)
+    sanasr.save_lora(dit, tmp_path / "a.safetensors")
+    apart, merged = (SanaSR.from_pretrained(tiny_model, dtype=torch.bfloat16, adapter=tmp_path / "a.safetensors",
+                                            merge=merge).restore(noise(8, 8)) for merge in (False, True))
+    assert apart.tobytes() == merged.tobytes()  # B = 0
+
+
+def test_structureless_config_names_its_file(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    for part, cls, text in (("vae", DCAE, "[]"), ("text_encoder", Gemma2, "[]"), ("vae", DCAE,
+                            '{"encoder_layers_per_block": 3}'), ("transformer", LinearDiT, '{"mlp_ratio": "2.5"}')):
+        (folder / part / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=f"{part}.config.json: "):
+            cls.from_pretrained(folder / part)
 
 
 def test_an_adapter_beside_the_model_is_used_and_can_be_left_out(tiny_model, tmp_path):
