@@ -388,8 +388,8 @@ def main():
     parser.add_argument("--out", default="runs/pretrain", help="where states and logs go (default %(default)s)")
     parser.add_argument("--to", default=HERE / "embedded", help="export: the folder to write (default %(default)s)")
     parser.add_argument("--adapter", help="export: the adapter that train.py left in runs/NAME")
-    parser.add_argument("--init", metavar="FOLDER", help="autoencoder: start from this model's weights, say the carried "
-                        "ones (weights/embedded), where --out holds no state yet")
+    parser.add_argument("--init", metavar="FOLDER", help="autoencoder: start from this model's weights "
+                        "(weights/embedded, say) where --out holds no state yet")
     parser.add_argument("--steps", type=int, help="of the stage; the learning rate decays over the last quarter")
     parser.add_argument("--batch", type=int, default=4, help="crops a step (default %(default)s)")
     parser.add_argument("--crop", type=int, default=256, help="autoencoder: pixels per side, a multiple of 32. Small "
