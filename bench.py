@@ -1,0 +1,255 @@
+"""Where the time goes: encode, transformer, decode and the whole, plain against fast, and against diffusers.
+
+    python bench.py                                              # official configs under seeded weights, 128 → 512
+    python bench.py --model sana-600m-512 --size 1024 --device cuda --dtype bf16
+    python bench.py --vs diffusers --json results.json           # the same weights in diffusers' classes, eager
+    python bench.py --rewrites --size 256                        # what each rewrite of fast.py gains alone
+
+All variants are in one process and take turns on the same inputs; "error" compares their results with the first's. Text is 300 random states: the text encoder is not part of it. On a CPU the time is the
+process's CPU seconds on --threads threads (1: then another program on the machine does not count), otherwise wall time.
+"share" is the plain path's multiplications by that time over what one large matrix product reaches (a rewrite that
+needs fewer may pass 100 %). fp32 at 512 takes
+about a minute and 8 GB a variant and run on one core.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import sys
+import time
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import fast
+from sanasr import DCAE, LinearDiT, SanaSR, one_step
+
+CONFIGS = Path(__file__).parent / "tests" / "data" / "official_configs"
+DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
+
+
+def seeded(cls, config, dtype, device):
+    """`cls` with random weights that keep activations near 1, the same at every call."""
+    with torch.device("meta"):
+        module = cls(config)
+    generator, state = torch.Generator().manual_seed(0), {}
+    for key, p in module.state_dict().items():
+        x = torch.randn(p.shape, generator=generator)
+        x = x / math.sqrt(math.prod(p.shape[1:])) if p.ndim > 1 else 1 + x / 10 if key.endswith("weight") else x / 50
+        state[key] = x.to(device, dtype)
+    module.load_state_dict(state, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def shared(module):
+    """A copy with modules of its own and the same tensors."""
+    return deepcopy(module, {id(p): p for p in module.parameters()})
+
+
+class Ours:
+    """The three stages and the whole as functions of one tensor each."""
+
+    def __init__(self, vae, dit, text, timestep, scale):
+        self.vae, self.dit, self.text, self.timestep, self.scale = vae, dit, text, timestep, scale
+
+    def encode(self, x):
+        return self.scale * self.vae.encode(x)
+
+    def transform(self, z):
+        c, mask = (y.expand(len(z), *y.shape[1:]) for y in self.text)
+        return one_step(self.dit, z, torch.full((len(z),), self.timestep, device=z.device), c, mask)
+
+    def decode(self, z):
+        return self.vae.decode(z / self.scale)
+
+    def whole(self, x):
+        return self.decode(self.transform(self.encode(x)))
+
+
+class Diffusers(Ours):
+    """diffusers' AutoencoderDC and SanaTransformer2DModel with the weights of `ours`, eager, as they come."""
+
+    def __init__(self, ours):
+        try:
+            from diffusers import AutoencoderDC, SanaTransformer2DModel
+        except ImportError as error:
+            sys.exit(f"error: --vs diffusers needs the package diffusers ({error}); pip install diffusers transformers")
+        with torch.device("meta"):
+            vae = AutoencoderDC.from_config({k: v for k, v in ours.vae.config.items() if k[0] != "_"})
+            dit = SanaTransformer2DModel.from_config({k: v for k, v in ours.dit.config.items() if k[0] != "_"})
+        for theirs, mine in ((vae, ours.vae), (dit, ours.dit)):
+            theirs.load_state_dict(mine.state_dict(), strict=True, assign=True)
+            theirs.eval().requires_grad_(False)
+        super().__init__(vae, dit, ours.text, ours.timestep, ours.scale)
+
+    def encode(self, x):
+        return self.scale * self.vae.encode(x, return_dict=False)[0]
+
+    def transform(self, z):
+        c, mask = (y.expand(len(z), *y.shape[1:]) for y in self.text)
+        t = torch.full((len(z),), self.timestep, device=z.device)
+        f = self.dit(z, encoder_hidden_states=c, timestep=t, encoder_attention_mask=mask, return_dict=False)[0]
+        return z - self.timestep / 1000 * f
+
+    def decode(self, z):
+        return self.vae.decode(z / self.scale, return_dict=False)[0]
+
+
+def synchronize(device):
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
+
+
+def timed(f, x, clock, device):
+    """(f(x), its seconds, the peak of memory in bytes while it ran: of the process on Linux, of the GPU on CUDA)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    synchronize(device)
+    start = clock()
+    y = f(x)
+    synchronize(device)
+    seconds = clock() - start
+    if device.type == "cuda":
+        return y, seconds, torch.cuda.max_memory_allocated()
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text()
+        return y, seconds, 1024 * int(status.split("VmHWM:")[1].split()[0])
+    return y, seconds, None
+
+
+def matmul_peak(dtype, device, clock, n=2048):
+    """Multiply-accumulates a second of a product of two n×n matrices, the best of five."""
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    return n**3 / min(timed(a.matmul, b, clock, device)[1] for _ in range(5))
+
+
+def relative(a, b):
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+
+def quantile(values, q):
+    values = sorted(values)
+    return values[min(len(values) - 1, math.ceil(q * len(values)) - 1)]
+
+
+def measure(variants, x, runs, clock, device, stages=("encode", "transform", "decode")):
+    """[{variant, stage, p50, p95, peak, error}], the variants taking turns; `error` is relative to the first."""
+    times, peaks, results = {}, {}, {}
+    for _ in range(runs):
+        for name, variant in variants.items():
+            total, y = 0.0, x
+            for stage in stages:
+                first = results.get((next(iter(variants)), stage))
+                y, seconds, peak = timed(getattr(variant, stage), y, clock, device)
+                times.setdefault((name, stage), []).append(seconds)
+                peaks[name, stage] = max(peak or 0, peaks.get((name, stage), 0)) or None
+                results[name, stage] = (y, 0.0) if first is None else (y, relative(y, first[0]))
+                y, total = (y if first is None else first[0]), total + seconds  # all see the same inputs
+            times.setdefault((name, "sum"), []).append(total)
+    rows = [dict(variant=name, stage=stage, p50=quantile(t, 0.5), p95=quantile(t, 0.95), runs=len(t),
+                 peak=peaks.get((name, stage)), error=results.get((name, stage), (None, None))[1])
+            for (name, stage), t in times.items()]
+    y = {name: variant.whole(x) for name, variant in variants.items()}
+    first = next(iter(y))
+    for row in rows:
+        if row["stage"] == "sum":
+            row["error"] = relative(y[row["variant"]], y[first])
+    return rows
+
+
+def cpu_name():
+    try:
+        info = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines())
+        info = {key.strip(): value.strip() for key, value in info.items()}
+        return f"{info['model name']} (family {info['cpu family']} model {info['model']})"
+    except (OSError, KeyError, ValueError):
+        return platform.processor() or platform.machine()
+
+
+def show(rows, variants, gmac=None, peak=None):
+    first = next(iter(variants))
+    base = {row["stage"]: row["p50"] for row in rows if row["variant"] == first}
+    print(f"{'variant':12}{'stage':11}{'p50 s':>9}{'p95 s':>9}{first + ' / it':>16}{'share':>8}{'peak GB':>9}{'error':>9}")
+    for row in rows:
+        stage = row["stage"]
+        share = gmac[stage] / row["p50"] / peak if gmac else math.nan
+        peak_gb = f"{row['peak'] / 1e9:9.2f}" if row["peak"] else f"{'':9}"
+        print(f"{row['variant']:12}{stage:11}{row['p50']:9.3f}{row['p95']:9.3f}{base[stage] / row['p50']:15.2f}×"
+              f"{share:8.0%}{peak_gb}{row['error']:9.1e}")
+
+
+@torch.inference_mode()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a folder or a name of `python -m weights`; by default the official configs "
+                                        "under seeded weights")
+    parser.add_argument("--size", type=int, default=512, help="side of the result in pixels, a multiple of 32")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--threads", type=int, default=1, help="on a CPU")
+    parser.add_argument("--vs", choices=["diffusers"])
+    parser.add_argument("--rewrites", action="store_true", help="each rewrite of the autoencoder alone")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there, too")
+    args = parser.parse_args()
+    if args.size < 32 or args.size % 32:
+        sys.exit(f"error: --size {args.size} is not a multiple of 32")
+
+    torch.set_num_threads(args.threads)
+    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    clock = time.process_time if device.type == "cpu" and args.threads == 1 else time.perf_counter
+    if args.model:
+        model = SanaSR.from_pretrained(args.model, device, dtype)
+        vae, dit, timestep = model.vae, model.dit, model.timestep
+    else:
+        vae, dit = (seeded(cls, json.loads((CONFIGS / f"{part}.config.json").read_text()), dtype, device)
+                    for cls, part in ((DCAE, "vae"), (LinearDiT, "transformer")))
+        timestep = 900.0
+    generator = torch.Generator().manual_seed(1)
+    c = torch.randn(1, 300, dit.config["caption_channels"], generator=generator).to(device, dtype)
+    text = c, torch.ones(1, 300, device=device, dtype=torch.long)
+    x = (torch.rand(args.batch, 3, args.size, args.size, generator=generator) * 2 - 1).to(device, dtype)
+
+    scale = vae.config["scaling_factor"]
+    plain = Ours(vae, dit, text, timestep, scale)
+    variants, stages = {"plain": plain}, ("encode", "transform", "decode")
+    if args.rewrites:
+        stages = "encode", "decode"
+        variants |= {name: Ours(fast.optimise_vae(shared(vae), [name]), dit, text, timestep, scale)
+                     for name in fast.REWRITES}
+    if args.vs:
+        variants = {"diffusers": Diffusers(plain)} | variants
+    variants["fast"] = Ours(fast.optimise_vae(shared(vae)), fast.optimise_dit(shared(dit)), text, timestep, scale)
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    setup = dict(device=name, threads=args.threads if device.type == "cpu" else None, torch=torch.__version__,
+                 dtype=args.dtype, size=args.size, batch=args.batch, model=args.model or "official configs, seeded",
+                 clock="process CPU seconds" if clock is time.process_time else "wall seconds")
+    print(", ".join(f"{key} {value}" for key, value in setup.items()), flush=True)
+    for variant in variants.values():
+        variant.whole(x[:, :, :64, :64])  # the first call of an operator costs more
+    gmac = {}
+    if not args.rewrites:
+        y = x.to("meta")
+        counted = Ours(shared(vae).to("meta"), shared(dit).to("meta"), [v.to("meta") for v in text], timestep, scale)
+        for stage in stages:
+            with FlopCounterMode(display=False) as counter:
+                y = getattr(counted, stage)(y)
+            gmac[stage] = counter.get_total_flops() / 2
+        gmac["sum"] = sum(gmac.values())
+    peak = matmul_peak(dtype, device, clock)
+    rows = measure(variants, x, args.runs, clock, device, stages)
+    show(rows, variants, gmac, peak)
+    if args.json:
+        args.json.write_text(json.dumps(setup | dict(peak_gmac_per_s=peak / 1e9, rows=rows), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
