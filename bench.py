@@ -5,8 +5,8 @@
     python bench.py --vs diffusers --json results.json           # the same weights in diffusers' classes, eager
     python bench.py --rewrites --size 256                        # what each rewrite of fast.py gains alone
 
-All variants are in one process and take turns on the same inputs; "error" compares their results with the first's. Text is 300 random states: the text encoder is not part of it. On a CPU the time is the
-process's CPU seconds on --threads threads (1: then another program on the machine does not count), otherwise wall time.
+All variants are in one process and take turns on the same inputs; "error" compares their results with the first's.
+Text is 300 random states: the text encoder is not part of it. On a CPU the time is the process's CPU seconds on --threads threads (1: then another program on the machine does not count), otherwise wall time.
 "share" is the plain path's multiplications by that time over what one large matrix product reaches (a rewrite that
 needs fewer may pass 100 %). fp32 at 512 takes
 about a minute and 8 GB a variant and run on one core.
@@ -175,7 +175,8 @@ def cpu_name():
 def show(rows, variants, gmac=None, peak=None):
     first = next(iter(variants))
     base = {row["stage"]: row["p50"] for row in rows if row["variant"] == first}
-    print(f"{'variant':12}{'stage':11}{'p50 s':>9}{'p95 s':>9}{first + ' / it':>16}{'share':>8}{'peak GB':>9}{'error':>9}")
+    print(f"{'variant':12}{'stage':11}{'p50 s':>9}{'p95 s':>9}{first + ' / it':>16}{'share':>8}"
+          f"{'peak GB':>9}{'error':>9}")
     for row in rows:
         stage = row["stage"]
         share = gmac[stage] / row["p50"] / peak if gmac else math.nan
