@@ -6,7 +6,8 @@
     python bench.py --rewrites --size 256                        # what each rewrite of fast.py gains alone
 
 All variants are in one process and take turns on the same inputs; "error" compares their results with the first's.
-Text is 300 random states: the text encoder is not part of it. On a CPU the time is the process's CPU seconds on --threads threads (1: then another program on the machine does not count), otherwise wall time.
+Text is 300 random states: the text encoder is not part of it. On a CPU the time is the process's CPU seconds on
+--threads threads (1: then another program on the machine does not count), otherwise wall time.
 "share" is the plain path's multiplications by that time over what one large matrix product reaches (a rewrite that
 needs fewer may pass 100 %). fp32 at 512 takes
 about a minute and 8 GB a variant and run on one core.
