@@ -9,8 +9,8 @@ All variants are in one process and take turns on the same inputs; "error" compa
 Text is 300 random states: the text encoder is not part of it. On a CPU the time is the process's CPU seconds on
 --threads threads (1: then another program on the machine does not count), otherwise wall time.
 "share" is the plain path's multiplications by that time over what one large matrix product reaches (a rewrite that
-needs fewer may pass 100 %). fp32 at 512 takes
-about a minute and 8 GB a variant and run on one core.
+needs fewer may pass 100 %). fp32 at 512 takes about a minute a variant and run on one core. On a CPU "peak GB" is the
+whole process's, all variants loaded.
 """
 from __future__ import annotations
 

@@ -4,8 +4,7 @@
 
 `sanasr.py` stays the readable path; what stands here replaces its modules by others that compute the same function of
 the same weights (float32: within 1e-4, see tests/test_fast.py) with fewer multiplications or fewer bytes, from public
-PyTorch operators alone. A rewrite is kept where it gains over 3 % of its part's time; `python bench.py --rewrites`
-measures each:
+PyTorch operators alone. `python bench.py --rewrites` measures those of the autoencoder one by one:
 
     UpBlock      nearest ×2, then 3×3 = four 2×2 convolutions on the small picture, 2.25 times fewer multiplications;
                  the channel-to-space shortcut is one more tap of theirs
