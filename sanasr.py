@@ -777,7 +777,7 @@ def load_lora(model, path):
     PEFT's key prefixes `transformer.` and `base_model.model.` are read; without an "alpha" in the metadata α = r.
     Raises ValueError, naming file and key, where the adapter belongs to another base.
     """
-    state, metadata = {}, {}
+    state = {}
     with open_weights(path) as file:
         metadata = file.metadata() or {}
         for key in file.keys():
@@ -787,6 +787,9 @@ def load_lora(model, path):
             state[re.sub(r"^(base_model\.model\.|transformer\.)+", "", key)] = x.flatten(1)
     if not state:
         raise ValueError(f"{path}: there is no adapter in it")
+    for name in {"alpha", "timestep"} & set(metadata):
+        if not re.fullmatch(r"\d+(\.\d*)?", metadata[name]):
+            raise ValueError(f"{path}: its metadata says {name} = {metadata[name]!r}, which is no number")
     modules = dict(model.named_modules())
     for key in state:
         name, _, half = key.removesuffix(".weight").rpartition(".")

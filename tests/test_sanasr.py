@@ -248,6 +248,15 @@ def test_adapter_file_round_trip(tmp_path, prefix):
     assert torch.equal(fresh(*inputs), dit(*inputs))
 
 
+@pytest.mark.parametrize("name", ["alpha", "timestep"])
+def test_odd_metadata_of_an_adapter_is_named(tmp_path, name):
+    dit, _ = adapted()
+    sanasr.save_lora(dit, tmp_path / "a.safetensors")
+    save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "a.safetensors", {name: "much"})
+    with pytest.raises(ValueError, match=f"a.safetensors.*{name} = 'much'"):
+        sanasr.load_lora(golden(LinearDiT, "dit_small")[0], tmp_path / "a.safetensors")
+
+
 def test_an_adapter_of_another_base_is_refused(tmp_path):
     dit, _ = golden(LinearDiT, "dit_small")
     save_file({"transformer_blocks.0.attn1.to_q.lora_A.weight": torch.zeros(4, 32),
