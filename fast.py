@@ -17,6 +17,8 @@ Trap: the modules work in place on their own intermediates. No gradients, no ada
 """
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -25,7 +27,8 @@ import kernels
 import sanasr
 from sanasr import to_picture, to_tokens
 
-STRIP = 64 * 1024  # values that a strip of the normalisation holds: 256 KB in float32, within a core's L2 cache
+STRIP = 64 * 1024  # values that a strip of elementwise work holds: 256 KB in float32, within a core's L2 cache
+TILES = 256  # tiles in a strip of Winograd's convolution: enough rows for the matrix products, few enough for the L3
 
 
 def merged(*linears):
@@ -48,27 +51,33 @@ def frozen(x):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def add_norm_(x, h, norm):
-    """x + norm(h) (or norm(h) where x is None), written over h. x, h: B,N,C; norm: RMSNorm with a bias.
+def rows_of(x):
+    """B,C,H,W (channels-last) or B,N,C -> B·N,C, a view."""
+    return (to_tokens(x) if x.ndim == 4 else x).flatten(0, 1)
 
-    On a GPU a strip is the whole; on a CPU everything between reading h and writing it stays in cache.
-    """
-    weight, bias = norm.weight.float(), norm.bias.float()
-    rows = max(1, STRIP // h.shape[2]) if h.device.type == "cpu" else h.shape[0] * h.shape[1]
-    h = h.contiguous()
-    residuals = [None] if x is None else x.flatten(0, 1).split(rows)
-    for i, part in enumerate(h.flatten(0, 1).split(rows)):  # n,C
-        y = part.float()  # part itself in float32
-        mean = torch.linalg.vector_norm(y, dim=1, keepdim=True).square_().div_(y.shape[1])
-        y.mul_(mean.add_(norm.eps).rsqrt_())
-        if x is None:
-            y.mul_(weight)
-        else:
-            torch.addcmul(residuals[i].float(), y, weight, out=y)
-        y.add_(bias)
-        if y.dtype != part.dtype:
-            part.copy_(y)
-    return h
+
+def strips(y):
+    """Cuts y (B,C,H,W or B,N,C) into rows that stay in cache: yields (slice of the B·N rows, those rows in float32)."""
+    y = rows_of(y)
+    count = max(1, STRIP // y.shape[1]) if y.device.type == "cpu" else len(y)
+    for start in range(0, len(y), count):
+        at = slice(start, min(start + count, len(y)))
+        yield at, y[at].float()
+
+
+def normalised_(y, norm):
+    """RMSNorm with a bias over the last axis of y (n,C in float32), in place."""
+    mean = torch.linalg.vector_norm(y, dim=1, keepdim=True).square_().div_(y.shape[1])
+    y.mul_(mean.add_(norm.eps).rsqrt_())
+    return torch.addcmul(norm.bias.float(), y, norm.weight.float(), out=y)
+
+
+def add_norm_(x, parts, norm):
+    """x + norm(y) written over x (B,C,H,W or B,N,C), y as `strips` gives it."""
+    x_rows = rows_of(x)
+    for at, y in parts:
+        x_rows[at] += normalised_(y, norm)
+    return x
 
 
 class Norm(nn.Module):
@@ -79,20 +88,125 @@ class Norm(nn.Module):
         self.weight, self.bias, self.eps = plain.weight, plain.bias, plain.eps
 
     def forward(self, x):  # B,H,W,C
-        tokens = x.flatten(1, 2)
-        return add_norm_(None, tokens, self).view(x.shape)
+        rows = x.flatten(0, 2)
+        for at, y in strips(x.flatten(1, 2)):
+            rows[at] = normalised_(y, self)
+        return x
+
+
+class Winograd(nn.Module):
+    """A 3×3 convolution with a quarter of the multiplications, in float32: Winograd's F(4×4, 3×3) (arXiv 1509.09308).
+
+    Tiles of 6×6 values, which overlap by two, give 4×4 results each: Y = Aᵀ[(G g Gᵀ) ⊙ (Bᵀ d B)]A. Summed over channels,
+    ⊙ is 36 products of matrices, tiles × C by C × C'. B and A hold small integers: `spread` and `gather` apply them.
+    The weights take 36/9 of their memory. Trap: Bᵀ d B magnifies a rounding to bfloat16 tenfold, so none is made.
+    """
+
+    G = torch.tensor([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], dtype=torch.float64) / 24
+
+    def __init__(self, plain):
+        super().__init__()
+        w = torch.einsum("ai,bj,ocij->abco", self.G, self.G, plain.weight.double()).flatten(0, 1)  # 36,C,C'
+        self.weight, self.bias = frozen(w.float().contiguous()), plain.bias
+
+    @staticmethod
+    def spread(d, v):
+        """v = Bᵀ d for six arrays each; v is also where intermediate results lie."""
+        (d0, d1, d2, d3, d4, d5), (v0, v1, v2, v3, v4, v5), add = d, v, torch.add
+        add(d4, d2, alpha=-4, out=v1)
+        add(d3, d1, alpha=-4, out=v2)
+        v1 += v2  # d4 − 4·d2 + (d3 − 4·d1)
+        add(v1, v2, alpha=-2, out=v2)  # d4 − 4·d2 − (d3 − 4·d1)
+        torch.sub(d4, d2, out=v3)
+        torch.sub(d3, d1, out=v4)
+        torch.sub(d0, d2, out=v0)
+        add(v3, v0, alpha=4, out=v0)  # 4·d0 − 5·d2 + d4
+        torch.sub(d5, d3, out=v5)
+        v5.sub_(v4, alpha=4)  # 4·d1 − 5·d3 + d5
+        v3.add_(v4, alpha=2)  # d4 − d2 + 2·(d3 − d1)
+        add(v3, v4, alpha=-4, out=v4)  # d4 − d2 − 2·(d3 − d1)
+
+    @staticmethod
+    def gather(m, y):
+        """y = Aᵀ m, six arrays to four; m is overwritten."""
+        (m0, m1, m2, m3, m4, m5), (y0, y1, y2, y3), add = m, y, torch.add
+        m1 += m2
+        add(m1, m2, alpha=-2, out=m2)  # m1 − m2
+        m3 += m4
+        add(m3, m4, alpha=-2, out=m4)  # m3 − m4
+        m0 += m1
+        m5 += m2
+        add(m0, m3, out=y0)
+        add(m2, m4, alpha=2, out=y1)
+        add(m1, m3, alpha=4, out=y2)
+        add(m5, m4, alpha=8, out=y3)
+
+    def strips(self, x):
+        """Yields the results like the function `strips`; they hold until the next strip is asked for."""
+        (batch, channels, height, width), out = x.shape, self.weight.shape[2]
+        if height % 4 or width % 4:
+            y = self(F.pad(x, (0, -width % 4, 0, -height % 4)))[:, :, :height, :width]
+            yield from strips(y.contiguous(memory_format=torch.channels_last))
+            return
+        x, down, across = x.permute(0, 2, 3, 1), height // 4, width // 4
+        pictures = min(batch, max(1, TILES // (down * across)))
+        most = min(down, max(1, TILES // across))  # rows of tiles in a strip
+        sizes = [(4 * most + 2) * 6 * channels, most * 36 * channels, most * 36 * out, most * 24 * out, most * 16 * out]
+        memory = [torch.empty(pictures * across * size, dtype=torch.float32) for size in sizes]
+        # column 4k + p − 1 of the picture is d[…, p, k, :]: from here to the last step all runs are long
+        padded = torch.zeros(pictures, 4 * most + 2, 4, across + 1, channels)
+        for b in range(0, batch, pictures):
+            n = min(pictures, batch - b)
+            for r in range(0, down, most):
+                rows = min(most, down - r)
+                shapes = ((n, 4 * rows + 2, 6, across, channels), (6, 6, n, rows, across, channels),
+                          (6, 6, n, rows, across, out), (4, 6, n, rows, across, out), (n, rows, 4, across, 4, out))
+                t, v, m, z, y = (flat[:math.prod(shape)].view(shape) for flat, shape in zip(memory, shapes, strict=True))
+                d = padded[:n, :4 * rows + 2]
+                first, last = max(4 * r - 1, 0), min(4 * (r + rows) + 1, height)
+                if first > 4 * r - 1:
+                    d[:, 0] = 0
+                if last < 4 * (r + rows) + 1:
+                    d[:, -1] = 0
+                inside = d[:, first - (4 * r - 1):last - (4 * r - 1)]
+                inside[:, :, 0, 1:] = x[b:b + n, first:last, 3::4]
+                for p in range(1, 4):
+                    inside[:, :, p, :-1] = x[b:b + n, first:last, p - 1::4]
+                self.spread([d[:, :, j % 4, j // 4:j // 4 + across] for j in range(6)], t.unbind(2))
+                self.spread([t[:, j:j + 4 * rows - 3:4].permute(2, 0, 1, 3, 4) for j in range(6)], v)
+                torch.bmm(v.flatten(2, 4).flatten(0, 1), self.weight, out=m.flatten(2, 4).flatten(0, 1))
+                self.gather(m, z)
+                self.gather(z.unbind(1), y.permute(4, 2, 0, 1, 3, 5))
+                y = y.flatten(0, 4)
+                start = (b * height + 4 * r) * width
+                yield slice(start, start + len(y)), y if self.bias is None else y.add_(self.bias.float())
+
+    def forward(self, x):  # B,C,H,W
+        y = torch.empty(len(x), self.weight.shape[2], *x.shape[2:], dtype=x.dtype, memory_format=torch.channels_last)
+        rows = rows_of(y)
+        for at, part in self.strips(x):
+            rows[at] = part
+        return y
+
+
+def convolved(convolution, x):
+    """The result of a convolution in strips."""
+    return convolution.strips(x) if isinstance(convolution, Winograd) else strips(convolution(x))
 
 
 class ResBlock(nn.Module):
-    """x + RMSNorm(conv(SiLU(conv x)))."""
+    """x + RMSNorm(conv(SiLU(conv x))), over x."""
 
     def __init__(self, plain):
         super().__init__()
         self.conv1, self.conv2, self.norm = plain.conv1, plain.conv2, plain.norm
 
     def forward(self, x):  # B,C,H,W
-        h = self.conv2(F.silu(self.conv1(x), inplace=True))
-        return to_picture(add_norm_(to_tokens(x), to_tokens(h), self.norm), *x.shape[2:])
+        h = torch.empty_like(x)
+        rows = rows_of(h)
+        for at, y in convolved(self.conv1, x):
+            rows[at] = F.silu(y, inplace=True)
+        return add_norm_(x, convolved(self.conv2, h), self.norm)
 
 
 class QKVAggregation(nn.Module):
@@ -123,7 +237,7 @@ class MultiscaleLinearAttention(nn.Module):
         qkv = self.to_qkv(tokens)  # B,N,3C
         scales = [qkv] + [to_tokens(m(to_picture(qkv, height, width))) for m in self.scales]
         h = torch.cat([self.attend(y) for y in scales], dim=2) if self.scales else self.attend(qkv)
-        return to_picture(add_norm_(tokens, self.to_out(h), self.norm), height, width)
+        return add_norm_(x, strips(self.to_out(h)), self.norm)
 
     def attend(self, qkv):  # B,N,3C -> B,N,C
         q, k, v = qkv.unflatten(2, (-1, 3 * self.head_dim)).chunk(3, dim=3)  # B,N,n,d
@@ -140,7 +254,7 @@ class GatedConv(sanasr.GLUMBConv):
 
     def forward(self, x):  # B,C,H,W
         tokens = to_tokens(x)
-        return to_picture(add_norm_(tokens, super().forward(tokens, *x.shape[2:]), self.norm), *x.shape[2:])
+        return add_norm_(x, strips(super().forward(tokens, *x.shape[2:])), self.norm)
 
 
 def down_block(plain):
@@ -162,43 +276,76 @@ def down_block(plain):
 
 
 class UpBlock(nn.Module):
-    """Nearest ×2 and 3×3 as one 2×2 convolution to the four phases (dy, dx) of the result, with the shortcut in it.
+    """Nearest ×2 and 3×3 as nine products per small pixel for its four large ones (of 36), and the shortcut.
 
-    Pixel 2i + dy of the large picture sees rows i − 1, i, i of the small one (dy = 0) or i, i, i + 1 (dy = 1): two taps
-    whose weights are sums of the three.
+    In one direction, with taps w0, w1, w2 and S = w0 + w1 + w2, and the differences D[i] = x[i] − x[i−1]:
+        y[2i]   = w0·x[i−1] + (w1 + w2)·x[i] = S·x[i] − w0·D[i]
+        y[2i+1] = (w0 + w1)·x[i] + w2·x[i+1] = S·x[i] + w2·D[i+1]
+    In two, x, its differences in either direction and those in both take C × C', C × 2C', C × 2C' and C × 4C'.
     """
 
-    TAPS = torch.tensor([[[1., 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # dy, tap of two, tap of three
+    TAPS = torch.tensor([[1., 1, 1], [-1, 0, 0], [0, 0, 1]])  # S, −w0, w2
 
     def __init__(self, plain):
         super().__init__()
-        w, taps = plain.conv.weight.float(), self.TAPS.to(plain.conv.weight.device)
-        w = torch.einsum("ypk,xql,ockl->yxocpq", taps, taps, w)  # 2,2,C',C,2,2
-        for channel in range(w.shape[3] * plain.repeats):  # of the repeated input: 4·o + 2·dy + dx
-            o, dy, dx = channel // 4, channel // 2 % 2, channel % 2
-            w[dy, dx, o, channel // plain.repeats, 1 - dy, 1 - dx] += 1
-        w = w.flatten(0, 2).to(plain.conv.weight.dtype)  # 4C',C,2,2
-        self.weight = frozen(w.contiguous(memory_format=torch.channels_last))
-        self.bias = frozen(plain.conv.bias.repeat(4))
+        self.repeats, self.bias = plain.repeats, plain.conv.bias
+        taps, weight = self.TAPS.to(plain.conv.weight.device), plain.conv.weight
+        w = torch.einsum("yk,xl,ockl->yxoc", taps, taps, weight.float()).to(weight.dtype)  # 3,3,C',C
+        self.plane, self.down, self.right, self.both = (frozen(part.flatten(0, -2).contiguous()) for part in (
+            w[0, 0], w[1:, 0], w[0, 1:], w[1:, 1:]))
 
     def forward(self, x):  # B,C,H,W -> B,C',2H,2W
-        batch, _, height, width = x.shape
-        h = F.conv2d(x, self.weight, self.bias, padding=1).unflatten(1, (2, 2, -1))  # B,2,2,C',H+1,W+1
-        y = torch.empty(batch, h.shape[3], 2 * height, 2 * width, dtype=x.dtype, device=x.device,
-                        memory_format=torch.channels_last)
+        (batch, channels, height, width), out = x.shape, len(self.plane)
+        y = torch.empty(batch, 2 * height, 2 * width, out, dtype=x.dtype, device=x.device)
+        count = max(1, STRIP // (width * channels)) if x.device.type == "cpu" else height
+        for b, picture in enumerate(x.permute(0, 2, 3, 1)):
+            for r in range(0, height, count):
+                self.strip(picture, r, min(count, height - r), y[b])
+        return y.permute(0, 3, 1, 2)
+
+    def strip(self, x, start, count, y):
+        """The results of rows start … start + count − 1 of x (H,W,C), into y (2H,2W,C')."""
+        above, below = int(start == 0), int(start + count == len(x))
+        rows = F.pad(x[start - 1 + above:start + count + 1 - below], (0, 0, 0, 0, above, below))  # count + 2
+        vertical = rows[1:] - rows[:-1]  # count + 1,W,C
+        x = rows[1:-1]
+        plane = F.linear(x, self.plane, self.bias)  # count,W,C'
+        right = F.linear(differences(x), self.right).unflatten(2, (2, -1))  # count,W + 1,2,C'
+        down = F.linear(vertical, self.down).unflatten(2, (2, -1))  # count + 1,W,2,C'
+        both = F.linear(differences(vertical), self.both).unflatten(2, (2, 2, -1))  # count + 1,W + 1,2,2,C'
         for dy in range(2):
+            column = plane + down[dy:dy + count, :, dy]
             for dx in range(2):
-                y[:, :, dy::2, dx::2] = h[:, dy, dx, :, dy:dy + height, dx:dx + width]
-        return y
+                part = both[dy:dy + count, dx:dx + x.shape[1], dy, dx].add_(right[:, dx:dx + x.shape[1], dx])
+                if self.repeats:
+                    part += x[..., (2 * dy + dx) // self.repeats::4 // self.repeats]
+                torch.add(column, part, out=y[2 * start + dy:2 * (start + count):2, dx::2])
+
+
+def differences(x):
+    """H,W,C -> H,W + 1,C: every column less the one before it, with zeros around the picture."""
+    return F.pad(x, (0, 0, 0, 1)) - F.pad(x, (0, 0, 1, 0))
+
+
+def winograd(plain):
+    """A Winograd of a 3×3 convolution where that is faster: on a CPU, with channels enough to pay for the tiles.
+
+    In bfloat16, whose products are twice as fast as float32's, only for the widest.
+    """
+    weight = plain.weight
+    fits = (plain.kernel_size, plain.stride, plain.padding, plain.groups) == ((3, 3), (1, 1), (1, 1), 1)
+    enough = {torch.float32: 64, torch.bfloat16: 512}.get(weight.dtype, math.inf)
+    return Winograd(plain) if fits and weight.device.type == "cpu" and min(weight.shape[:2]) >= enough else plain
 
 
 REWRITES = {
-    "up": (sanasr.UpBlock, lambda plain: UpBlock(plain) if plain.nearest else plain),
+    "up": (sanasr.UpBlock, lambda plain: UpBlock(plain) if plain.nearest and plain.repeats in (0, 1, 2, 4) else plain),
     "down": (sanasr.DownBlock, down_block),
     "res": (sanasr.ResBlock, ResBlock),
     "aggregation": (sanasr.QKVAggregation, QKVAggregation),
     "attention": (sanasr.MultiscaleLinearAttention, MultiscaleLinearAttention),
     "gated": (sanasr.GatedConv, GatedConv),
+    "winograd": (nn.Conv2d, winograd),
     "norm": (sanasr.RMSNorm, lambda plain: plain if plain.bias is None else Norm(plain)),
 }
 
