@@ -18,6 +18,7 @@ Scores are made with metrics/: the reference of a picture is the file of the sam
 may differ). Without --hr, metrics that need no reference remain. psnr, ssim, lpips and niqe need no download.
 """
 import argparse
+import csv
 import json
 import os
 import sys
@@ -215,14 +216,31 @@ def plan(inputs, out=None):
 
 # --- prompts ---
 
+def read_tags(path):
+    """{file name: tags} of a CSV file with the columns image and tags."""
+    try:
+        with open(path, newline="", encoding="utf-8") as f:
+            rows = csv.DictReader(f)
+            if not {"image", "tags"} <= set(rows.fieldnames or ()):
+                sys.exit(f"error: {path}: the first line must name the columns image and tags")
+            return {Path(row["image"]).name: row["tags"] or "" for row in rows}
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"error: {path}: {why(error, path)}")
+
+
 def find_tags(jobs, args, references):
     """{job: its tags} by args.tagger; empty without one, or where its weights cannot be had. Raises SystemExit.
 
-    Tags describe the enlarged input, with --prompt-from hr the reference, `references[job.target]`. The tagger lives in
-    here alone: all pictures are tagged, and its memory is free, before the restorer is loaded.
+    A tagger is ram, dape, or a CSV file that holds them already. Tags describe the enlarged input, or with --prompt-from
+    hr the reference, `references[job.target]`. The tagger lives in here alone: all pictures are tagged, and its memory is
+    free, before the restorer is loaded.
     """
     if args.tagger == "none":
         return {}
+    if args.tagger not in ("ram", "dape"):
+        lines = read_tags(args.tagger)
+        return {job: [tag.strip() for tag in lines.get(Path(job.source).name, "").split(",") if tag.strip()]
+                for job in jobs}
     from tagger import open_tagger
     tags = {}
     try:
@@ -415,7 +433,8 @@ def parse(argv=None):
     add("--prompt", default="", metavar="TEXT", help="what the picture shows")
     add("--suffix", default="appendix", metavar="appendix|main|none|TEXT", help="quality words after the prompt")
     add("--instruction", type=Path, metavar="FILE", help="a text put before every prompt, as SANA's human instruction")
-    add("--tagger", choices=["none", "ram", "dape"], default="none", help="finds tags for the prompt in the picture")
+    add("--tagger", metavar="none|ram|dape|FILE.csv", default="none",
+        help="finds tags for the prompt in the picture, or takes them from the columns image and tags of a file")
     add("--prompt-from", choices=["lr", "hr"], default="lr", help="where the tags come from; hr: the references, which "
         "leaks them into the result (the paper's HQ-prompt protocol read literally); scores are marked")
     add("--timestep", type=float, metavar="N", help="τ of the one update (default: the adapter's, else 900)")
@@ -445,7 +464,7 @@ def parse(argv=None):
         parser.error(f"--profile {args.profile}: the side must be a multiple of 32")
     if not args.inputs and not args.sr and not args.profile:
         parser.error("name pictures or folders to restore, or --sr DIR to score what exists")
-    if args.prompt_from == "hr" and (args.tagger == "none" or not args.hr or args.sr):
+    if args.prompt_from == "hr" and (args.tagger not in ("ram", "dape") or not args.hr or args.sr):
         parser.error("--prompt-from hr needs pictures to restore, --tagger ram or dape, and --hr DIR")
     args.score = any([args.hr, args.sr, args.metrics, args.csv, args.report])
     if args.score and (args.profile or args.stability):

@@ -45,7 +45,7 @@ from tqdm import tqdm
 import eval as evaluator
 import weights
 from degrade import MIN_SIZE, SCALE, degrade, enlarge, pair, sharpen, to_image, to_tensor
-from eval import DTYPES, peak_memory, pick_device, pick_dtype, picture_suffixes, read, why
+from eval import DTYPES, peak_memory, pick_device, pick_dtype, picture_suffixes, read, read_tags, why
 from metrics import LPIPS, METRICS
 from sanasr import (
     SanaSR,
@@ -326,18 +326,6 @@ def validation_pairs(photos, lq, crop, seed, folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def read_tags(path):
-    """{file name: tags} of a CSV file with the columns image and tags."""
-    try:
-        with open(path, newline="", encoding="utf-8") as f:
-            rows = csv.DictReader(f)
-            if not {"image", "tags"} <= set(rows.fieldnames or ()):
-                sys.exit(f"error: {path}: the first line must name the columns image and tags")
-            return {Path(row["image"]).name: row["tags"] or "" for row in rows}
-    except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f"error: {path}: {why(error, path)}")
 
 
 def find_tags(kind, protocol, photos, lq, cache):

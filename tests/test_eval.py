@@ -402,6 +402,16 @@ def test_all_is_tagged_and_the_tagger_gone_before_the_model_is_loaded(run, monke
     assert err.splitlines()[-1].startswith("error: b.png: not a picture that can be read (")
 
 
+def test_tags_from_a_file(run, monkeypatch):
+    model = Nearest()
+    monkeypatch.setattr(evaluate, "load_model", lambda args: model)
+    RGB.save("a.png")
+    Path("tags.csv").write_text('image,tags\nelsewhere/a.png,"a wall, red"\n')
+    assert run("a.png", "--tagger", "tags.csv")[0] == 0 and model.seen["prompt"] == "a wall, red"
+    code, _, err = run("a.png", "--tagger", "none.csv")
+    assert code == 1 and "none.csv: No such file" in err
+
+
 def test_without_the_taggers_weights_the_prompt_is_the_suffix(run, monkeypatch):
     def unavailable(*_):
         raise weights.Unavailable("ram is not on this machine")

@@ -34,14 +34,41 @@ def test_tokenizer_training_merges_the_frequent_and_loses_nothing(tmp_path):
     ("debian_BytheWater.webp", ["bythe water"]), ("debian_Bridge_by_Sander_Klootwijk.webp", ["bridge"]),
     ("urban_100.webp", ["building", "city"]), ("IMG_0001.jpg", [])])
 def test_tags_of_file_names(name, expected):
-    assert pretrain.tags(Path(name)) == expected
+    image = np.full((8, 8, 3), [60, 100, 140], np.uint8)
+    assert pretrain.tags(Path(name), image) == [*expected, "blue"]
 
 
-def test_the_autoencoder_starts_as_its_shortcuts_and_trains(tmp_path):
-    model = pretrain.new_autoencoder()
-    x = pretrain.to_signed(np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), dtype=np.uint8))
-    model.decode(model.encode(x)).sub(x).abs().mean().backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+def test_tags_of_colours():
+    image = np.zeros((40, 40, 3), np.uint8)
+    assert pretrain.tags(Path("1.png"), image) == ["dark"]
+    image[:, :24], image[:, 24:] = (250, 20, 30), (200, 200, 200)
+    assert pretrain.tags(Path("1.png"), image) == ["red", "gray", "bright"]
+
+
+def test_the_autoencoder_starts_as_a_linear_coder_and_all_of_it_trains():
+    widths = [16, 32, 64, 64, 64, 64]
+    model = DCAE(pretrain.AUTOENCODER | dict(latent_channels=32, encoder_block_out_channels=widths,
+                                             decoder_block_out_channels=widths))
+    torch.manual_seed(0)
+    seen, unseen = torch.nn.functional.interpolate(torch.rand(112, 3, 4, 4) * 2 - 1, scale_factor=16, mode="bicubic",
+                                                   align_corners=True).split(96)
+    pretrain.linear_start(model, seen)
+    y = model.decode(model.encode(unseen))
+    assert (y - unseen).square().mean() < 0.02 * unseen.var(), "smooth pictures pass nearly unharmed"
+    assert model.encode(seen).mean((0, 2, 3)).abs().max() < 0.3
+    y.abs().mean().backward()
+    gains = [p for name, p in model.named_parameters() if name.endswith(("norm.weight", "norm_out.weight"))]
+    assert all(p.grad.abs().sum() > 0 for p in gains), "the residual blocks wake up"
+
+
+def test_small_photos_are_left_out_or_mirrored(tmp_path):
+    from PIL import Image
+    for i in range(40):
+        Image.fromarray(np.full((50 + 20 * (i % 2), 70, 3), i, np.uint8)).save(tmp_path / f"{i}.png")
+    photos, mirrored = pretrain.Photos([tmp_path], 64), pretrain.Photos([tmp_path], 64, mirror=True)
+    assert len(photos.train) + len(photos.val) == 20 and len(mirrored.train) + len(mirrored.val) == 40
+    assert min(min(image.shape[:2]) for _, image in mirrored.train) == 64
+    assert not {path for path, _ in photos.train} & {path for path, _ in mirrored.val}
 
 
 def test_learning_rate_warms_up_and_decays():

@@ -316,7 +316,7 @@ def test_tags_of_a_file(photos, tmp_path, capsys):
     assert "3 of 5" in capsys.readouterr().out
     table.write_text("name,words\n")
     with pytest.raises(SystemExit, match="image and tags"):
-        train.read_tags(table)
+        train.find_tags(str(table), "hq", found, {}, None)
 
 
 @pytest.mark.parametrize("protocol", ["hq", "lq"])

@@ -3,7 +3,8 @@
     python -m weights.pretrain autoencoder --data ./hq        # Ctrl-C saves, the same line goes on
     python -m weights.pretrain prior --data ./hq
     python -m weights.pretrain export                         # runs/pretrain -> weights/embedded, in fp16
-    python train.py --data ./hq                               # the method itself, on the exported prior
+    python -m weights.pretrain tags --data ./hq --to hq.csv   # simple tags, for train.py --tags and eval.py --tagger
+    python train.py --data ./hq --tags hq.csv                 # the method itself, on the exported prior
     python -m weights.pretrain export --adapter runs/NAME/adapter.safetensors
 
 Stages (each saves as it goes under --out, continues from what it saved, on a CPU or a GPU alike):
@@ -11,7 +12,8 @@ Stages (each saves as it goes under --out, continues from what it saved, on a CP
     prior         LinearDiT by flow matching on its latents, jointly with a small Gemma-2 that reads the photos' tags;
                   the tokenizer is a byte-fallback BPE trained on RAM's list of tags
 Needs a folder of photos (searched recursively). Every 16th file, chosen by the hash of its name, is held out and never
-trained on; validation is on those. Tags come from the file names (`inet_n01494475_hammerhead.webp`: hammerhead).
+trained on; validation is on those. Tags come from the file names (`inet_n01494475_hammerhead.webp`: hammerhead) and
+from the photos' main colours.
 """
 import argparse
 import copy
@@ -43,9 +45,9 @@ AUTOENCODER = dict(
     in_channels=3, latent_channels=128, attention_head_dim=32,
     encoder_block_types=[RES, RES, RES, RES, RES, VIT], decoder_block_types=[RES, RES, RES, RES, RES, VIT],
     encoder_block_out_channels=WIDTHS, decoder_block_out_channels=WIDTHS,
-    encoder_layers_per_block=[0, 1, 1, 2, 2, 2], decoder_layers_per_block=[0, 1, 2, 2, 2, 2],
+    encoder_layers_per_block=[0, 1, 1, 1, 1, 1], decoder_layers_per_block=[0, 1, 2, 2, 2, 1],
     encoder_qkv_multiscales=[[], [], [], [], [], [5]], decoder_qkv_multiscales=[[], [], [], [], [], [5]],
-    downsample_block_type="Conv", upsample_block_type="interpolate",
+    downsample_block_type="Conv", upsample_block_type="pixel_shuffle",
 )
 PRIOR = dict(
     in_channels=128, out_channels=128, num_layers=12, num_attention_heads=5, attention_head_dim=32,
@@ -68,22 +70,33 @@ def held_out(path):
     return hashlib.sha256(path.name.encode()).digest()[0] % 16 == 0
 
 
-class Photos:
-    """All photos of the folders in memory as uint8 H,W,3, as (train, validation) by `held_out`."""
+def photo_paths(folders):
+    """All pictures in the folders, at any depth, sorted."""
+    suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+    return sorted(p for d in folders for p in Path(d).rglob("*") if p.suffix.lower() in suffixes)
 
-    def __init__(self, folders, crop):
-        suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-        paths = sorted(p for d in folders for p in Path(d).rglob("*") if p.suffix.lower() in suffixes)
+
+class Photos:
+    """All photos of the folders in memory as uint8 H,W,3, as (train, validation) by `held_out`.
+
+    Photos smaller than the crop are left out, or with `mirror` continued by their mirror image.
+    """
+
+    def __init__(self, folders, crop, mirror=False):
         self.train, self.val, small = [], [], 0
-        for path in tqdm(paths, desc="reading photos", unit="", leave=False):
+        for path in tqdm(photo_paths(folders), desc="reading photos", unit="", leave=False):
             image = np.asarray(Image.open(path).convert("RGB"))
-            if min(image.shape[:2]) < crop:
+            lacking = [max(0, crop - side) for side in image.shape[:2]]
+            if any(lacking):
                 small += 1
-                continue
+                if not mirror or any(2 * n > side for n, side in zip(lacking, image.shape, strict=False)):
+                    continue
+                image = np.pad(image, [(n // 2, n - n // 2) for n in lacking] + [(0, 0)], mode="symmetric")
             (self.val if held_out(path) else self.train).append((path, image))
         if not self.train or not self.val:
             sys.exit(f"error: {', '.join(map(str, folders))}: too few photos of at least {crop} pixels per side")
-        print(f"{len(self.train)} photos to train on, {len(self.val)} held out, {small} smaller than {crop}: left out")
+        print(f"{len(self.train)} photos to train on, {len(self.val)} held out, {small} smaller than {crop} "
+              f"({'mirrored' if mirror else 'left out'})")
 
     def crops(self, n, size, rng):
         """n random crops with flips of random training photos: n,3,size,size in [-1, 1]."""
@@ -203,17 +216,76 @@ def fit(name, model, loss_fn, validate, args, steps, lr, weight_decay=0.01):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def new_autoencoder():
-    """A DC-AE whose residual branches start near zero, so that it begins as its shortcuts alone (DC-AE §3.2)."""
-    model = DCAE(AUTOENCODER)
+def ridge(x, target):
+    """The 3×3 convolution (weight, bias) that takes x to target with the least squared error: n,C,H,W -> n,K,H,W."""
+    n = max(8, 150_000 // x[0, 0].numel())  # enough positions
+    rows = F.unfold(x[:n], 3, padding=1).transpose(1, 2).flatten(0, 1)
+    rows = torch.cat([rows, torch.ones(len(rows), 1)], 1)
+    gram, moment = rows.T @ rows, rows.T @ target[:n].permute(0, 2, 3, 1).flatten(0, 2)
+    gram += 1e-4 * gram.diagonal().mean() * torch.eye(len(gram))
+    solution = torch.linalg.solve(gram.double(), moment.double()).float().T
+    return solution[:, :-1].unflatten(1, (-1, 3, 3)), solution[:, -1]
+
+
+@torch.no_grad()
+def linear_start(model, x):
+    """Make the autoencoder the best linear coder of the pictures x (n,3,H,W), stage by stage, before it trains.
+
+    Encoder: each halving takes 2×2 patches to their principal components. Decoder: each doubling is the least-squares
+    inverse. All residual blocks start at zero gain. A DC-AE that starts from noise needs some ten thousand steps to get
+    where this begins.
+    """
     for name, p in model.named_parameters():
         if name.endswith(("norm.weight", "norm_out.weight")) and "decoder.norm_out" not in name:
-            torch.nn.init.constant_(p, 0.1)
-    return model
+            nn.init.zeros_(p)
+    encoder, decoder = model.encoder, model.decoder
+    scale, codes = torch.ones(3), [x]
+    for down in [encoder.conv_in] + [stage[-1] for stage in encoder.down_blocks[1:-1]]:
+        out, channels = down.conv.weight.shape[:2]
+        used = len(scale)
+        patches = F.pixel_unshuffle(codes[-1][:, :used], 2) * scale.repeat_interleave(4)[:, None, None]
+        rows = patches[: max(8, 300_000 // patches[0, 0].numel())].transpose(0, 1).flatten(1)
+        mean = rows.mean(1)
+        variance, basis = torch.linalg.eigh(torch.cov(rows).double())
+        kept = min(out, 4 * used)
+        std, basis = variance.flip(0)[:kept].clamp(min=1e-8).sqrt().float(), basis.flip(1)[:, :kept].T.float()
+        new_scale = std.sqrt() * std.mean().sqrt()  # halfway to whitening, unit variance on average
+        weight = torch.zeros(kept, channels, 4)
+        weight[:, :used] = (basis / new_scale[:, None] * scale.repeat_interleave(4)).unflatten(1, (used, 4))
+        if down.shortcut:
+            weight -= torch.eye(out).repeat_interleave(4 * channels // out, 1)[:kept].unflatten(1, (channels, 4)) \
+                / (4 * channels // out)
+        down.conv.weight[:kept] = 0
+        down.conv.weight[:kept, :, 1:, 1:] = weight.unflatten(2, (2, 2))
+        down.conv.bias[:kept] = -(basis @ mean) / new_scale
+        scale = new_scale
+        codes.append(torch.cat([down(c) for c in codes[-1].split(32)]))
+    pick = torch.eye(encoder.latent_channels, len(scale))
+    pick -= torch.eye(encoder.latent_channels).repeat_interleave(len(scale) // encoder.latent_channels, 1) \
+        / (len(scale) // encoder.latent_channels)
+    encoder.conv_out.weight.zero_()
+    encoder.conv_out.weight[:, :, 1, 1], encoder.conv_out.bias[:] = pick, 0
+    z = codes[-1][:, :encoder.latent_channels]
+    repeats = decoder.repeats
+    decoder.conv_in.weight[:], decoder.conv_in.bias[:] = ridge(z, codes.pop() - z.repeat_interleave(repeats, 1))
+    y = torch.cat([decoder.conv_in(c) + c.repeat_interleave(repeats, 1) for c in z.split(32)])
+    for stage in reversed(decoder.up_blocks[1:-1]):
+        up, target = stage[0], codes.pop()
+        target = target[:, :min(target.shape[1], 3 * 4 ** (len(codes)))]
+        if len(codes) == 1:  # a sign each for the ReLU that follows, and a constant that keeps its norm from acting
+            target = torch.cat([target, -target, torch.full_like(target[:, :1], 32)], 1) / 4
+        kept = target.shape[1]
+        weight, bias = ridge(y, F.pixel_unshuffle(target, 2) - y.repeat_interleave(up.repeats, 1)[:, :4 * kept])
+        up.conv.weight[:4 * kept], up.conv.bias[:4 * kept] = weight, bias
+        y = torch.cat([up(part) for part in y.split(32)])
+    decoder.norm_out.weight.fill_(y.square().mean(1).sqrt().mean())
+    decoder.norm_out.bias.zero_()
+    y = F.relu(decoder.norm_out(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+    decoder.conv_out.conv.weight[:], decoder.conv_out.conv.bias[:] = ridge(y, F.pixel_unshuffle(x, 2))
 
 
 def train_autoencoder(photos, args):
-    """L1 + 0.5 LPIPS on random crops; reports PSNR (RGB, dB) and LPIPS of held-out crops of 256²."""
+    """L1 + LPIPS on random crops; reports PSNR (RGB, dB) and LPIPS of held-out crops of 256²."""
     lpips = LPIPS.from_pretrained("alex").to(args.device)
     val = photos.val_crops(256, 32)
 
@@ -221,7 +293,7 @@ def train_autoencoder(photos, args):
         x = photos.crops(args.batch, args.crop, np.random.default_rng((args.seed, step))).to(args.device)
         y = model.decode(model.encode(x)).float()
         l1, perceptual = F.l1_loss(y, x), lpips(y, x).float().mean()
-        return l1 + 0.5 * perceptual, dict(l1=l1.item(), lpips=perceptual.item())
+        return l1 + perceptual, dict(l1=l1.item(), lpips=perceptual.item())
 
     def validate(model):
         psnr, distance = [], []
@@ -232,9 +304,12 @@ def train_autoencoder(photos, args):
             distance += lpips(y, x).tolist()
         return dict(val_psnr=float(np.mean(psnr)), val_lpips=float(np.mean(distance)))
 
-    model = new_autoencoder()
+    model = DCAE(AUTOENCODER)
     if args.init:
         model.load_state_dict(DCAE.from_pretrained(Path(args.init) / "vae", torch.float32).state_dict())
+    elif not (Path(args.out) / "autoencoder.pt").exists():
+        print("autoencoder: the linear start, about a minute")
+        linear_start(model, photos.crops(512, 256, np.random.default_rng(args.seed)))
     return fit("autoencoder", model, loss_fn, validate, args, args.steps or 40_000, args.lr or 8e-4)
 
 
@@ -278,14 +353,29 @@ def train_tokenizer(lines, size):
                 model=dict(type="BPE", unk_token="<unk>", byte_fallback=True, vocab=vocab, merges=merges))
 
 
-def tags(path):
-    """What a photo's file name says it shows: `inet_n01494475_hammerhead` -> ["hammerhead"]."""
+HUES = dict(red=0, orange=25, yellow=55, green=110, blue=220, purple=275, pink=325)  # degrees
+
+
+def tags(path, image):
+    """What can be said of a photo without a tagger: the words of its file name, then its colours, as RAM's tags.
+
+    path of `inet_n01494475_hammerhead.webp`, image uint8 H,W,3 -> ["hammerhead", "blue", "dark"].
+    """
     collection, _, name = path.stem.partition("_")
     kinds = dict(bsds=["photo"], urban=["building", "city"], sunhays=["scenery"])
-    if collection in kinds:
-        return kinds[collection]
     name = re.sub(r"^n\d+_|_?by_.*", "", name, flags=re.IGNORECASE)
-    return [re.sub(r"(?<=[a-z])(?=[A-Z])|_|-", " ", name).lower().strip()] if re.search("[A-Za-z]", name) else []
+    words = kinds.get(collection, [])
+    if collection in ("inet", "debian") and re.search("[A-Za-z]", name):
+        words = [re.sub(r"(?<=[a-z])(?=[A-Z])|_|-", " ", name).lower().strip()]
+    hsv = np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BOX).convert("HSV"), np.float32)
+    hue, saturation, value = hsv[..., 0] * 360 / 255, hsv[..., 1] / 255, hsv[..., 2] / 255
+    distance = np.abs((hue[..., None] - np.array([*HUES.values()]) + 180) % 360 - 180)
+    coloured = (saturation > 0.25) & (value > 0.2)
+    shares = {h: (coloured & (distance.argmin(-1) == i)).mean() for i, h in enumerate(HUES)}
+    shares["gray"] = ((saturation < 0.12) & (value > 0.2)).mean()
+    shares["brown"], shares["orange"] = [shares["orange"] * f for f in ((1, 0) if value.mean() < 0.5 else (0, 1))]
+    words = words + sorted((w for w in shares if shares[w] > 0.2), key=lambda w: -shares[w])
+    return words + ["dark"] * bool(value.mean() < 0.35) + ["bright"] * bool(value.mean() > 0.65)
 
 
 class Prior(nn.Module):
@@ -316,8 +406,8 @@ def train_prior(photos, args):
         (out / "tokenizer" / "tokenizer.json").write_text(bpe, encoding="utf-8")
     tokenizer = GemmaTokenizer(out / "tokenizer")
 
-    def tokens(paths, suffix="appendix"):
-        ids = [torch.tensor(tokenize_prompt(tokenizer, build_prompt(tags(p) if p else "", suffix))[0]) for p in paths]
+    def tokens(words, suffix="appendix"):
+        ids = [torch.tensor(tokenize_prompt(tokenizer, build_prompt(w, suffix))[0]) for w in words]
         mask = [torch.ones_like(i) for i in ids]
         return [nn.utils.rnn.pad_sequence(x, batch_first=True).to(device) for x in (ids, mask)]
 
@@ -336,7 +426,8 @@ def train_prior(photos, args):
     scale = 1 / data["z"].float().std().item()
     print(f"{len(data['z'])} latents, scaling factor {scale:.5f}")
     val_z = encode(photos.val_crops(size, 64)) * scale
-    val_paths = [p for p, im in photos.val if min(im.shape[:2]) >= size][:64]
+    words = [tags(*photo) for photo in photos.train]
+    val_words = [tags(*photo) for photo in photos.val][:64]
 
     def flow_loss(model, z, t, noise, ids, mask):
         sigma = (t / 1000)[:, None, None, None]
@@ -346,19 +437,30 @@ def train_prior(photos, args):
         rng = np.random.default_rng((args.seed, step))
         pick = rng.integers(len(data["z"]), size=args.batch)
         z = data["z"][pick].float().to(device) * scale
-        paths = [photos.train[i][0] if rng.random() > 0.1 else None for i in data["photo"][pick].tolist()]
+        prompts = [words[i] if rng.random() > 0.1 else [] for i in data["photo"][pick].tolist()]
         t = (1000 * torch.randn(args.batch).sigmoid()).to(device)  # logit-normal, as SANA trains
-        loss = flow_loss(model, z, t, torch.randn_like(z), *tokens(paths, "appendix" if rng.random() < 0.5 else "none"))
+        suffix = "appendix" if rng.random() < 0.5 else "none"
+        loss = flow_loss(model, z, t, torch.randn_like(z), *tokens(prompts, suffix))
         return loss, dict(flow=loss.item())
 
     def validate(model):
         generator, z = torch.Generator().manual_seed(0), val_z.to(device)
         noise = torch.randn(val_z.shape, generator=generator).to(device)
         t = torch.linspace(50, 950, len(z), device=device)
-        prompts = dict(right=val_paths, empty=[None] * len(z), shuffled=val_paths[1:] + val_paths[:1])
+        prompts = dict(right=val_words, empty=[[]] * len(z), shuffled=val_words[1:] + val_words[:1])
         return {f"val_{k}": flow_loss(model, z, t, noise, *tokens(v)).item() for k, v in prompts.items()}
 
     return fit("prior", Prior(), loss_fn, validate, args, args.steps or 30_000, args.lr or 5e-4)
+
+
+def write_tags(args):
+    """Write the `tags` of all photos of the folders as a CSV file with the columns image and tags."""
+    rows = [(path.name, ", ".join(tags(path, np.asarray(Image.open(path).convert("RGB")))))
+            for path in tqdm(photo_paths(args.data), desc="tags", leave=False)]
+    with open(f"{args.to}.tmp", "w", newline="", encoding="utf-8") as f:
+        csv.writer(f).writerows([("image", "tags"), *rows])
+    os.replace(f"{args.to}.tmp", args.to)
+    print(f"wrote {args.to}: {len(rows)} pictures")
 
 
 def export(args):
@@ -383,10 +485,11 @@ def export(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["autoencoder", "prior", "export"])
+    parser.add_argument("stage", choices=["autoencoder", "prior", "export", "tags"])
     parser.add_argument("--data", nargs="+", help="folders of clean photos")
     parser.add_argument("--out", default="runs/pretrain", help="where states and logs go (default %(default)s)")
-    parser.add_argument("--to", default=HERE / "embedded", help="export: the folder to write (default %(default)s)")
+    parser.add_argument("--to", default=HERE / "embedded", help="export: the folder to write (default %(default)s); "
+                        "tags: the CSV file")
     parser.add_argument("--adapter", help="export: the adapter that train.py left in runs/NAME")
     parser.add_argument("--init", metavar="FOLDER", help="autoencoder: start from this model's weights "
                         "(weights/embedded, say) where --out holds no state yet")
@@ -404,7 +507,9 @@ def main():
         return export(args)
     if not args.data:
         parser.error("--data is needed: a folder of clean photos")
-    photos = Photos(args.data, args.crop)
+    if args.stage == "tags":
+        return write_tags(args)
+    photos = Photos(args.data, args.crop, mirror=args.stage == "prior")
     dict(autoencoder=train_autoencoder, prior=train_prior)[args.stage](photos, args)
 
 
