@@ -412,8 +412,9 @@ def train_prior(photos, args):
         return [nn.utils.rnn.pad_sequence(x, batch_first=True).to(device) for x in (ids, mask)]
 
     @torch.inference_mode()
+    @torch.autocast(args.device, torch.bfloat16)
     def encode(x):
-        return torch.cat([vae.encode(part.to(device)).cpu() for part in x.split(8)])
+        return torch.cat([vae.encode(part.to(device)).float().cpu() for part in x.split(8)])
 
     # many random crops are encoded once: the encoder would cost more than the prior itself
     path, size = out / "latents.pt", PRIOR["sample_size"] * vae.factor
