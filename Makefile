@@ -7,7 +7,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 IN := $(VENV)/bin/python
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow lint picture ablation clean
 
 demo: $(VENV)/runtime
 	$(IN) eval.py examples --compare
@@ -17,6 +17,13 @@ test: $(VENV)/dev
 
 slow: $(VENV)/dev  # official sizes: minutes to hours, and gigabytes of memory
 	$(IN) -m pytest -m slow
+
+picture: $(VENV)/runtime  # the README's, from the photos in examples/
+	$(IN) -m examples.comparison
+
+# make ablation LR=lr HR=hr DATA=hq: hours on a CPU, goes on where it was stopped; ARGS="…" for more options
+ablation: $(VENV)/runtime
+	$(IN) -m weights.ablation --lr $(LR) --hr $(HR) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 lint: $(VENV)/dev
 	$(IN) -m ruff check

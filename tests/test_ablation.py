@@ -1,0 +1,126 @@
+"""The two tables of weights/ablation.py, on the tiny model and two small pairs."""
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval as evaluator
+import train
+from eval import bicubic
+from sanasr import SanaSR
+from weights import ablation
+
+
+def save_photo(path, side, seed):
+    rgb = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rgb).resize((side, side), Image.BICUBIC).save(path)
+
+
+@pytest.fixture
+def run(tmp_path, tiny_model, monkeypatch):
+    """run(options…) makes the tables in out/; run.calls lists what it ran of eval.py and train.py."""
+    monkeypatch.chdir(tmp_path)
+    lr = tmp_path / "lr"
+    lr.mkdir()
+    for i in range(3):
+        save_photo(tmp_path / "hr" / f"{i}.png", 128, i)
+        Image.open(tmp_path / "hr" / f"{i}.png").resize((32, 32), Image.BOX).save(lr / f"{i}.png")
+        save_photo(tmp_path / "hq" / f"{i}.png", 128, i + 5)
+    (tmp_path / "tags.csv").write_text("image,tags\n0.png,tree\n1.png,blurry tree\n2.png,tree\n")
+
+    def start(*options):
+        return ablation.main(["--lr", "lr", "--hr", "hr", "--model", str(tiny_model), "--metrics", "psnr,ssim",
+                              "--out", "out", "--device", "cpu", "--limit", "2", *options])
+    start.calls = []
+    for module in (evaluator, train):
+        def spy(argv, main=module.main, name=module.__name__):
+            start.calls.append((name, argv))
+            return main(argv)
+        monkeypatch.setattr(module, "main", spy)
+    return start
+
+
+TRAIN = ["--data", "hq", "--steps", "2", "--tags", "tags.csv", "--train-args",
+         "--rank 2 --batch 1 --crop 96 --workers 0 --val 0 --no-lpips"]
+
+
+def rows(path):
+    with open(path, newline="", encoding="utf-8") as f:
+        return {row.get("name") or row["image"]: row for row in csv.DictReader(f)}
+
+
+def test_both_tables_are_complete_and_nothing_is_made_twice(run, capsys, tmp_path):
+    assert run(*TRAIN) == 0
+    text = capsys.readouterr().out
+    assert text.count("\n| ") == 2 * 2 + len(ablation.STAGES) + len(ablation.VARIANTS)
+    assert "| stages | PSNR ↑ | SSIM ↑ |" in text and "2 pairs; ablations of 2 steps" in text
+    for title, words in (("stages", ablation.STAGES), ("ablations", ablation.VARIANTS)):
+        table = rows(tmp_path / "out" / f"{title}.csv")
+        assert list(table) == list(words)
+        for name, row in table.items():
+            own = rows(tmp_path / "out" / title / f"{name}.csv")
+            assert list(own) == ["0.png", "1.png", "mean"] and row["psnr"] == own["mean"]["psnr"]
+    assert len({row["psnr"] for row in rows(tmp_path / "out" / "ablations.csv").values()}) > 5  # the options matter
+    for name, key, value in (("tau-600", "timestep", "600.0"), ("lq", "protocol", "lq"), ("tags", "tags", "file"),
+                             ("no-suffix", "suffix", "none"), ("attn+ffn", "lora_targets", "attn+ffn")):
+        with ablation.safe_open(tmp_path / "out" / "ablations" / name / "adapter.safetensors", "pt") as file:
+            assert file.metadata()[key] == value
+    seen = len(run.calls)
+    (tmp_path / "out" / "ablations" / "no-cons.csv").unlink()
+    assert run(*TRAIN) == 0
+    assert [name for name, _ in run.calls[seen:]] == ["train", "eval"] and "--no-cons" in run.calls[seen][1]
+    assert capsys.readouterr().out == text  # the adapter was there: only its row was made again
+
+
+def test_rows_are_what_eval_says(run, tmp_path, tiny_model):
+    assert run("--only", "bicubic", "full", "autoencoder") == 0
+    assert list(rows(tmp_path / "out" / "stages.csv")) == ["bicubic", "autoencoder", "full"]
+    evaluator.main(["lr", "--hr", "hr", "--model", str(tiny_model), "--metrics", "psnr,ssim", "--csv", "full.csv",
+                    "--device", "cpu", "--compare", "--out", "full/"])
+    mine, theirs = rows(tmp_path / "out/stages/full.csv"), rows(tmp_path / "full.csv")
+    assert all(mine[name] == theirs[name] for name in ("0.png", "1.png"))
+    for i in range(2):
+        result = Image.open(tmp_path / f"full/{i}_x4_bicubic.png")
+        x, y = (np.asarray(image, float) for image in (result, Image.open(tmp_path / f"hr/{i}.png")))
+        weight = np.array([65.481, 128.553, 24.966]) / 255
+        psnr = 10 * np.log10(255 ** 2 / (((x - y) @ weight) ** 2).mean())
+        assert abs(psnr - float(rows(tmp_path / "out/stages/bicubic.csv")[f"{i}.png"]["psnr"])) < 0.02  # rounded Y
+
+
+def test_reconstruction_is_the_restoration_without_update(tiny_model):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (13, 21, 3), dtype=np.uint8))
+    model = SanaSR.from_pretrained(tiny_model)
+    mine = np.asarray(ablation.reconstruct(model, bicubic(image)), int)
+    model.dit = lambda z, t, c, m: torch.zeros_like(z)
+    assert mine.shape == (52, 84, 3) and abs(mine - np.asarray(model.restore(image), int)).max() <= 1
+
+
+def test_an_interrupted_training_goes_on(run, monkeypatch, tmp_path, capsys):
+    only = ["--only", "method", *TRAIN]
+    inner = train.main
+
+    def interrupted(argv):
+        def stop_after_one(self):
+            self.caught, self.before = 2, {}
+            return self
+        with monkeypatch.context() as patch:
+            patch.setattr(train.Signals, "__enter__", stop_after_one)
+            return inner(argv)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "main", interrupted)
+        assert run(*only) == 130
+    assert "interrupted" in capsys.readouterr().err and not (tmp_path / "out/ablations/method.csv").exists()
+    assert run(*only) == 0
+    assert "--resume" in run.calls[-2][1] and list(rows(tmp_path / "out/ablations.csv")) == ["method"]
+    assert [row["step"] for row in train.read_log(tmp_path / "out/ablations/method/log.csv")] == [0, 1, 2]
+
+
+def test_rows_of_other_settings_are_not_mixed(run, tmp_path):
+    assert run("--only", "bicubic") == 0
+    with pytest.raises(SystemExit, match="out/stages holds rows that were made with another pairs"):
+        run("--only", "ceiling", "--limit", "3")
+    assert json.loads((tmp_path / "out/stages/settings.json").read_text())["pairs"] == "2"

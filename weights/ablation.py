@@ -1,0 +1,243 @@
+"""Makes two tables: what each stage of the method does, and what each part of its training is worth.
+
+    python -m weights.ablation --lr lr/ --hr hr/ --tags tags.csv                         # stages of the carried model
+    python -m weights.ablation --lr lr/ --hr hr/ --tags tags.csv --data ./hq --steps 300 \\
+        --train-args "--rank 16 --lr 2e-4"                                               # and the ablations
+    python -m weights.ablation … --only method no-align --limit 10                       # some rows, ten pairs
+
+Stages: one model, cut open. D(E(x_H)) is the ceiling, since all results pass the decoder; D(E(x_L)) shows what the
+autoencoder does by itself; what the update adds is the prior's without the adapter, and the method's with it.
+Ablations: adapters trained by train.py from the same seed, each with one thing changed, and evaluated with the τ and
+the suffix that it was trained with. Short trainings of one seed: differences as small as those between two seeds mean
+nothing (`--train-args "--seed 1"` and another --out show how large they are).
+
+Needs pairs of photos with matching names (RealSR's layout), and for the ablations a folder of photos. Every row is
+eval.py's: the same code, one CSV image by image. --out keeps stages/NAME.csv, ablations/NAME.csv and NAME/ (the run),
+stages.csv and ablations.csv (the tables). Rows that have their CSV are not made again; Ctrl-C saves, the same line goes
+on. On a CPU a row takes 2 to 3 s of computation a pair, most of it the metrics, and the ablations their steps.
+"""
+import argparse
+import csv
+import json
+import os
+import shlex
+import sys
+import tempfile
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from tqdm import tqdm
+
+import eval as evaluator
+import metrics
+import train
+import weights
+from degrade import to_image, to_tensor
+from eval import bicubic, find_inputs, pick_device, pick_dtype, read_rgb, write
+from metrics.score import partners, pick, shown
+from sanasr import SanaSR, fingerprint, tiled
+
+STAGES = {
+    "bicubic": "bicubic enlargement, x_L",
+    "ceiling": "D(E(x_H)), the ceiling",
+    "autoencoder": "D(E(x_L)), no update",
+    "prior": "the prior's update, no adapter",
+    "full": "the method",
+    "full-tags": "the method with tags",
+    "full-no-suffix": "the method without suffix",
+}
+VARIANTS = {  # name: (what, options of train.py)
+    "method": ("the method (τ 900, HQ protocol)", []),
+    "no-align": ("without L_align", ["--no-align"]),
+    "no-cons": ("without L_cons", ["--no-cons"]),
+    "no-lpips": ("without LPIPS", ["--no-lpips"]),
+    "tau-600": ("τ 600", ["--timestep", "600"]),
+    "tau-999": ("τ 999", ["--timestep", "999"]),
+    "lq": ("LQ protocol (τ 999, t 20 to 980)", ["--protocol", "lq"]),
+    "no-suffix": ("without suffix", ["--suffix", "none"]),
+    "tags": ("with tags", ["--tags", "FILE"]),  # FILE: --tags
+    "attn+ffn": ("LoRA on attention and FFN", ["--lora-targets", "attn+ffn"]),
+}
+
+
+@torch.inference_mode()
+def reconstruct(model, image):
+    """D(E(x)) of an RGB picture x, padded and tiled as `SanaSR.restore` does it."""
+    x = (to_tensor(image)[None] * 2 - 1).to(model.device, model.vae_dtype)  # 1,3,H,W
+    x = F.pad(x, (0, -image.width % model.vae.factor, 0, -image.height % model.vae.factor), mode="replicate")
+    z = tiled(model.vae.encode, x, model.TILE, model.OVERLAP, down=model.vae.factor)
+    x = tiled(model.vae.decode, z.to(model.vae_dtype), model.TILE, model.OVERLAP, up=model.vae.factor)
+    return to_image(x[0, :, :image.height, :image.width].float().cpu() / 2 + 0.5)
+
+
+def evaluate(arguments, path, args):
+    """Runs eval.py with these arguments and keeps its scores in `path`; they appear only when all is well."""
+    with tempfile.TemporaryDirectory() as scratch:
+        part = Path(scratch) / "scores.csv"
+        common = ["--hr", args.scratch / "hr", "--metrics", args.metrics, "--device", args.device, "--csv", part]
+        if "--sr" not in arguments:
+            arguments = [*args.pairs, "--out", f"{scratch}/", "--model", args.model, *arguments]
+        with redirect_stdout(StringIO()):
+            code = evaluator.main([str(a) for a in (*arguments, *common)])
+        if code:
+            sys.exit(f"error: {path.stem}: not all pictures could be restored")
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(part.read_bytes())
+        os.replace(temporary, path)
+
+
+def stage(name, path, args, model):
+    """Makes one row of the table of stages."""
+    if name in ("bicubic", "ceiling", "autoencoder"):
+        with tempfile.TemporaryDirectory() as folder:
+            for lr, hr in tqdm(args.pairs.items(), name, unit="img", leave=False, disable=None):
+                image = read_rgb(hr) if name == "ceiling" else bicubic(read_rgb(lr))
+                write(image if name == "bicubic" else reconstruct(model, image), Path(folder) / f"{lr.stem}.png")
+            return evaluate(["--sr", folder], path, args)
+    options = ["--adapter", "none"] if name == "prior" else ["--adapter", args.adapter] if args.adapter else []
+    options += ["--tagger", args.tags] if name == "full-tags" else []
+    suffix = "none" if name == "full-no-suffix" else model.metadata.get("suffix", "appendix")
+    evaluate([*options, "--timestep", model.timestep, "--suffix", suffix], path, args)
+
+
+def variant(name, path, args, model):
+    """Makes one row of the table of ablations: trains an adapter, or goes on with it, and evaluates it."""
+    folder = path.with_suffix("").resolve()
+    options = [args.tags if option == "FILE" else option for option in VARIANTS[name][1]]
+    resume = ["--resume"] if (folder / "state.pt").exists() else []
+    with open(f"{folder}.log", "a", encoding="utf-8") as log, redirect_stdout(log):
+        code = train.main([str(a) for a in (
+            "--data", *args.data, "--model", args.model, "--steps", args.steps, "--name", folder,
+            "--device", args.device, *shlex.split(args.train_args), *options, *resume)])
+    if code:
+        raise KeyboardInterrupt
+    adapter = folder / "adapter.safetensors"
+    with safe_open(adapter, "pt") as file:
+        trained = file.metadata()
+    tagger = args.tags if args.tags and trained["tags"] == "file" else "none"
+    evaluate(["--adapter", adapter, "--suffix", trained["suffix"], "--tagger", tagger], path, args)
+
+
+def keep_settings(folder, settings):
+    """Rows of one table are made alike. Raises SystemExit where those in `folder` were made with other settings."""
+    path = folder / "settings.json"
+    old = json.loads(path.read_text()) if path.exists() else {}
+    settings = {k: v if v is None else str(v) for k, v in settings.items()}
+    if changed := [k for k, v in settings.items() if old.get(k) is not None and v is not None and v != old[k]]:
+        sys.exit(f"error: {folder} holds rows that were made with another {', '.join(changed)}: choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(old | {k: v for k, v in settings.items() if v is not None}, indent=1))
+    os.replace(temporary, path)
+
+
+def tabulate(folder, words):
+    """Writes the mean rows found in `folder`, in the order of `words`, to folder.csv; returns them as Markdown."""
+    rows = []
+    for name, what in words.items():
+        if (folder / f"{name}.csv").exists():
+            with open(folder / f"{name}.csv", newline="", encoding="utf-8") as f:
+                row = next(row for row in csv.DictReader(f) if row.pop("image") == "mean")
+            rows.append({"name": name, "what": what} | row)
+    columns = [m for m in metrics.METRICS if any(m in row for row in rows)]
+    with open(folder.with_suffix(".csv"), "w", newline="", encoding="utf-8") as f:
+        table = csv.DictWriter(f, ["name", "what", *columns])
+        table.writeheader()
+        table.writerows(rows)
+    arrows = {m: "↑" if metrics.METRICS[m].better == "higher" else "↓" for m in columns}
+    lines = [[folder.name, *(f"{m.upper()} {arrows[m]}" for m in columns)], ["---"] * (len(columns) + 1)]
+    lines += [[row["what"], *(shown(m, float(row[m])) if m in row else "" for m in columns)] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def available(names, device):
+    """Those of the metrics whose weights can be had, joined; a line on stderr names the others."""
+    found = []
+    for name in pick(names, True):
+        try:
+            metrics.load(name, device)
+            found.append(name)
+        except weights.Unavailable as error:
+            print(f"skipped {name}: {error}", file=sys.stderr)
+    return ",".join(found) or sys.exit("error: --metrics: none of them can be had here")
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--lr", required=True, metavar="DIR", help="low-quality photos")
+    add("--hr", required=True, metavar="DIR", help="their references, four times the size, matched by file name")
+    add("--model", default="embedded", metavar="NAME|FOLDER", help="see `python -m weights`")
+    add("--adapter", metavar="FILE", help="of the stages (default: the model's own)")
+    add("--tags", metavar="FILE.csv", help="tags of the low-quality photos and of --data, columns image and tags (see "
+        "`python -m weights.pretrain tags`); without it the rows with tags are left out")
+    add("--data", nargs="+", metavar="DIR", help="photos to train on; without them no ablations")
+    add("--steps", type=int, default=300, help="of each training")
+    add("--train-args", default="", metavar="OPTIONS", help="of train.py, for every training")
+    add("--only", nargs="+", metavar="NAME", choices=[*STAGES, *VARIANTS],
+        help=f"make only these rows: {', '.join([*STAGES, *VARIANTS])}")
+    add("--limit", type=int, metavar="N", help="use the first N pairs")
+    add("--metrics", default="psnr,ssim,lpips,dists,niqe")
+    add("--out", type=Path, default=Path("runs/ablation"), metavar="DIR")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    args = parser.parse_args(argv)
+    args.device = pick_device(args.device).type
+    for path in filter(None, (args.lr, args.hr, args.adapter, args.tags, *(args.data or ()))):
+        if not Path(path).exists():
+            parser.error(f"{path}: no such file or folder")
+    try:
+        photos = find_inputs([args.lr])[:args.limit]
+        args.pairs = dict(zip(photos, partners([p.name for p in photos], args.hr, find_inputs([args.hr])), strict=True))
+        args.metrics = available(args.metrics, args.device)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    try:
+        dtype = pick_dtype("auto", torch.device(args.device))
+        model = SanaSR.from_pretrained(args.model, args.device, dtype, args.adapter)
+    except (OSError, ValueError, weights.Unavailable) as error:
+        sys.exit(f"error: {evaluator.whole(error)}")
+    own = args.adapter or model.folder / "adapter.safetensors"
+    common = {"lr": Path(args.lr).resolve(), "hr": Path(args.hr).resolve(), "pairs": len(args.pairs),
+              "metrics": args.metrics, "model": [fingerprint(model.folder / p) for p in ("vae", "transformer")],
+              "tags": args.tags and weights.sha256(Path(args.tags))}
+    tables = [("stages", STAGES, stage, {"adapter": weights.sha256(Path(own)) if Path(own).exists() else "none"})]
+    if args.data:
+        tables.append(("ablations", {name: what for name, (what, _) in VARIANTS.items()}, variant,
+                       {"data": args.data, "steps": args.steps, "train-args": args.train_args}))
+    todo = []
+    for title, words, make, settings in tables:
+        keep_settings(args.out / title, common | settings)
+        todo += [(make, name, args.out / title, words) for name in words if name in (args.only or words)
+                 and (args.tags or name not in ("tags", "full-tags"))]
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            args.scratch = Path(scratch)
+            (args.scratch / "hr").mkdir()
+            for path in args.pairs.values():
+                (args.scratch / "hr" / path.name).symlink_to(path.resolve())
+            bar = tqdm(todo, unit="row")
+            for make, name, folder, words in bar:
+                bar.set_postfix_str(name)
+                if not (folder / f"{name}.csv").exists():
+                    make(name, folder / f"{name}.csv", args, model)
+                    tabulate(folder, words)
+    except KeyboardInterrupt:
+        print("interrupted; the same line goes on", file=sys.stderr)
+        return 130
+    print(f"\n{args.model}, {len(args.pairs)} pairs" + (f"; ablations of {args.steps} steps" if args.data else ""))
+    print("\n\n".join("\n" + tabulate(args.out / title, words) for title, words, *_ in tables))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
