@@ -4,20 +4,22 @@
 
 `sanasr.py` stays the readable path; what stands here replaces its modules by others that compute the same function of
 the same weights (float32: within 1e-4, see tests/test_fast.py) with fewer multiplications or fewer bytes, from public
-PyTorch operators alone. `python bench.py --rewrites` measures those of the autoencoder one by one:
+PyTorch operators alone. `python bench.py --rewrites` measures each alone:
 
-    UpBlock      nearest ×2, then 3×3 = four 2×2 convolutions on the small picture, 2.25 times fewer multiplications;
-                 the channel-to-space shortcut is one more tap of theirs
-    DownBlock    the space-to-channel shortcut is a tap of the strided convolution
-    ResBlock     SiLU in place; RMSNorm, gain, bias and residual strip by strip, so that they pass memory once
-    attention    q, k and v in one product; the scales' heads joined after the attention, a third of the bytes
-    LinearDiT    text keys and values and the timestep's modulation kept from call to call; AdaLN as one layer_norm
+    winograd     3×3 = a quarter of the multiplications, in tiles of 4×4 (on a CPU, where channels are many)
+    up           nearest ×2, then 3×3 = nine products per small pixel, of differences, instead of 36
+    down         the space-to-channel shortcut is a tap of the strided convolution
+    norm         RMSNorm, gain, bias and residual strip by strip, so that they pass memory once; SiLU in place
+    attention    q, k and v in one product, the scales joined after the attention; on a CPU some heads at a time
+    gated        on a CPU some hidden channels of the Mix-FFN at a time, so that they stay in cache
+    dit          text keys and values and the timestep's modulation kept from call to call; AdaLN as one layer_norm
 
 Trap: the modules work in place on their own intermediates. No gradients, no adapters: merge them first.
 """
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -29,6 +31,7 @@ from sanasr import to_picture, to_tokens
 
 STRIP = 64 * 1024  # values that a strip of elementwise work holds: 256 KB in float32, within a core's L2 cache
 TILES = 256  # tiles in a strip of Winograd's convolution: enough rows for the matrix products, few enough for the L3
+PIECE = 512  # hidden channels that a layer computes at a time: their intermediate results stay in cache
 
 
 def merged(*linears):
@@ -76,7 +79,7 @@ def add_norm_(x, parts, norm):
     """x + norm(y) written over x (B,C,H,W or B,N,C), y as `strips` gives it."""
     x_rows = rows_of(x)
     for at, y in parts:
-        x_rows[at] += normalised_(y, norm)
+        x_rows[at].add_(normalised_(y, norm))
     return x
 
 
@@ -90,19 +93,21 @@ class Norm(nn.Module):
     def forward(self, x):  # B,H,W,C
         rows = x.flatten(0, 2)
         for at, y in strips(x.flatten(1, 2)):
-            rows[at] = normalised_(y, self)
+            normalised_(y, self)
+            if y.dtype != x.dtype:  # else y is a view of x
+                rows[at] = y
         return x
 
 
 class Winograd(nn.Module):
-    """A 3×3 convolution with a quarter of the multiplications, in float32: Winograd's F(4×4, 3×3) (arXiv 1509.09308).
+    """A 3×3 convolution with a quarter of the multiplications: Winograd's F(4×4, 3×3), in float32 (arXiv 1509.09308).
 
-    Tiles of 6×6 values, which overlap by two, give 4×4 results each: Y = Aᵀ[(G g Gᵀ) ⊙ (Bᵀ d B)]A. Summed over channels,
-    ⊙ is 36 products of matrices, tiles × C by C × C'. B and A hold small integers: `spread` and `gather` apply them.
+    Tiles of 6×6 values that overlap by two give 4×4 results each: Y = Aᵀ[(G g Gᵀ) ⊙ (Bᵀ d B)]A. Summed over channels, ⊙
+    is 36 products of matrices, tiles × C by C × C'. B and A hold small integers: `spread` and `gather` apply them.
     The weights take 36/9 of their memory. Trap: Bᵀ d B magnifies a rounding to bfloat16 tenfold, so none is made.
     """
 
-    G = torch.tensor([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], dtype=torch.float64) / 24
+    G = torch.tensor([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]).double() / 24
 
     def __init__(self, plain):
         super().__init__()
@@ -161,7 +166,7 @@ class Winograd(nn.Module):
                 rows = min(most, down - r)
                 shapes = ((n, 4 * rows + 2, 6, across, channels), (6, 6, n, rows, across, channels),
                           (6, 6, n, rows, across, out), (4, 6, n, rows, across, out), (n, rows, 4, across, 4, out))
-                t, v, m, z, y = (flat[:math.prod(shape)].view(shape) for flat, shape in zip(memory, shapes, strict=True))
+                t, v, m, z, y = (a[:math.prod(shape)].view(shape) for a, shape in zip(memory, shapes, strict=True))
                 d = padded[:n, :4 * rows + 2]
                 first, last = max(4 * r - 1, 0), min(4 * (r + rows) + 1, height)
                 if first > 4 * r - 1:
@@ -175,23 +180,21 @@ class Winograd(nn.Module):
                 self.spread([d[:, :, j % 4, j // 4:j // 4 + across] for j in range(6)], t.unbind(2))
                 self.spread([t[:, j:j + 4 * rows - 3:4].permute(2, 0, 1, 3, 4) for j in range(6)], v)
                 torch.bmm(v.flatten(2, 4).flatten(0, 1), self.weight, out=m.flatten(2, 4).flatten(0, 1))
+                if self.bias is not None:
+                    m[1, 1] += self.bias.float()  # Aᵀ has nothing but ones in this column: the bias of all 16 results
                 self.gather(m, z)
                 self.gather(z.unbind(1), y.permute(4, 2, 0, 1, 3, 5))
                 y = y.flatten(0, 4)
                 start = (b * height + 4 * r) * width
-                yield slice(start, start + len(y)), y if self.bias is None else y.add_(self.bias.float())
+                yield slice(start, start + len(y)), y
 
-    def forward(self, x):  # B,C,H,W
+    def forward(self, x, finish=lambda part: part):  # B,C,H,W
+        """finish: what is done to every strip of the result (n,C' in float32) while it lies in cache."""
         y = torch.empty(len(x), self.weight.shape[2], *x.shape[2:], dtype=x.dtype, memory_format=torch.channels_last)
         rows = rows_of(y)
         for at, part in self.strips(x):
-            rows[at] = part
+            rows[at] = finish(part)
         return y
-
-
-def convolved(convolution, x):
-    """The result of a convolution in strips."""
-    return convolution.strips(x) if isinstance(convolution, Winograd) else strips(convolution(x))
 
 
 class ResBlock(nn.Module):
@@ -202,59 +205,83 @@ class ResBlock(nn.Module):
         self.conv1, self.conv2, self.norm = plain.conv1, plain.conv2, plain.norm
 
     def forward(self, x):  # B,C,H,W
-        h = torch.empty_like(x)
-        rows = rows_of(h)
-        for at, y in convolved(self.conv1, x):
-            rows[at] = F.silu(y, inplace=True)
-        return add_norm_(x, convolved(self.conv2, h), self.norm)
+        silu = partial(F.silu, inplace=True)
+        h = self.conv1(x, silu) if isinstance(self.conv1, Winograd) else silu(self.conv1(x))
+        parts = self.conv2.strips(h) if isinstance(self.conv2, Winograd) else strips(self.conv2(h))
+        return add_norm_(x, parts, self.norm)
 
 
-class QKVAggregation(nn.Module):
-    """The depthwise convolution, then the 1×1 within every head's q, k and v as one batched matrix product."""
+class Heads(nn.Module):
+    """Heads first … last − 1 of a MultiscaleLinearAttention at all its scales, and what they add to its result.
 
-    def __init__(self, plain):
+    One product makes q, k and v. The 1×1 within every head's q, k and v is one batched matrix product.
+    """
+
+    def __init__(self, plain, first, last):
         super().__init__()
-        self.proj_in, groups = plain.proj_in, plain.proj_out.groups
-        self.weight = frozen(plain.proj_out.weight.flatten(1).unflatten(0, (groups, -1)).transpose(1, 2).contiguous())
+        self.head_dim = d = plain.head_dim
+        rows, count = slice(3 * d * first, 3 * d * last), 3 * (last - first)
+        self.to_qkv = frozen(torch.cat([plain.to_q.weight, plain.to_k.weight, plain.to_v.weight])[rows])
+        self.near, self.mix = nn.ParameterList(), nn.ParameterList()  # a scale's depthwise convolution and its 1×1
+        for scale in plain.to_qkv_multiscale:
+            self.near.append(frozen(scale.proj_in.weight[rows].contiguous(memory_format=torch.channels_last)))
+            self.mix.append(frozen(scale.proj_out.weight[rows].flatten(1).unflatten(0, (count, d)).mT.contiguous()))
+        columns = plain.to_out.weight.unflatten(1, (1 + len(self.near), -1, d))[:, :, first:last]
+        self.to_out = frozen(columns.flatten(1).contiguous())
 
-    def forward(self, qkv):  # B,3C,H,W
-        x = to_tokens(self.proj_in(qkv)).unflatten(2, (len(self.weight), -1))  # B,N,groups,d
-        y = torch.matmul(x.transpose(1, 2), self.weight).transpose(1, 2).flatten(2)  # B,N,3C
-        return to_picture(y, *qkv.shape[2:])
+    def forward(self, x, height, width):  # B,N,C -> B,N,C
+        qkv = F.linear(x, self.to_qkv)  # B,N,3nd
+        scales = [qkv]
+        for near, mix in zip(self.near, self.mix, strict=True):
+            y = F.conv2d(to_picture(qkv, height, width), near, padding=near.shape[2] // 2, groups=len(near))
+            y = to_tokens(y).unflatten(2, (len(mix), -1)).transpose(1, 2)  # B,3n,N,d
+            scales.append(torch.matmul(y, mix).transpose(1, 2).flatten(2))
+        return F.linear(torch.cat([self.attend(y) for y in scales], dim=2), self.to_out)
 
-
-class MultiscaleLinearAttention(nn.Module):
-    """One QKV product; the scales attend apart and only their results are joined."""
-
-    def __init__(self, plain):
-        super().__init__()
-        self.head_dim, self.scales, self.norm = plain.head_dim, plain.to_qkv_multiscale, plain.norm_out
-        self.to_qkv, self.to_out = merged(plain.to_q, plain.to_k, plain.to_v), plain.to_out
-
-    def forward(self, x):  # B,C,H,W
-        height, width = x.shape[2:]
-        tokens = to_tokens(x)  # B,N,C
-        qkv = self.to_qkv(tokens)  # B,N,3C
-        scales = [qkv] + [to_tokens(m(to_picture(qkv, height, width))) for m in self.scales]
-        h = torch.cat([self.attend(y) for y in scales], dim=2) if self.scales else self.attend(qkv)
-        return add_norm_(x, strips(self.to_out(h)), self.norm)
-
-    def attend(self, qkv):  # B,N,3C -> B,N,C
+    def attend(self, qkv):  # B,N,3nd -> B,N,nd
         q, k, v = qkv.unflatten(2, (-1, 3 * self.head_dim)).chunk(3, dim=3)  # B,N,n,d
         return kernels.linear_attention(q, k, v, eps=1e-15).flatten(2)
 
 
-class GatedConv(sanasr.GLUMBConv):
-    """The Mix-FFN with its norm and residual strip by strip."""
+class MultiscaleLinearAttention(nn.Module):
+    """x + RMSNorm(W [LA(qkv), LA(aggregated qkv)]), over x, on a CPU a few heads at a time."""
 
     def __init__(self, plain):
-        nn.Module.__init__(self)
-        self.conv_inverted, self.conv_depth, self.conv_point = plain.conv_inverted, plain.conv_depth, plain.conv_point
-        self.norm = plain.norm
+        super().__init__()
+        self.norm, heads = plain.norm_out, plain.to_q.out_features // plain.head_dim
+        count = max(1, PIECE // (2 * plain.head_dim)) if plain.to_q.weight.device.type == "cpu" else heads
+        self.heads = nn.ModuleList(Heads(plain, first, min(first + count, heads)) for first in range(0, heads, count))
 
     def forward(self, x):  # B,C,H,W
-        tokens = to_tokens(x)
-        return add_norm_(x, strips(super().forward(tokens, *x.shape[2:])), self.norm)
+        y = summed(part(to_tokens(x), *x.shape[2:]) for part in self.heads)
+        return add_norm_(x, strips(y), self.norm)
+
+
+def summed(parts):
+    """The sum, in float32 if there are several."""
+    total = next(parts)
+    for part in parts:
+        total = total.float().add_(part)
+    return total
+
+
+class GatedConv(nn.Module):
+    """x + RMSNorm(Mix-FFN), over x, on a CPU a few hidden channels at a time: nothing mixes them before the sum."""
+
+    def __init__(self, plain):
+        super().__init__()
+        self.norm, hidden = plain.norm, plain.conv_point.weight.shape[1]
+        count = PIECE if plain.conv_point.weight.device.type == "cpu" else hidden
+        self.pieces = []  # of the arguments of kernels.mix_ffn
+        for start in range(0, hidden, count):
+            some = slice(start, start + count)
+            self.pieces.append([frozen(torch.cat([y[some] for y in x.chunk(2)])) for x in (
+                plain.conv_inverted.weight, plain.conv_inverted.bias, plain.conv_depth.weight, plain.conv_depth.bias)])
+            self.pieces[-1].append(frozen(plain.conv_point.weight[:, some].contiguous()))
+
+    def forward(self, x):  # B,C,H,W
+        y = summed(kernels.mix_ffn(to_tokens(x), *x.shape[2:], *piece) for piece in self.pieces)
+        return add_norm_(x, strips(y), self.norm)
 
 
 def down_block(plain):
@@ -295,9 +322,9 @@ class UpBlock(nn.Module):
             w[0, 0], w[1:, 0], w[0, 1:], w[1:, 1:]))
 
     def forward(self, x):  # B,C,H,W -> B,C',2H,2W
-        (batch, channels, height, width), out = x.shape, len(self.plane)
+        (batch, _, height, width), out = x.shape, len(self.plane)
         y = torch.empty(batch, 2 * height, 2 * width, out, dtype=x.dtype, device=x.device)
-        count = max(1, STRIP // (width * channels)) if x.device.type == "cpu" else height
+        count = max(1, 2048 // width) if x.device.type == "cpu" else height
         for b, picture in enumerate(x.permute(0, 2, 3, 1)):
             for r in range(0, height, count):
                 self.strip(picture, r, min(count, height - r), y[b])
@@ -334,25 +361,27 @@ def winograd(plain):
     """
     weight = plain.weight
     fits = (plain.kernel_size, plain.stride, plain.padding, plain.groups) == ((3, 3), (1, 1), (1, 1), 1)
-    enough = {torch.float32: 64, torch.bfloat16: 512}.get(weight.dtype, math.inf)
+    enough = {torch.float32: 64, torch.bfloat16: 256}.get(weight.dtype, math.inf)
     return Winograd(plain) if fits and weight.device.type == "cpu" and min(weight.shape[:2]) >= enough else plain
 
 
-REWRITES = {
-    "up": (sanasr.UpBlock, lambda plain: UpBlock(plain) if plain.nearest and plain.repeats in (0, 1, 2, 4) else plain),
-    "down": (sanasr.DownBlock, down_block),
-    "res": (sanasr.ResBlock, ResBlock),
-    "aggregation": (sanasr.QKVAggregation, QKVAggregation),
-    "attention": (sanasr.MultiscaleLinearAttention, MultiscaleLinearAttention),
-    "gated": (sanasr.GatedConv, GatedConv),
-    "winograd": (nn.Conv2d, winograd),
-    "norm": (sanasr.RMSNorm, lambda plain: plain if plain.bias is None else Norm(plain)),
+def up_block(plain):
+    return UpBlock(plain) if plain.nearest and plain.repeats in (0, 1, 2, 4) else plain
+
+
+REWRITES = {  # name -> the rules (class, its replacement) that make it up
+    "winograd": [(nn.Conv2d, winograd)],
+    "up": [(sanasr.UpBlock, up_block)],
+    "down": [(sanasr.DownBlock, down_block)],
+    "norm": [(sanasr.ResBlock, ResBlock), (sanasr.RMSNorm, Norm)],
+    "attention": [(sanasr.MultiscaleLinearAttention, MultiscaleLinearAttention)],
+    "gated": [(sanasr.GatedConv, GatedConv)],
 }
 
 
 def optimise_vae(vae, rewrites=tuple(REWRITES)):
     """Rewrite a sanasr.DCAE in place, and return it. rewrites: names in REWRITES, by default all."""
-    rules = [REWRITES[name] for name in rewrites]
+    rules = [rule for name in rewrites for rule in REWRITES[name]]
     for convolution in (m for m in vae.modules() if isinstance(m, nn.Conv2d)):
         convolution.weight = frozen(convolution.weight.contiguous(memory_format=torch.channels_last))
 
