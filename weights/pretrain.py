@@ -37,7 +37,17 @@ from torch import nn
 from tqdm import tqdm
 
 from metrics import LPIPS
-from sanasr import DCAE, Gemma2, GemmaTokenizer, LinearDiT, build_prompt, save_module, tokenize_prompt
+from sanasr import (
+    DCAE,
+    Gemma2,
+    GemmaTokenizer,
+    LinearDiT,
+    build_prompt,
+    open_weights,
+    save_module,
+    save_tensors,
+    tokenize_prompt,
+)
 
 VIT, RES = "EfficientViTBlock", "ResBlock"
 WIDTHS = [16, 32, 64, 128, 256, 256]  # the first is unused: depth 0 makes conv_in a down-sampling block
@@ -89,7 +99,7 @@ class Photos:
             lacking = [max(0, crop - side) for side in image.shape[:2]]
             if any(lacking):
                 small += 1
-                if not mirror or any(2 * n > side for n, side in zip(lacking, image.shape, strict=False)):
+                if not mirror or max(lacking) > min(image.shape[:2]):
                     continue
                 image = np.pad(image, [(n // 2, n - n // 2) for n in lacking] + [(0, 0)], mode="symmetric")
             (self.val if held_out(path) else self.train).append((path, image))
@@ -477,7 +487,9 @@ def export(args):
     (target / "tokenizer").mkdir(exist_ok=True)
     shutil.copy(out / "tokenizer" / "tokenizer.json", target / "tokenizer")
     if args.adapter:
-        shutil.copy(args.adapter, target / "adapter.safetensors")
+        with open_weights(args.adapter) as file:
+            half = {key: file.get_tensor(key).half() for key in file.keys()}
+            save_tensors(half, target / "adapter.safetensors", file.metadata())
     history = {name: dict(steps=state["step"], hours=round(state["seconds"] / 3600, 2))
                for name, state in (("autoencoder", autoencoder), ("prior", prior))}
     (target / "provenance.json").write_text(json.dumps(dict(trained=True, **history), indent=2) + "\n")
