@@ -3,14 +3,17 @@
     python bench.py                                              # official configs under seeded weights, 128 → 512
     python bench.py --model sana-600m-512 --size 1024 --device cuda --dtype bf16
     python bench.py --vs diffusers --json results.json           # the same weights in diffusers' classes, eager
+    python bench.py --vs compiled                                # and under torch.compile
     python bench.py --rewrites --size 256                        # what each rewrite of fast.py gains alone
+    python bench.py --variants fast --blocks 16 --batch 8        # fast only; a transformer pruned to 16 blocks
 
-All variants are in one process and take turns on the same inputs; "error" compares their results with the first's.
-Text is 300 random states: the text encoder is not part of it. On a CPU the time is the process's CPU seconds on
---threads threads (1: then another program on the machine does not count), otherwise wall time.
+All variants are in one process and take turns on the same inputs. "error" compares what a variant has after a stage
+with the first variant's, through all its own stages. Text is 300 random states: the text encoder is not part of it, and
+the fast path keeps what depends on it alone. On a CPU the time is the process's CPU seconds on --threads threads (1:
+then another program on the machine does not count), otherwise wall time.
 "share" is the plain path's multiplications by that time over what one large matrix product reaches (a rewrite that
-needs fewer may pass 100 %). fp32 at 512 takes about a minute a variant and run on one core. On a CPU "peak GB" is the
-whole process's, all variants loaded.
+needs fewer may pass 100 %). fp32 at 512 takes about half a minute a variant and run on one core. On a CPU "peak GB" is
+the whole process's, all variants loaded.
 """
 from __future__ import annotations
 
@@ -72,9 +75,9 @@ class Ours:
 
 
 class Diffusers(Ours):
-    """diffusers' AutoencoderDC and SanaTransformer2DModel with the weights of `ours`, eager, as they come."""
+    """diffusers' AutoencoderDC and SanaTransformer2DModel with the weights of `ours`, as they come, or compiled."""
 
-    def __init__(self, ours):
+    def __init__(self, ours, compiled=False):
         try:
             from diffusers import AutoencoderDC, SanaTransformer2DModel
         except ImportError as error:
@@ -85,6 +88,9 @@ class Diffusers(Ours):
         for theirs, mine in ((vae, ours.vae), (dit, ours.dit)):
             theirs.load_state_dict(mine.state_dict(), strict=True, assign=True)
             theirs.eval().requires_grad_(False)
+        if compiled:
+            torch._inductor.config.freezing = True  # weights as constants: prepacked on a CPU
+            vae.encode, vae.decode, dit = (torch.compile(f) for f in (vae.encode, vae.decode, dit))
         super().__init__(vae, dit, ours.text, ours.timestep, ours.scale)
 
     def encode(self, x):
@@ -139,29 +145,25 @@ def quantile(values, q):
     return values[min(len(values) - 1, math.ceil(q * len(values)) - 1)]
 
 
-def measure(variants, x, runs, clock, device, stages=("encode", "transform", "decode")):
+STAGES = "encode", "transform", "decode"
+
+
+def measure(variants, x, runs, clock, device):
     """[{variant, stage, p50, p95, peak, error}], the variants taking turns; `error` is relative to the first."""
-    times, peaks, results = {}, {}, {}
+    times, peaks, errors, results = {}, {}, {}, {}
     for _ in range(runs):
         for name, variant in variants.items():
             total, y = 0.0, x
-            for stage in stages:
-                first = results.get((next(iter(variants)), stage))
+            for stage in STAGES:
                 y, seconds, peak = timed(getattr(variant, stage), y, clock, device)
+                first = results.setdefault(stage, y)
                 times.setdefault((name, stage), []).append(seconds)
                 peaks[name, stage] = max(peak or 0, peaks.get((name, stage), 0)) or None
-                results[name, stage] = (y, 0.0) if first is None else (y, relative(y, first[0]))
-                y, total = (y if first is None else first[0]), total + seconds  # all see the same inputs
+                errors[name, stage] = errors[name, "sum"] = relative(y, first)
+                total += seconds
             times.setdefault((name, "sum"), []).append(total)
-    rows = [dict(variant=name, stage=stage, p50=quantile(t, 0.5), p95=quantile(t, 0.95), runs=len(t),
-                 peak=peaks.get((name, stage)), error=results.get((name, stage), (None, None))[1])
-            for (name, stage), t in times.items()]
-    y = {name: variant.whole(x) for name, variant in variants.items()}
-    first = next(iter(y))
-    for row in rows:
-        if row["stage"] == "sum":
-            row["error"] = relative(y[row["variant"]], y[first])
-    return rows
+    return [dict(variant=name, stage=stage, p50=quantile(t, 0.5), p95=quantile(t, 0.95), runs=len(t),
+                 peak=peaks.get((name, stage)), error=errors[name, stage]) for (name, stage), t in times.items()]
 
 
 def cpu_name():
@@ -173,14 +175,14 @@ def cpu_name():
         return platform.processor() or platform.machine()
 
 
-def show(rows, variants, gmac=None, peak=None):
+def show(rows, variants, gmac, peak):
     first = next(iter(variants))
     base = {row["stage"]: row["p50"] for row in rows if row["variant"] == first}
     print(f"{'variant':12}{'stage':11}{'p50 s':>9}{'p95 s':>9}{first + ' / it':>16}{'share':>8}"
           f"{'peak GB':>9}{'error':>9}")
     for row in rows:
         stage = row["stage"]
-        share = gmac[stage] / row["p50"] / peak if gmac else math.nan
+        share = gmac[stage] / row["p50"] / peak
         peak_gb = f"{row['peak'] / 1e9:9.2f}" if row["peak"] else f"{'':9}"
         print(f"{row['variant']:12}{stage:11}{row['p50']:9.3f}{row['p95']:9.3f}{base[stage] / row['p50']:15.2f}×"
               f"{share:8.0%}{peak_gb}{row['error']:9.1e}")
@@ -197,8 +199,10 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
-    parser.add_argument("--vs", choices=["diffusers"])
-    parser.add_argument("--rewrites", action="store_true", help="each rewrite of the autoencoder alone")
+    parser.add_argument("--blocks", type=int, metavar="N", help="keep N blocks of the transformer, as pruning does")
+    parser.add_argument("--variants", default="plain,fast", metavar="LIST", help="of ours (default: plain,fast)")
+    parser.add_argument("--vs", choices=["diffusers", "compiled"], help="diffusers eager, or that and compiled")
+    parser.add_argument("--rewrites", action="store_true", help="each rewrite alone, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there, too")
     args = parser.parse_args()
     if args.size < 32 or args.size % 32:
@@ -220,34 +224,44 @@ def main():
     x = (torch.rand(args.batch, 3, args.size, args.size, generator=generator) * 2 - 1).to(device, dtype)
 
     scale = vae.config["scaling_factor"]
-    plain = Ours(vae, dit, text, timestep, scale)
-    variants, stages = {"plain": plain}, ("encode", "transform", "decode")
+    if args.blocks:
+        dit.transformer_blocks = dit.transformer_blocks[:args.blocks]
+        dit.config["num_layers"] = len(dit.transformer_blocks)
+    plain, variants = Ours(vae, dit, text, timestep, scale), {}
+    if args.vs:
+        variants["diffusers"] = Diffusers(plain)
+    if args.vs == "compiled":
+        variants["compiled"] = Diffusers(plain, compiled=True)
+    if "plain" in args.variants or args.rewrites:
+        variants["plain"] = plain
     if args.rewrites:
-        stages = "encode", "decode"
         variants |= {name: Ours(fast.optimise_vae(shared(vae), [name]), dit, text, timestep, scale)
                      for name in fast.REWRITES}
-    if args.vs:
-        variants = {"diffusers": Diffusers(plain)} | variants
-    variants["fast"] = Ours(fast.optimise_vae(shared(vae)), fast.optimise_dit(shared(dit)), text, timestep, scale)
+        variants["dit"] = Ours(vae, fast.optimise_dit(shared(dit)), text, timestep, scale)
+    if "fast" in args.variants:
+        variants["fast"] = Ours(fast.optimise_vae(shared(vae)), fast.optimise_dit(shared(dit)), text, timestep, scale)
+    counted = Ours(shared(vae).to("meta"), shared(dit).to("meta"), [v.to("meta") for v in text], timestep, scale)
+    del plain, vae, dit  # the memory of a variant that is not measured would count, too
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     setup = dict(device=name, threads=args.threads if device.type == "cpu" else None, torch=torch.__version__,
                  dtype=args.dtype, size=args.size, batch=args.batch, model=args.model or "official configs, seeded",
                  clock="process CPU seconds" if clock is time.process_time else "wall seconds")
     print(", ".join(f"{key} {value}" for key, value in setup.items()), flush=True)
-    for variant in variants.values():
-        variant.whole(x[:, :, :64, :64])  # the first call of an operator costs more
-    gmac = {}
-    if not args.rewrites:
-        y = x.to("meta")
-        counted = Ours(shared(vae).to("meta"), shared(dit).to("meta"), [v.to("meta") for v in text], timestep, scale)
-        for stage in stages:
-            with FlopCounterMode(display=False) as counter:
-                y = getattr(counted, stage)(y)
-            gmac[stage] = counter.get_total_flops() / 2
-        gmac["sum"] = sum(gmac.values())
+    for name, variant in variants.items():  # the first call of an operator costs more
+        start = time.perf_counter()
+        variant.whole(x if name == "compiled" else x[:, :, :64, :64])
+        if name == "compiled":
+            print(f"compiled: first call {time.perf_counter() - start:.0f} s of wall time")
+    gmac, y = {}, x.to("meta")
+    for stage in STAGES:
+        with FlopCounterMode(display=False) as counter:
+            y = getattr(counted, stage)(y)
+        gmac[stage] = counter.get_total_flops() / 2
+    gmac["sum"] = sum(gmac.values())
     peak = matmul_peak(dtype, device, clock)
-    rows = measure(variants, x, args.runs, clock, device, stages)
+    rows = measure(variants, x, args.runs, clock, device)
+    print(f"one large matrix product: {peak / 1e9:.1f} GMAC/s")
     show(rows, variants, gmac, peak)
     if args.json:
         args.json.write_text(json.dumps(setup | dict(peak_gmac_per_s=peak / 1e9, rows=rows), indent=1) + "\n")
