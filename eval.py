@@ -444,6 +444,8 @@ def parse(argv=None):
         "for every seed")
     add("--tile", type=int, metavar="N", help="largest side, in pixels of the result, that the networks see at once "
         "(default: 1024; 0: no limit)")
+    add("--plain", action="store_true", help="sanasr.py as it stands, without the rewrites of fast.py: the same up to "
+        "rounding, slower; on a GPU, where they are not measured, it is always so")
     add("--color-fix", choices=["none", "adain", "wavelet"], default="none", help="colours of the enlarged input")
     add("--compare", action="store_true", help="write the bicubic enlargement beside the result")
     add = parser.add_argument_group("scores").add_argument
@@ -548,6 +550,9 @@ def main(argv=None):
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
     tags = find_tags(jobs[rank::ranks], args, {pair.sr: pair.hr for pair in pairs})
     model = load_model(args)
+    if args.device.type == "cpu" and not args.plain:
+        import fast
+        model = fast.optimise(model)
 
     rows, skipped = [], []
     for job in tqdm(jobs[rank::ranks], unit="img", disable=True if len(jobs) == 1 or rank else None):  # None: on a tty

@@ -7,7 +7,8 @@ the same weights (float32: within 1e-4, see tests/test_fast.py) with fewer multi
 PyTorch operators alone. `python bench.py --rewrites` measures each alone:
 
     winograd     3×3 = a quarter of the multiplications, in tiles of 4×4 (on a CPU, where channels are many)
-    up           nearest ×2, then 3×3 = nine products per small pixel, of differences, instead of 36
+    up           nearest ×2, then 3×3 = nine products per small pixel, of differences, instead of 36; where it is 3×3
+                 and channel-to-space, the shortcut is a tap of the 3×3
     down         the space-to-channel shortcut is a tap of the strided convolution
     norm         RMSNorm, gain, bias and residual strip by strip, so that they pass memory once; SiLU in place
     attention    q, k and v in one product, the scales joined after the attention; on a CPU some heads at a time
@@ -31,6 +32,7 @@ from sanasr import to_picture, to_tokens
 
 STRIP = 64 * 1024  # values that a strip of elementwise work holds: 256 KB in float32, within a core's L2 cache
 TILES = 256  # tiles in a strip of Winograd's convolution: enough rows for the matrix products, few enough for the L3
+TOKENS = 2048  # tokens in a strip of an up block: rows enough that the one more it needs counts little
 PIECE = 512  # hidden channels that a layer computes at a time: their intermediate results stay in cache
 
 
@@ -111,8 +113,9 @@ class Winograd(nn.Module):
 
     def __init__(self, plain):
         super().__init__()
-        w = torch.einsum("ai,bj,ocij->abco", self.G, self.G, plain.weight.double()).flatten(0, 1)  # 36,C,C'
-        self.weight, self.bias = frozen(w.float().contiguous()), plain.bias
+        w = plain.weight.float().permute(2, 3, 1, 0)  # 3,3,C,C'
+        both = torch.kron(self.G, self.G).float()  # 36,9
+        self.weight, self.bias = frozen((both @ w.flatten(2).flatten(0, 1)).unflatten(1, w.shape[2:])), plain.bias
 
     @staticmethod
     def spread(d, v):
@@ -295,9 +298,8 @@ def down_block(plain):
         return plain
     weight = conv.weight.float().clone()  # C',C,3,3
     group = 4 * weight.shape[1] // plain.out_channels
-    for channel in range(4 * weight.shape[1]):
-        c, dy, dx = channel // 4, channel // 2 % 2, channel % 2
-        weight[channel // group, c, 1 + dy, 1 + dx] += 1 / group
+    channel = torch.arange(4 * weight.shape[1], device=weight.device)
+    weight[channel // group, channel // 4, 1 + channel // 2 % 2, 1 + channel % 2] += 1 / group
     conv.weight = frozen(weight.to(conv.weight.dtype).contiguous(memory_format=torch.channels_last))
     return conv
 
@@ -324,7 +326,7 @@ class UpBlock(nn.Module):
     def forward(self, x):  # B,C,H,W -> B,C',2H,2W
         (batch, _, height, width), out = x.shape, len(self.plane)
         y = torch.empty(batch, 2 * height, 2 * width, out, dtype=x.dtype, device=x.device)
-        count = max(1, 2048 // width) if x.device.type == "cpu" else height
+        count = max(1, TOKENS // width) if x.device.type == "cpu" else height
         for b, picture in enumerate(x.permute(0, 2, 3, 1)):
             for r in range(0, height, count):
                 self.strip(picture, r, min(count, height - r), y[b])
@@ -366,7 +368,16 @@ def winograd(plain):
 
 
 def up_block(plain):
-    return UpBlock(plain) if plain.nearest and plain.repeats in (0, 1, 2, 4) else plain
+    """An UpBlock, or where the plain one is 3×3 + channel-to-space, that with the shortcut as one more middle tap."""
+    if plain.nearest:
+        return UpBlock(plain) if plain.repeats in (0, 1, 2, 4) else plain
+    conv = plain.conv
+    if plain.repeats:
+        weight = conv.weight.float().clone()  # 4C',C,3,3
+        channel = torch.arange(len(weight), device=weight.device)
+        weight[channel, channel // plain.repeats, 1, 1] += 1
+        conv.weight = frozen(weight.to(conv.weight.dtype).contiguous(memory_format=torch.channels_last))
+    return nn.Sequential(conv, nn.PixelShuffle(2))
 
 
 REWRITES = {  # name -> the rules (class, its replacement) that make it up

@@ -9,12 +9,23 @@ from PIL import Image
 from seeded import seeded_input, seeded_state_dict
 from tiny import tiny_model
 
+import eval as command
 import fast
+import sanasr
+from bench import CONFIGS, seeded
 from sanasr import DCAE, LinearDiT, SanaSR, inject_lora
 
 
 def relative(a, b):
     return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+
+CHANNELS_TO_SPACE = dict(  # the other kinds of block, and no block at all at full resolution
+    latent_channels=32, attention_head_dim=32, upsample_block_type="pixel_shuffle",
+    downsample_block_type="pixel_unshuffle",
+    **{f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in dict(
+        block_out_channels=[16, 64, 64, 128, 128, 64], block_types=["ResBlock"] * 5 + ["EfficientViTBlock"],
+        layers_per_block=[0, 1, 1, 1, 1, 1], qkv_multiscales=[[], [], [], [], [], [3, 5]]).items()})
 
 
 def load(cls, name, dtype=torch.float32):
@@ -24,10 +35,13 @@ def load(cls, name, dtype=torch.float32):
     return model.to(dtype).eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("batch, height, width", [(1, 64, 96), (2, 96, 64)])
+@pytest.mark.parametrize("batch, height, width", [(1, 64, 96), (2, 96, 32)])
 @pytest.mark.parametrize("rewrites", [*([name] for name in fast.REWRITES), list(fast.REWRITES)], ids="+".join)
 @torch.inference_mode()
-def test_vae(rewrites, batch, height, width):
+def test_vae(rewrites, batch, height, width, monkeypatch):
+    monkeypatch.setattr(fast, "PIECE", 64)  # several pieces and strips even here
+    monkeypatch.setattr(fast, "STRIP", 5000)
+    monkeypatch.setattr(fast, "TILES", 24)
     plain = load(DCAE, "dcae_small")
     x = seeded_input("x", (batch, 3, height, width))
     quick = fast.optimise_vae(deepcopy(plain), rewrites)
@@ -37,6 +51,37 @@ def test_vae(rewrites, batch, height, width):
     assert relative(quick.encode(x), z) < 1e-5
     assert relative(quick.decode(z), y) < 1e-5
     assert torch.equal(x, before) and torch.equal(z, latents)  # in place means inside only
+
+
+@torch.inference_mode()
+def test_vae_of_the_other_blocks():
+    plain = seeded(DCAE, CHANNELS_TO_SPACE, torch.float32, "cpu")
+    quick, x = fast.optimise_vae(deepcopy(plain)), seeded_input("x", (2, 3, 64, 96))
+    assert not any(isinstance(m, sanasr.UpBlock | sanasr.ResBlock) for m in quick.modules())
+    z = plain.encode(x)
+    assert relative(quick.encode(x), z) < 1e-5
+    assert relative(quick.decode(z), plain.decode(z)) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 1, 1), (1, 64, 6, 7), (3, 64, 8, 16), (2, 64, 40, 24), (1, 64, 4, 1100)])
+@torch.inference_mode()
+def test_winograd(shape):
+    convolution = torch.nn.Conv2d(64, 72, 3, padding=1)
+    x = seeded_input("x", shape).contiguous(memory_format=torch.channels_last)
+    exact = deepcopy(convolution).double()(x.double())
+    assert relative(fast.Winograd(convolution)(x), exact) < 1e-5
+    half = convolution.bfloat16()
+    exact = half.double()(x.bfloat16().double())
+    assert relative(fast.Winograd(half)(x.bfloat16()), exact) < 2 ** -9  # one rounding, of the result
+
+
+@pytest.mark.parametrize("out", [16, 32, 64])
+@torch.inference_mode()
+def test_up_block(out, monkeypatch):
+    monkeypatch.setattr(fast, "TOKENS", 20)  # strips of three rows
+    plain = sanasr.UpBlock(64, out, nearest=True)
+    x = seeded_input("x", (2, 64, 7, 6)).contiguous(memory_format=torch.channels_last)
+    assert relative(fast.UpBlock(plain)(x), plain(x)) < 1e-6
 
 
 @torch.inference_mode()
@@ -86,3 +131,35 @@ def test_restore(tmp_path, monkeypatch):
     quick = fast.optimise(model).restore(image, "tree", tile=96)
     worst = max(abs(a - b) for a, b in zip(plain.tobytes(), quick.tobytes(), strict=True))
     assert worst <= 1  # one step of the rounding to 8 bits
+
+
+def test_eval_restores_by_the_rewrites_unless_told_otherwise(tmp_path, monkeypatch):
+    monkeypatch.setenv("SANASR_CACHE", str(tmp_path / "cache"))
+    model, source = tiny_model(tmp_path / "model"), tmp_path / "in.png"
+    Image.effect_noise((16, 24), 80).convert("RGB").save(source)
+    calls = []
+    monkeypatch.setattr(fast, "optimise", lambda model, really=fast.optimise: calls.append(model) or really(model))
+    pictures = []
+    for options in ([], ["--plain"]):
+        out = tmp_path / f"{len(options)}.png"
+        argv = [str(source), "--model", str(model), "--out", str(out), "--device", "cpu", *options]
+        assert command.main(argv) == 0 and len(calls) == 1
+        pictures.append(Image.open(out).tobytes())
+    assert max(abs(a - b) for a, b in zip(*pictures, strict=True)) <= 1
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_official_size():
+    x = seeded_input("x", (1, 3, 512, 512))
+    plain = seeded(DCAE, json.loads((CONFIGS / "vae.config.json").read_text()), torch.float32, "cpu")
+    z = plain.encode(x)
+    y = plain.decode(z)
+    quick = fast.optimise_vae(plain)
+    assert relative(quick.encode(x), z) < 1e-4
+    assert relative(quick.decode(z), y) < 1e-4
+    dit = seeded(LinearDiT, json.loads((CONFIGS / "transformer.config.json").read_text()), torch.float32, "cpu")
+    c = seeded_input("c", (1, 300, dit.config["caption_channels"]))
+    arguments = z, torch.full((1,), 900.0), c, torch.ones(1, 300)
+    f = dit(*arguments)
+    assert relative(fast.optimise_dit(dit)(*arguments), f) < 1e-4
