@@ -231,9 +231,9 @@ def read_tags(path):
 def find_tags(jobs, args, references):
     """{job: its tags} by args.tagger; empty without one, or where its weights cannot be had. Raises SystemExit.
 
-    A tagger is ram, dape, or a CSV file that holds them already. Tags describe the enlarged input, or with --prompt-from
-    hr the reference, `references[job.target]`. The tagger lives in here alone: all pictures are tagged, and its memory is
-    free, before the restorer is loaded.
+    A tagger is ram, dape, or a CSV file that holds them already. Tags describe the enlarged input, or with
+    --prompt-from hr the reference, `references[job.target]`. The tagger lives in here alone: all pictures are tagged,
+    and its memory is free, before the restorer is loaded.
     """
     if args.tagger == "none":
         return {}
@@ -445,7 +445,7 @@ def parse(argv=None):
     add("--tile", type=int, metavar="N", help="largest side, in pixels of the result, that the networks see at once "
         "(default: 1024; 0: no limit)")
     add("--plain", action="store_true", help="sanasr.py as it stands, without the rewrites of fast.py: the same up to "
-        "rounding, slower; on a GPU, where they are not measured, it is always so")
+        "rounding, slower; so it is always on a GPU, where they are not measured")
     add("--color-fix", choices=["none", "adain", "wavelet"], default="none", help="colours of the enlarged input")
     add("--compare", action="store_true", help="write the bicubic enlargement beside the result")
     add = parser.add_argument_group("scores").add_argument
@@ -524,6 +524,9 @@ def load_model(args):
     if provenance.is_file() and not json.loads(provenance.read_text()).get("trained", True) and not args.adapter:
         print(f"note: {args.model} is an untrained placeholder: its results show that the path works, not what the "
               "method can do", file=sys.stderr)
+    if args.device.type == "cpu" and not (args.plain or args.profile):  # the profile counts the plain path
+        import fast
+        fast.optimise(model)
     return model
 
 
@@ -550,9 +553,6 @@ def main(argv=None):
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
     tags = find_tags(jobs[rank::ranks], args, {pair.sr: pair.hr for pair in pairs})
     model = load_model(args)
-    if args.device.type == "cpu" and not args.plain:
-        import fast
-        model = fast.optimise(model)
 
     rows, skipped = [], []
     for job in tqdm(jobs[rank::ranks], unit="img", disable=True if len(jobs) == 1 or rank else None):  # None: on a tty
