@@ -53,6 +53,7 @@ from sanasr import (
     build_prompt,
     fingerprint,
     inject_lora,
+    load_lora,
     lora_parameters,
     one_step,
     save_lora,
@@ -700,6 +701,11 @@ def train(args, state=None):
     lpips = lpips and lpips.to(device)
     torch.manual_seed(args.seed)
     inject_lora(model.dit, args.rank, targets=args.lora_targets)
+    if args.init:
+        try:
+            load_lora(model.dit, args.init)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
     adapter = lora_parameters(model.dit)
     masters = [p.detach().clone() for p in adapter.values()]  # float32: what the optimiser moves
     for p in adapter.values():
@@ -873,6 +879,7 @@ def parser():
     add("--lr", type=float, default=5e-5)
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--rank", type=int, default=64, help="of the adapter; its scale is 1")
+    add("--init", metavar="PATH", help="start from this adapter, of the same rank and targets, instead of from nothing")
     add("--lora-targets", choices=["attn", "attn+ffn"], default="attn")
     add("--protocol", choices=list(PROTOCOLS), default="hq", help="hq: τ 900, tags of x_H; lq: τ 999, tags of x_L")
     add("--timestep", type=float, metavar="N", help="another τ, in (0, 1000]")
@@ -911,7 +918,7 @@ def parse(argv=None):
         args.data = [str(Path(folder).resolve()) for folder in args.data]
     elif not args.select:
         p.error("--data names the folders of photos")
-    for option in ("lq", "tags"):
+    for option in ("lq", "tags", "init"):
         if getattr(args, option) not in (None, "none", "ram", "dape"):
             setattr(args, option, str(Path(getattr(args, option)).resolve()))
     if args.timestep is not None and not 0 < args.timestep <= 1000:

@@ -36,14 +36,19 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
+import degrade
 from metrics import LPIPS
 from sanasr import (
     DCAE,
     Gemma2,
     GemmaTokenizer,
     LinearDiT,
+    SanaSR,
     build_prompt,
+    inject_lora,
+    one_step,
     open_weights,
+    save_lora,
     save_module,
     save_tensors,
     tokenize_prompt,
@@ -131,7 +136,7 @@ class Photos:
 
 def to_signed(batch):
     """uint8 n,H,W,3 -> float32 n,3,H,W in [-1, 1]."""
-    return torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.ascontiguousarray(batch)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,7 +172,8 @@ def fit(name, model, loss_fn, validate, args, steps, lr, weight_decay=0.01):
     path.parent.mkdir(parents=True, exist_ok=True)
     model.to(args.device).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
     step, seconds = 0, 0.0
     if path.exists():
         state = load_state(path, args.device)
@@ -464,6 +470,60 @@ def train_prior(photos, args):
     return fit("prior", Prior(), loss_fn, validate, args, args.steps or 30_000, args.lr or 5e-4)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 3: the adapter's warm start
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train_adapter(photos, args):
+    """The update of Eq. 4 by least squares in latent space, ‖ẑ − z_H‖²: writes OUT/adapter.safetensors.
+
+    A step of train.py decodes pictures and judges them; here it costs a hundredth. Reports the held-out error as a
+    share of ‖z_L − z_H‖²: below 1 the update restores.
+    """
+    out, device, tau = Path(args.out), args.device, 900.0
+    model = SanaSR.from_pretrained(args.to, device, torch.float32, adapter=False)
+    torch.manual_seed(args.seed)
+    inject_lora(model.dit, args.rank, targets="attn+ffn")
+    path, size = out / "pairs.pt", PRIOR["sample_size"] * model.vae.factor
+    if not path.exists():
+        chosen = np.random.default_rng(args.seed).integers(len(photos.train), size=args.latents)
+
+        @torch.inference_mode()
+        @torch.autocast(device, torch.bfloat16)
+        def encode(x_h, rng):
+            x = torch.stack(degrade.pair(x_h / 2 + 0.5, rng)).to(device)  # x_L, x_H
+            return (model.vae.encode(x).float() * model.scaling_factor).half().cpu()
+
+        train = [encode(to_signed(photos.crop(i, size, np.random.default_rng((args.seed, n)))[None])[0],
+                        np.random.default_rng((args.seed, n, 1))) for n, i in enumerate(tqdm(chosen, desc="encoding"))]
+        val = [encode(x, np.random.default_rng(i)) for i, x in enumerate(photos.val_crops(size, 64))]
+        save(path, dict(train=torch.stack(train), val=torch.stack(val), photo=torch.from_numpy(chosen)))
+    data = torch.load(path, weights_only=True)
+    lines = [build_prompt(words, "appendix") for words in [[], *(tags(*photo) for photo in photos.train)]]
+    c, m = (x.to(device) for x in model.encode_prompt(lines))  # 0: without tags
+
+    def error(dit, pairs, prompts):
+        z_l, z_h = pairs.float().to(device).unbind(1)
+        z = one_step(dit, z_l, torch.full((len(z_l),), tau, device=device), c[prompts].float(), m[prompts])
+        return (z - z_h).square().mean(), (z_l - z_h).square().mean()
+
+    def loss_fn(dit, step):
+        rng = np.random.default_rng((args.seed, step))
+        pick = rng.integers(len(data["train"]), size=args.batch)
+        prompts = torch.where(torch.from_numpy(rng.random(args.batch) > 0.5), data["photo"][pick] + 1, 0)
+        loss, before = error(dit, data["train"][pick], prompts)
+        return loss, dict(share=(loss / before).item())
+
+    def validate(dit):
+        after, before = error(dit, data["val"], torch.zeros(len(data["val"]), dtype=torch.long))
+        return dict(val_share=(after / before).item())
+
+    dit = fit("adapter", model.dit, loss_fn, validate, args, args.steps or 1500, args.lr or 2e-3, weight_decay=0.0)
+    save_lora(dit, out / "adapter.safetensors", dict(timestep=str(tau), suffix="appendix"))
+    print(f"wrote {out / 'adapter.safetensors'}: train.py --init takes it up")
+
+
 def write_tags(args):
     """Write the `tags` of all photos of the folders as a CSV file with the columns image and tags."""
     rows = [(path.name, ", ".join(tags(path, np.asarray(Image.open(path).convert("RGB")))))
@@ -498,7 +558,7 @@ def export(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["autoencoder", "prior", "export", "tags"])
+    parser.add_argument("stage", choices=["autoencoder", "prior", "adapter", "export", "tags"])
     parser.add_argument("--data", nargs="+", help="folders of clean photos")
     parser.add_argument("--out", default="runs/pretrain", help="where states and logs go (default %(default)s)")
     parser.add_argument("--to", default=HERE / "embedded", help="export: the folder to write (default %(default)s); "
@@ -510,7 +570,9 @@ def main():
     parser.add_argument("--batch", type=int, default=4, help="crops a step (default %(default)s)")
     parser.add_argument("--crop", type=int, default=256, help="autoencoder: pixels per side, a multiple of 32. Small "
                         "crops mislead: of 4×4 latents nearly all touch the border (default %(default)s)")
-    parser.add_argument("--latents", type=int, default=8000, help="prior: crops to encode (default %(default)s)")
+    parser.add_argument("--latents", type=int, default=8000, metavar="N",
+                        help="prior, adapter: crops to encode (default %(default)s)")
+    parser.add_argument("--rank", type=int, default=16, help="adapter: as train.py's (default %(default)s)")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: the stage's own)")
     parser.add_argument("--validate-every", type=int, default=500, metavar="N", help="steps (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
@@ -523,7 +585,7 @@ def main():
     if args.stage == "tags":
         return write_tags(args)
     photos = Photos(args.data, args.crop, mirror=args.stage == "prior")
-    dict(autoencoder=train_autoencoder, prior=train_prior)[args.stage](photos, args)
+    dict(autoencoder=train_autoencoder, prior=train_prior, adapter=train_adapter)[args.stage](photos, args)
 
 
 if __name__ == "__main__":
