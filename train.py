@@ -879,7 +879,7 @@ def parser():
     add("--lr", type=float, default=5e-5)
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--rank", type=int, default=64, help="of the adapter; its scale is 1")
-    add("--init", metavar="PATH", help="start from this adapter, of the same rank and targets, instead of from nothing")
+    add("--init", metavar="PATH", help="start from this adapter instead of from nothing")
     add("--lora-targets", choices=["attn", "attn+ffn"], default="attn")
     add("--protocol", choices=list(PROTOCOLS), default="hq", help="hq: τ 900, tags of x_H; lq: τ 999, tags of x_L")
     add("--timestep", type=float, metavar="N", help="another τ, in (0, 1000]")

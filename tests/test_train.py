@@ -406,6 +406,17 @@ def test_ema_starts_fast_and_optimiser_is_the_papers(run):
     assert torch.allclose(second[key], decay * first[key] + (1 - decay) * master, atol=1e-9) and master.abs().max() > 0
 
 
+def test_init_starts_from_an_adapter(here, run, capsys):
+    first = run("first", "--steps", 3, "--lr", 1e-2) / "adapter.safetensors"
+    second = run("second", "--steps", 1, "--init", first, "--seed", 1) / "adapter.safetensors"
+    first, second = load_file(first), load_file(second)
+    assert max((first[k] - second[k]).abs().max() for k in first) < 2e-4, "one step of 5e-5 from where the first ended"
+    assert max(first[k].abs().max() for k in first if "lora_B" in k) > 1e-2
+    (here / "no.safetensors").write_text("no adapter")
+    with pytest.raises(SystemExit, match="no.safetensors: not a whole safetensors file"):
+        run("third", "--init", here / "no.safetensors")
+
+
 def lora_parameters_of(folder):
     settings = torch.load(folder / "state.pt", weights_only=True)["settings"]
     model = SanaSR.from_pretrained(settings["model"], adapter=False)
