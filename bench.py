@@ -4,7 +4,7 @@
     python bench.py --model sana-600m-512 --size 1024 --device cuda --dtype bf16
     python bench.py --vs diffusers --json results.json           # the same weights in diffusers' classes, eager
     python bench.py --vs compiled                                # and under torch.compile
-    python bench.py --rewrites --size 256                        # what each rewrite of fast.py gains alone
+    python bench.py --rewrites --size 256                        # fast, and fast without each of its rewrites
     python bench.py --variants fast --blocks 16 --batch 8        # fast only; a transformer pruned to 16 blocks
 
 All variants are in one process and take turns on the same inputs. "error" compares what a variant has after a stage
@@ -202,7 +202,8 @@ def main():
     parser.add_argument("--blocks", type=int, metavar="N", help="keep N blocks of the transformer, as pruning does")
     parser.add_argument("--variants", default="plain,fast", metavar="LIST", help="of ours (default: plain,fast)")
     parser.add_argument("--vs", choices=["diffusers", "compiled"], help="diffusers eager, or that and compiled")
-    parser.add_argument("--rewrites", action="store_true", help="each rewrite alone, too")
+    parser.add_argument("--rewrites", nargs="?", const=",".join([*fast.REWRITES, "dit"]), metavar="LIST",
+                        help="the fast path, then the same without each of these (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there, too")
     args = parser.parse_args()
     if args.size < 32 or args.size % 32:
@@ -232,14 +233,14 @@ def main():
         variants["diffusers"] = Diffusers(plain)
     if args.vs == "compiled":
         variants["compiled"] = Diffusers(plain, compiled=True)
-    if "plain" in args.variants or args.rewrites:
+    if "plain" in args.variants and not args.rewrites:
         variants["plain"] = plain
-    if args.rewrites:
-        variants |= {name: Ours(fast.optimise_vae(shared(vae), [name]), dit, text, timestep, scale)
-                     for name in fast.REWRITES}
-        variants["dit"] = Ours(vae, fast.optimise_dit(shared(dit)), text, timestep, scale)
     if "fast" in args.variants:
         variants["fast"] = Ours(fast.optimise_vae(shared(vae)), fast.optimise_dit(shared(dit)), text, timestep, scale)
+    for name in filter(None, (args.rewrites or "").split(",")):
+        others = [other for other in fast.REWRITES if other != name]
+        variants[f"no {name}"] = Ours(fast.optimise_vae(shared(vae), others),
+                                      dit if name == "dit" else variants["fast"].dit, text, timestep, scale)
     counted = Ours(shared(vae).to("meta"), shared(dit).to("meta"), [v.to("meta") for v in text], timestep, scale)
     del plain, vae, dit  # the memory of a variant that is not measured would count, too
 

@@ -4,15 +4,15 @@
 
 `sanasr.py` stays the readable path; what stands here replaces its modules by others that compute the same function of
 the same weights (float32: within 1e-4, see tests/test_fast.py) with fewer multiplications or fewer bytes, from public
-PyTorch operators alone. `python bench.py --rewrites` measures each alone:
+PyTorch operators alone. `python bench.py --rewrites` measures what each contributes:
 
     winograd     3×3 = a quarter of the multiplications, in tiles of 4×4 (on a CPU, where channels are many)
     up           nearest ×2, then 3×3 = nine products per small pixel, of differences, instead of 36; where it is 3×3
                  and channel-to-space, the shortcut is a tap of the 3×3
     down         the space-to-channel shortcut is a tap of the strided convolution
     norm         RMSNorm, gain, bias and residual strip by strip, so that they pass memory once; SiLU in place
-    attention    q, k and v in one product, the scales joined after the attention; on a CPU some heads at a time
-    gated        on a CPU some hidden channels of the Mix-FFN at a time, so that they stay in cache
+    blocks       attention: q, k and v in one product, the 1×1 within heads as batched matrix products, scales joined
+                 after; on a CPU a few heads, or hidden channels of the Mix-FFN, at a time, so that they stay in cache
     dit          text keys and values and the timestep's modulation kept from call to call; AdaLN as one layer_norm
 
 Trap: the modules work in place on their own intermediates. No gradients, no adapters: merge them first.
@@ -32,6 +32,7 @@ from sanasr import to_picture, to_tokens
 
 STRIP = 64 * 1024  # values that a strip of elementwise work holds: 256 KB in float32, within a core's L2 cache
 TILES = 256  # tiles in a strip of Winograd's convolution: enough rows for the matrix products, few enough for the L3
+FEW = 16  # fewer tiles than this are convolved directly; in bfloat16, where that is faster, twice as many
 TOKENS = 2048  # tokens in a strip of an up block: rows enough that the one more it needs counts little
 PIECE = 512  # hidden channels that a layer computes at a time: their intermediate results stay in cache
 
@@ -106,7 +107,8 @@ class Winograd(nn.Module):
 
     Tiles of 6×6 values that overlap by two give 4×4 results each: Y = Aᵀ[(G g Gᵀ) ⊙ (Bᵀ d B)]A. Summed over channels, ⊙
     is 36 products of matrices, tiles × C by C × C'. B and A hold small integers: `spread` and `gather` apply them.
-    The weights take 36/9 of their memory. Trap: Bᵀ d B magnifies a rounding to bfloat16 tenfold, so none is made.
+    The weights take 36/9 of their memory; for few tiles, where reading them costs more than they save, and for sides
+    that are no multiples of 4 it stays the convolution it was. Trap: Bᵀ d B magnifies a rounding to bfloat16 tenfold.
     """
 
     G = torch.tensor([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]).double() / 24
@@ -115,7 +117,8 @@ class Winograd(nn.Module):
         super().__init__()
         w = plain.weight.float().permute(2, 3, 1, 0)  # 3,3,C,C'
         both = torch.kron(self.G, self.G).float()  # 36,9
-        self.weight, self.bias = frozen((both @ w.flatten(2).flatten(0, 1)).unflatten(1, w.shape[2:])), plain.bias
+        self.weight = frozen((both @ w.flatten(2).flatten(0, 1)).unflatten(1, w.shape[2:]))
+        self.direct, self.bias = plain, plain.bias
 
     @staticmethod
     def spread(d, v):
@@ -152,11 +155,11 @@ class Winograd(nn.Module):
     def strips(self, x):
         """Yields the results like the function `strips`; they hold until the next strip is asked for."""
         (batch, channels, height, width), out = x.shape, self.weight.shape[2]
-        if height % 4 or width % 4:
-            y = self(F.pad(x, (0, -width % 4, 0, -height % 4)))[:, :, :height, :width]
-            yield from strips(y.contiguous(memory_format=torch.channels_last))
+        down, across = height // 4, width // 4
+        if height % 4 or width % 4 or batch * down * across < FEW * 4 // x.element_size():
+            yield from strips(self.direct(x))
             return
-        x, down, across = x.permute(0, 2, 3, 1), height // 4, width // 4
+        x = x.permute(0, 2, 3, 1)
         pictures = min(batch, max(1, TILES // (down * across)))
         most = min(down, max(1, TILES // across))  # rows of tiles in a strip
         sizes = [(4 * most + 2) * 6 * channels, most * 36 * channels, most * 36 * out, most * 24 * out, most * 16 * out]
@@ -385,8 +388,7 @@ REWRITES = {  # name -> the rules (class, its replacement) that make it up
     "up": [(sanasr.UpBlock, up_block)],
     "down": [(sanasr.DownBlock, down_block)],
     "norm": [(sanasr.ResBlock, ResBlock), (sanasr.RMSNorm, Norm)],
-    "attention": [(sanasr.MultiscaleLinearAttention, MultiscaleLinearAttention)],
-    "gated": [(sanasr.GatedConv, GatedConv)],
+    "blocks": [(sanasr.MultiscaleLinearAttention, MultiscaleLinearAttention), (sanasr.GatedConv, GatedConv)],
 }
 
 
@@ -402,7 +404,8 @@ def optimise_vae(vae, rewrites=tuple(REWRITES)):
                 if type(child) is kind and not (kind is sanasr.RMSNorm and not isinstance(module, sanasr.Decoder)):
                     child = make(child)  # the norms inside of blocks are the blocks' matter
                     setattr(module, name, child)
-            walk(child)
+            if not isinstance(child, Winograd):  # that holds the convolution it replaces
+                walk(child)
 
     walk(vae)
     return vae.requires_grad_(False)
