@@ -11,9 +11,10 @@ PyTorch operators alone. `python bench.py --rewrites` measures what each contrib
                  and channel-to-space, the shortcut is a tap of the 3×3
     down         the space-to-channel shortcut is a tap of the strided convolution
     norm         RMSNorm, gain, bias and residual strip by strip, so that they pass memory once; SiLU in place
-    blocks       attention: q, k and v in one product, the 1×1 within heads as batched matrix products, scales joined
-                 after; on a CPU a few heads, or hidden channels of the Mix-FFN, at a time, so that they stay in cache
     dit          text keys and values and the timestep's modulation kept from call to call; AdaLN as one layer_norm
+
+The blocks of the low resolutions stay as they are: one QKV product, the 1×1 within heads as batched matrix products,
+and hidden channels a few at a time so that they stay in cache gave 1 % of the whole together.
 
 Trap: the modules work in place on their own intermediates. No gradients, no adapters: merge them first.
 """
@@ -34,7 +35,6 @@ STRIP = 64 * 1024  # values that a strip of elementwise work holds: 256 KB in fl
 TILES = 256  # tiles in a strip of Winograd's convolution: enough rows for the matrix products, few enough for the L3
 FEW = 16  # fewer tiles than this are convolved directly; in bfloat16, where that is faster, twice as many
 TOKENS = 2048  # tokens in a strip of an up block: rows enough that the one more it needs counts little
-PIECE = 512  # hidden channels that a layer computes at a time: their intermediate results stay in cache
 
 
 def merged(*linears):
@@ -217,79 +217,6 @@ class ResBlock(nn.Module):
         return add_norm_(x, parts, self.norm)
 
 
-class Heads(nn.Module):
-    """Heads first … last − 1 of a MultiscaleLinearAttention at all its scales, and what they add to its result.
-
-    One product makes q, k and v. The 1×1 within every head's q, k and v is one batched matrix product.
-    """
-
-    def __init__(self, plain, first, last):
-        super().__init__()
-        self.head_dim = d = plain.head_dim
-        rows, count = slice(3 * d * first, 3 * d * last), 3 * (last - first)
-        self.to_qkv = frozen(torch.cat([plain.to_q.weight, plain.to_k.weight, plain.to_v.weight])[rows])
-        self.near, self.mix = nn.ParameterList(), nn.ParameterList()  # a scale's depthwise convolution and its 1×1
-        for scale in plain.to_qkv_multiscale:
-            self.near.append(frozen(scale.proj_in.weight[rows].contiguous(memory_format=torch.channels_last)))
-            self.mix.append(frozen(scale.proj_out.weight[rows].flatten(1).unflatten(0, (count, d)).mT.contiguous()))
-        columns = plain.to_out.weight.unflatten(1, (1 + len(self.near), -1, d))[:, :, first:last]
-        self.to_out = frozen(columns.flatten(1).contiguous())
-
-    def forward(self, x, height, width):  # B,N,C -> B,N,C
-        qkv = F.linear(x, self.to_qkv)  # B,N,3nd
-        scales = [qkv]
-        for near, mix in zip(self.near, self.mix, strict=True):
-            y = F.conv2d(to_picture(qkv, height, width), near, padding=near.shape[2] // 2, groups=len(near))
-            y = to_tokens(y).unflatten(2, (len(mix), -1)).transpose(1, 2)  # B,3n,N,d
-            scales.append(torch.matmul(y, mix).transpose(1, 2).flatten(2))
-        return F.linear(torch.cat([self.attend(y) for y in scales], dim=2), self.to_out)
-
-    def attend(self, qkv):  # B,N,3nd -> B,N,nd
-        q, k, v = qkv.unflatten(2, (-1, 3 * self.head_dim)).chunk(3, dim=3)  # B,N,n,d
-        return kernels.linear_attention(q, k, v, eps=1e-15).flatten(2)
-
-
-class MultiscaleLinearAttention(nn.Module):
-    """x + RMSNorm(W [LA(qkv), LA(aggregated qkv)]), over x, on a CPU a few heads at a time."""
-
-    def __init__(self, plain):
-        super().__init__()
-        self.norm, heads = plain.norm_out, plain.to_q.out_features // plain.head_dim
-        count = max(1, PIECE // (2 * plain.head_dim)) if plain.to_q.weight.device.type == "cpu" else heads
-        self.heads = nn.ModuleList(Heads(plain, first, min(first + count, heads)) for first in range(0, heads, count))
-
-    def forward(self, x):  # B,C,H,W
-        y = summed(part(to_tokens(x), *x.shape[2:]) for part in self.heads)
-        return add_norm_(x, strips(y), self.norm)
-
-
-def summed(parts):
-    """The sum, in float32 if there are several."""
-    total = next(parts)
-    for part in parts:
-        total = total.float().add_(part)
-    return total
-
-
-class GatedConv(nn.Module):
-    """x + RMSNorm(Mix-FFN), over x, on a CPU a few hidden channels at a time: nothing mixes them before the sum."""
-
-    def __init__(self, plain):
-        super().__init__()
-        self.norm, hidden = plain.norm, plain.conv_point.weight.shape[1]
-        count = PIECE if plain.conv_point.weight.device.type == "cpu" else hidden
-        self.pieces = []  # of the arguments of kernels.mix_ffn
-        for start in range(0, hidden, count):
-            some = slice(start, start + count)
-            self.pieces.append([frozen(torch.cat([y[some] for y in x.chunk(2)])) for x in (
-                plain.conv_inverted.weight, plain.conv_inverted.bias, plain.conv_depth.weight, plain.conv_depth.bias)])
-            self.pieces[-1].append(frozen(plain.conv_point.weight[:, some].contiguous()))
-
-    def forward(self, x):  # B,C,H,W
-        y = summed(kernels.mix_ffn(to_tokens(x), *x.shape[2:], *piece) for piece in self.pieces)
-        return add_norm_(x, strips(y), self.norm)
-
-
 def down_block(plain):
     """The strided convolution of a DownBlock that holds its shortcut, too.
 
@@ -388,7 +315,6 @@ REWRITES = {  # name -> the rules (class, its replacement) that make it up
     "up": [(sanasr.UpBlock, up_block)],
     "down": [(sanasr.DownBlock, down_block)],
     "norm": [(sanasr.ResBlock, ResBlock), (sanasr.RMSNorm, Norm)],
-    "blocks": [(sanasr.MultiscaleLinearAttention, MultiscaleLinearAttention), (sanasr.GatedConv, GatedConv)],
 }
 
 

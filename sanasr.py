@@ -1011,7 +1011,7 @@ class SanaSR:
     stage of the last `restore`; metadata: what the adapter's file, or the config of a pruned model, says of itself.
     """
 
-    TILE, OVERLAP = 32, 2  # latent positions: tiles of 1024 pixels that share 64
+    TILE, OVERLAP = 34, 2  # latent positions: tiles of 1088 pixels that share 64; so 4 × 4 of them cover 4096²
 
     @classmethod
     def from_pretrained(cls, name_or_folder, device="cpu", dtype=None, adapter=None, merge=True):
@@ -1087,7 +1087,7 @@ class SanaSR:
 
         prompt: what the picture shows (a text, or a list of tags), to which `suffix` is joined, see `build_prompt`.
         timestep: τ in (0, 1000], by default the adapter's. tile: the largest side, in pixels of the result, that the
-        networks see at once (a multiple of 32, 0 for no limit, 1024 by default).
+        networks see at once (a multiple of 32, 0 for no limit, 1088 by default).
         """
         timestep = self.timestep if timestep is None else timestep
         tile = self.TILE if tile is None else math.ceil(tile / self.vae.factor) or math.inf

@@ -39,8 +39,7 @@ def load(cls, name, dtype=torch.float32):
 @pytest.mark.parametrize("rewrites", [*([name] for name in fast.REWRITES), list(fast.REWRITES)], ids="+".join)
 @torch.inference_mode()
 def test_vae(rewrites, batch, height, width, monkeypatch):
-    monkeypatch.setattr(fast, "PIECE", 64)  # several pieces and strips even here
-    monkeypatch.setattr(fast, "STRIP", 5000)
+    monkeypatch.setattr(fast, "STRIP", 5000)  # several strips even here
     monkeypatch.setattr(fast, "TILES", 24)
     plain = load(DCAE, "dcae_small")
     x = seeded_input("x", (batch, 3, height, width))
@@ -163,3 +162,9 @@ def test_official_size():
     arguments = z, torch.full((1,), 900.0), c, torch.ones(1, 300)
     f = dit(*arguments)
     assert relative(fast.optimise_dit(dit)(*arguments), f) < 1e-4
+
+
+def test_tiles_cost_little_more_than_the_whole():
+    length = 4096 // 32
+    pieces = sanasr.spans(length, SanaSR.TILE, SanaSR.OVERLAP)
+    assert sum(end - start for start, end in pieces) ** 2 <= 1.15 * length**2
