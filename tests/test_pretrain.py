@@ -75,3 +75,30 @@ def test_learning_rate_warms_up_and_decays():
     rates = [pretrain.learning_rate(step, 1000, 1.0) for step in range(1000)]
     assert rates[0] == 1 / 200 and max(rates) == 1 and rates[-1] == 0.05
     assert rates[749] == 1 and rates[875] == pytest.approx(0.5)
+
+
+def test_the_carried_model_beats_bicubic():
+    from PIL import Image
+
+    from metrics import LPIPS
+    from sanasr import SanaSR
+    root = Path(__file__).resolve().parent.parent
+    hr = Image.open(root / "examples/portrait.png").convert("RGB").crop((0, 0, 144, 160))
+    lr = hr.resize((36, 40), Image.Resampling.BOX)
+    x, restored, bicubic = (pretrain.to_signed(np.array(image)[None]) for image in (
+        hr, SanaSR.from_pretrained("embedded").restore(lr), lr.resize(hr.size, Image.Resampling.BICUBIC)))
+    lpips = LPIPS.from_pretrained("alex")
+    assert (lpips(restored, x) < 0.9 * lpips(bicubic, x)).all()
+    assert sum(f.stat().st_size for f in (root / "weights/embedded").rglob("*") if f.is_file()) < 40e6
+
+
+def test_mild_degradation_is_milder():
+    torch.manual_seed(0)
+    x = torch.nn.functional.interpolate(torch.rand(1, 3, 20, 20), scale_factor=8, mode="bicubic").clamp(0, 1)[0]
+    small = torch.nn.functional.interpolate(x[None], scale_factor=0.25, mode="area")[0]
+    errors = []
+    for degrade in (pretrain.mild, pretrain.degrade.degrade):
+        results = [degrade(x, np.random.default_rng(i)) for i in range(8)]
+        assert all(y.shape == (3, 40, 40) and y.min() >= 0 and y.max() <= 1 for y in results)
+        errors.append(sum((y - small).square().mean() for y in results))
+    assert errors[0] < errors[1]
