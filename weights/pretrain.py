@@ -1,16 +1,18 @@
-"""Train the small SANA-SR that the repository carries, from photos alone: autoencoder, then prior, then the method.
+"""Train the small SANA-SR that the repository carries, from photos alone: autoencoder, prior, adapter, the method.
 
     python -m weights.pretrain autoencoder --data ./hq        # Ctrl-C saves, the same line goes on
     python -m weights.pretrain prior --data ./hq
     python -m weights.pretrain export                         # runs/pretrain -> weights/embedded, in fp16
+    python -m weights.pretrain adapter --data ./hq            # the adapter's warm start, on the exported prior
     python -m weights.pretrain tags --data ./hq --to hq.csv   # simple tags, for train.py --tags and eval.py --tagger
-    python train.py --data ./hq --tags hq.csv                 # the method itself, on the exported prior
+    python train.py --data ./hq --tags hq.csv --init runs/pretrain/adapter.safetensors --lora-targets attn+ffn --rank 16
     python -m weights.pretrain export --adapter runs/NAME/adapter.safetensors
 
 Stages (each saves as it goes under --out, continues from what it saved, on a CPU or a GPU alike):
-    autoencoder   DC-AE, 32× per side, on clean photos: L1 + LPIPS (AlexNet)
+    autoencoder   DC-AE, 32× per side, on clean photos: a linear coder by least squares, then L1 + LPIPS (AlexNet)
     prior         LinearDiT by flow matching on its latents, jointly with a small Gemma-2 that reads the photos' tags;
                   the tokenizer is a byte-fallback BPE trained on RAM's list of tags
+    adapter       the LoRA by least squares in latent space, a hundred times cheaper a step than train.py
 Needs a folder of photos (searched recursively). Every 16th file, chosen by the hash of its name, is held out and never
 trained on; validation is on those. Tags come from the file names (`inet_n01494475_hammerhead.webp`: hammerhead) and
 from the photos' main colours.
