@@ -19,7 +19,6 @@ may differ). Without --hr, metrics that need no reference remain. psnr, ssim, lp
 """
 import argparse
 import csv
-import json
 import os
 import sys
 import time
@@ -509,7 +508,7 @@ def pick_dtype(name, device):
 
 
 def load_model(args):
-    """SanaSR from --model and --adapter, and the note on an untrained placeholder. Raises SystemExit in one line."""
+    """SanaSR from --model and --adapter. Raises SystemExit in one line."""
     import weights
     from sanasr import SanaSR
     try:
@@ -520,10 +519,6 @@ def load_model(args):
         model = SanaSR.from_pretrained(folder, device=args.device, dtype=args.dtype, adapter=adapter)
     except (OSError, ValueError, weights.Unavailable) as error:
         sys.exit(f"error: {whole(error)}")
-    provenance = folder / "provenance.json"
-    if provenance.is_file() and not json.loads(provenance.read_text()).get("trained", True) and not args.adapter:
-        print(f"note: {args.model} is an untrained placeholder: its results show that the path works, not what the "
-              "method can do", file=sys.stderr)
     if args.device.type == "cpu" and not (args.plain or args.profile):  # the profile counts the plain path
         import fast
         fast.optimise(model)

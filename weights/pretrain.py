@@ -565,7 +565,7 @@ def export(args):
     if args.adapter and (out / "adapter.pt").exists():
         state = load_state(out / "adapter.pt")
         history["adapter's warm start"] = dict(steps=state["step"], hours=round(state["seconds"] / 3600, 2))
-    (target / "provenance.json").write_text(json.dumps(dict(trained=True, **history), indent=2) + "\n")
+    (target / "provenance.json").write_text(json.dumps(history, indent=2) + "\n")
     print(f"wrote {target}: {sum(f.stat().st_size for f in target.rglob('*') if f.is_file()) / 1e6:.1f} MB")
 
 
