@@ -49,6 +49,7 @@ SINC, FINAL_SINC = 0.1, 0.8       # probability of a sinc instead of the above; 
 BETA_G, BETA_P = (0.5, 4.0), (1.0, 2.0)
 GAUSSIAN, GREY = 0.5, 0.4         # probability of Gaussian rather than Poisson noise; of the same noise in all channels
 QUALITY = (30, 95)                # JPEG
+MILD_SIGMA, MILD_QUALITY = (0.5, 4.0), (75, 99)
 MODES = ("area", "bilinear", "bicubic")
 
 
@@ -144,11 +145,12 @@ def jpeg(x, quality):
 
 # The pipeline
 
-def degrade(hr, rng, trace=None):
+def degrade(hr, rng, trace=None, mild=0.0):
     """Degrades one photo.
 
     hr: (3, H, W) float32 in [0, 1], H and W multiples of 4 and at least 80. rng: a numpy Generator, or what seeds one:
     an int, or a tuple such as (seed, epoch, index). trace: a list that receives (what was done, image) of each stage.
+    mild: the share of photos that get one blur, one resize and a fine JPEG only (ours), as what good cameras lose.
     Returns (3, H/4, W/4) float32 in [0, 1] of 8-bit values, a function of hr and rng alone.
     """
     height, width = hr.shape[-2:]
@@ -160,6 +162,10 @@ def degrade(hr, rng, trace=None):
     note = (lambda what, image: trace.append((what, image))) if trace is not None else (lambda what, image: None)
     low = height // SCALE, width // SCALE
     x = hr
+
+    if mild and rng.random() < mild:
+        x = resize(blur(x, random_kernel(rng, MILD_SIGMA)[1]), *low, rng.choice(MODES))
+        return (jpeg(x, rng.integers(*MILD_QUALITY, endpoint=True)).clamp(0, 1) * 255).round() / 255
 
     for order, (h, w) in ((FIRST, (height, width)), (SECOND, low)):
         if rng.random() < order.blur:
@@ -222,9 +228,9 @@ def enlarge(lr, size=None):
     return to_tensor(lr.resize(size or (lr.width * SCALE, lr.height * SCALE), Image.BICUBIC)) * 2 - 1
 
 
-def pair(hr, rng, lr=None):
+def pair(hr, rng, lr=None, mild=0.0):
     """A training pair (x_L, x_H), (3, H, W) in [-1, 1], of hr (3, H, W) in [0, 1]; lr replaces the synthetic one."""
-    return enlarge(degrade(hr, rng) if lr is None else lr), hr * 2 - 1
+    return enlarge(degrade(hr, rng, mild=mild) if lr is None else lr), hr * 2 - 1
 
 
 def sharpen(x, weight=0.5, radius=50, threshold=10):

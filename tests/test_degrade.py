@@ -209,6 +209,17 @@ def test_enlarge_is_pillows_bicubic_on_eight_bits():
     assert x_h.shape == x_l.shape == (3, 128, 160) and torch.allclose(x_h, photo() * 2 - 1)
 
 
+def test_the_mild_share_keeps_more_and_no_share_changes_nothing():
+    def error(i, **options):
+        return (d.pair(photo(), i, **options)[0] - d.pair(photo(), i)[1]).square().mean().item()
+
+    assert sum(error(i, mild=1.0) for i in range(12)) < 0.5 * sum(error(i) for i in range(12))
+    lr = [d.degrade(photo(), i, mild=0.5) for i in range(40)]
+    mild = sum(torch.equal(x, d.degrade(photo(), i, mild=1.0)) for i, x in enumerate(lr))
+    assert 8 < mild < 32 and all(torch.equal(x, (x * 255).round() / 255) for x in lr)
+    assert torch.equal(d.degrade(photo(), 3), d.degrade(photo(), 3, mild=0.0))
+
+
 def test_sharpen_steepens_edges_only():
     flat = torch.full((3, 96, 96), 0.4)
     assert torch.allclose(d.sharpen(flat), flat, atol=1e-6)

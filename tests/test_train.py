@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from seeded import seeded_state_dict
 
 import degrade
+import metrics
 import tagger
 import train
 import weights
@@ -209,6 +210,16 @@ def test_gradient_of_each_term_by_differences(double, term):
     assert got != 0 and math.isclose(got, (values[0] - values[1]) / 2e-5, rel_tol=1e-4), name
 
 
+def test_lpips_in_bfloat16_judges_alike():
+    lpips, x, y = metrics.LPIPS.from_pretrained("alex"), noise(2, 3, 96, 96).tanh().float(), noise(2, 3, 96, 96, seed=1)
+    y = (x + 0.3 * y.float()).clamp(-1, 1)
+    full, half = (train.in_autocast(lpips, torch.device("cpu"), d) for d in (torch.float32, torch.bfloat16))
+    x.requires_grad_()
+    assert torch.equal(full(x, y), lpips(x, y)) and torch.allclose(full(x, y), half(x, y), rtol=0.03)
+    gradients = [torch.autograd.grad(f(x, y).sum(), x)[0].flatten() for f in (full, half)]
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.98
+
+
 def test_checkpointing_changes_no_gradient(double):
     _, plain = double.gradient(train.LAMBDA)
     double.dit.checkpointing = double.vae.decoder.checkpointing = True
@@ -283,6 +294,15 @@ def test_crops_flips_and_t_cover_their_ranges(photos, tmp_path):
     mirrored = [sum(torch.equal(x.flip(-1), picture[:, y:y + 96, x0:x0 + 96])
                     for y in range(0, 17, 4) for x0 in range(0, 33, 4)) for x in crops]
     assert all(u + m >= 1 for u, m in zip(upright, mirrored, strict=True)) and sum(upright) and sum(mirrored)
+
+
+def test_the_mild_share_reaches_training_and_validation_pairs(photos, tmp_path):
+    data, other = stream(photos, tmp_path, mild=1.0), stream(photos, tmp_path)
+    assert torch.equal(data[3]["x_H"], other[3]["x_H"]) and not torch.equal(data[3]["x_L"], other[3]["x_L"])
+    assert (data[3]["x_L"] - data[3]["x_H"]).square().mean() < (other[3]["x_L"] - data[3]["x_H"]).square().mean()
+    (_, lr, hr), = train.validation_pairs(data.photos[:1], {}, 96, 5, None, mild=1.0)
+    want = degrade.degrade(degrade.to_tensor(hr), (5, 2 ** 32 - 1, 0), mild=1.0)
+    assert torch.equal(degrade.to_tensor(lr), want)
 
 
 def test_real_pairs_are_cut_together(photos, tmp_path):

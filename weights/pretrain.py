@@ -477,13 +477,6 @@ def train_prior(photos, args):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def mild(hr, rng):
-    """One blur, one resize and a fine JPEG: 3,H,W -> 3,H/4,W/4, both in [0, 1]. Far weaker than `degrade.degrade`."""
-    x = degrade.blur(hr, degrade.random_kernel(rng, (0.5, 4.0))[1])
-    x = degrade.resize(x, *(side // 4 for side in hr.shape[1:]), rng.choice(degrade.MODES))
-    return (degrade.jpeg(x, rng.integers(75, 100)).clamp(0, 1) * 255).round() / 255
-
-
 def train_adapter(photos, args):
     """The update of Eq. 4 by least squares in latent space, ‖ẑ − z_H‖² / ‖z_L − z_H‖²: writes OUT/adapter.safetensors.
 
@@ -502,7 +495,7 @@ def train_adapter(photos, args):
         @torch.autocast(device, torch.bfloat16)
         def encode(n, x_h, rng):
             hr = x_h / 2 + 0.5
-            x = torch.stack(degrade.pair(hr, rng, mild(hr, rng) if n % 2 else None)).to(device)  # x_L, x_H
+            x = torch.stack(degrade.pair(hr, rng, mild=n % 2)).to(device)  # x_L, x_H
             return (model.vae.encode(x).float() * model.scaling_factor).half().cpu()
 
         train = [encode(n, to_signed(photos.crop(i, size, np.random.default_rng((args.seed, n)))[None])[0],
