@@ -1,6 +1,7 @@
 """Train the small SANA-SR that the repository carries, from photos alone: autoencoder, prior, adapter, the method.
 
     python -m weights.pretrain autoencoder --data ./hq        # Ctrl-C saves, the same line goes on
+    python -m weights.pretrain decoder --data ./hq
     python -m weights.pretrain prior --data ./hq
     python -m weights.pretrain export                         # runs/pretrain -> weights/embedded, in fp16
     python -m weights.pretrain adapter --data ./hq            # the adapter's warm start, on the exported prior
@@ -10,6 +11,8 @@
 
 Stages (each saves as it goes under --out, continues from what it saved, on a CPU or a GPU alike):
     autoencoder   DC-AE, 32× per side, on clean photos: a linear coder by least squares, then L1 + LPIPS (AlexNet)
+    decoder       its decoder alone by L1 + LPIPS (VGG16), which sees the fine grids that AlexNet's stride of 4 lets
+                  pass; latents stay what they are, so this may come last as well
     prior         LinearDiT by flow matching on its latents, jointly with a small Gemma-2 that reads the photos' tags;
                   the tokenizer is a byte-fallback BPE trained on RAM's list of tags
     adapter       the LoRA by least squares in latent space, a hundred times cheaper a step than train.py
@@ -39,7 +42,7 @@ from torch import nn
 from tqdm import tqdm
 
 import degrade
-from metrics import LPIPS
+from metrics import DISTS, LPIPS
 from sanasr import (
     DCAE,
     Gemma2,
@@ -55,6 +58,7 @@ from sanasr import (
     save_tensors,
     tokenize_prompt,
 )
+from weights import Unavailable
 
 VIT, RES = "EfficientViTBlock", "ResBlock"
 WIDTHS = [16, 32, 64, 128, 256, 256]  # the first is unused: depth 0 makes conv_in a down-sampling block
@@ -303,8 +307,15 @@ def linear_start(model, x):
 
 
 def train_autoencoder(photos, args):
-    """L1 + LPIPS on random crops; reports PSNR (RGB, dB) and LPIPS of held-out crops of 256²."""
-    lpips = LPIPS.from_pretrained("alex").to(args.device)
+    """The stages autoencoder and decoder; reports PSNR (RGB, dB), LPIPS (AlexNet) and, of the latter, DISTS on held-out
+    crops of 256².
+    """
+    judges = dict(val_lpips=LPIPS.from_pretrained("alex").to(args.device))
+    lpips = judges["val_lpips"]
+    if args.stage == "decoder":
+        lpips = LPIPS.from_pretrained("vgg").to(args.device)
+        dists = DISTS.from_pretrained().to(args.device)
+        judges["val_dists"] = lambda y, x: dists(y / 2 + 0.5, x / 2 + 0.5)
     val = photos.val_crops(256, 32)
 
     def loss_fn(model, step):
@@ -314,15 +325,18 @@ def train_autoencoder(photos, args):
         return l1 + perceptual, dict(l1=l1.item(), lpips=perceptual.item())
 
     def validate(model):
-        psnr, distance = [], []
-        for x in val.split(8):
-            x = x.to(args.device)
+        results = []
+        for x in val.to(args.device).split(8):
             y = model.decode(model.encode(x)).clamp(-1, 1)
-            psnr += (-10 * torch.log10((y - x).square().mean((1, 2, 3)) / 4)).tolist()
-            distance += lpips(y, x).tolist()
-        return dict(val_psnr=float(np.mean(psnr)), val_lpips=float(np.mean(distance)))
+            psnr = -10 * torch.log10((y - x).square().mean((1, 2, 3)) / 4)
+            results.append(torch.stack([psnr, *(judge(y, x) for judge in judges.values())], 1))
+        return dict(zip(["val_psnr", *judges], torch.cat(results).mean(0).tolist(), strict=True))
 
     model = DCAE(AUTOENCODER)
+    if args.stage == "decoder":
+        model.load_state_dict(load_state(Path(args.out) / "autoencoder.pt")["ema"])
+        model.encoder.requires_grad_(False)
+        return fit("decoder", model, loss_fn, validate, args, args.steps or 20_000, args.lr or 2e-4)
     if args.init:
         model.load_state_dict(DCAE.from_pretrained(Path(args.init) / "vae", torch.float32).state_dict())
     elif not (Path(args.out) / "autoencoder.pt").exists():
@@ -540,11 +554,12 @@ def write_tags(args):
 def export(args):
     """runs/pretrain -> the official layout, in fp16: vae/, transformer/, text_encoder/, tokenizer/, and the adapter."""
     out, target = Path(args.out), Path(args.to)
-    autoencoder, prior = load_state(out / "autoencoder.pt"), load_state(out / "prior.pt")
+    states = {name: load_state(out / f"{name}.pt") for name in ("autoencoder", "decoder", "prior")
+              if name != "decoder" or (out / "decoder.pt").exists()}
     scale = 1 / torch.load(out / "latents.pt", weights_only=True)["z"].float().std().item()
     vae, model = DCAE(AUTOENCODER | dict(scaling_factor=round(scale, 5))), Prior()
-    vae.load_state_dict(autoencoder["ema"])
-    model.load_state_dict(prior["ema"])
+    vae.load_state_dict(states.get("decoder", states["autoencoder"])["ema"])
+    model.load_state_dict(states["prior"]["ema"])
     for part, name in ((vae, "vae"), (model.dit, "transformer"), (model.text, "text_encoder")):
         save_module(part, target / name, torch.float16)
     (target / "tokenizer").mkdir(exist_ok=True)
@@ -554,7 +569,7 @@ def export(args):
             half = {key: file.get_tensor(key).half() for key in file.keys()}
             save_tensors(half, target / "adapter.safetensors", file.metadata())
     history = {name: dict(steps=state["step"], hours=round(state["seconds"] / 3600, 2))
-               for name, state in (("autoencoder", autoencoder), ("prior", prior))}
+               for name, state in states.items()}
     if args.adapter and (out / "adapter.pt").exists():
         state = load_state(out / "adapter.pt")
         history["adapter's warm start"] = dict(steps=state["step"], hours=round(state["seconds"] / 3600, 2))
@@ -564,7 +579,7 @@ def export(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["autoencoder", "prior", "adapter", "export", "tags"])
+    parser.add_argument("stage", choices=["autoencoder", "decoder", "prior", "adapter", "export", "tags"])
     parser.add_argument("--data", nargs="+", help="folders of clean photos")
     parser.add_argument("--out", default="runs/pretrain", help="where states and logs go (default %(default)s)")
     parser.add_argument("--to", default=HERE / "embedded", help="export: the folder to write (default %(default)s); "
@@ -574,8 +589,8 @@ def main():
                         "(weights/embedded, say) where --out holds no state yet")
     parser.add_argument("--steps", type=int, help="of the stage; the learning rate decays over the last quarter")
     parser.add_argument("--batch", type=int, default=4, help="crops a step (default %(default)s)")
-    parser.add_argument("--crop", type=int, default=256, help="autoencoder: pixels per side, a multiple of 32. Small "
-                        "crops mislead: of 4×4 latents nearly all touch the border (default %(default)s)")
+    parser.add_argument("--crop", type=int, default=256, help="autoencoder, decoder: pixels per side, a multiple of "
+                        "32. Small crops mislead: of 4×4 latents nearly all touch the border (default %(default)s)")
     parser.add_argument("--latents", type=int, default=8000, metavar="N",
                         help="prior, adapter: crops to encode (default %(default)s)")
     parser.add_argument("--rank", type=int, default=16, help="adapter: as train.py's (default %(default)s)")
@@ -591,7 +606,11 @@ def main():
     if args.stage == "tags":
         return write_tags(args)
     photos = Photos(args.data, args.crop, mirror=args.stage == "prior")
-    dict(autoencoder=train_autoencoder, prior=train_prior, adapter=train_adapter)[args.stage](photos, args)
+    try:
+        dict(autoencoder=train_autoencoder, decoder=train_autoencoder, prior=train_prior,
+             adapter=train_adapter)[args.stage](photos, args)
+    except Unavailable as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
