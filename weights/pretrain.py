@@ -11,8 +11,8 @@
 
 Stages (each saves as it goes under --out, continues from what it saved, on a CPU or a GPU alike):
     autoencoder   DC-AE, 32× per side, on clean photos: a linear coder by least squares, then L1 + LPIPS (AlexNet)
-    decoder       its decoder alone by L1 + LPIPS (VGG16), which sees the fine grids that AlexNet's stride of 4 lets
-                  pass; latents stay what they are, so this may come last as well
+    decoder       its decoder alone, by LPIPS (VGG16) besides, which sees the fine grids that AlexNet's stride of 4
+                  lets pass; latents stay what they are, so this may come last as well
     prior         LinearDiT by flow matching on its latents, jointly with a small Gemma-2 that reads the photos' tags;
                   the tokenizer is a byte-fallback BPE trained on RAM's list of tags
     adapter       the LoRA by least squares in latent space, a hundred times cheaper a step than train.py
@@ -311,9 +311,9 @@ def train_autoencoder(photos, args):
     crops of 256².
     """
     judges = dict(val_lpips=LPIPS.from_pretrained("alex").to(args.device))
-    lpips = judges["val_lpips"]
+    lpips = [judges["val_lpips"]]
     if args.stage == "decoder":
-        lpips = LPIPS.from_pretrained("vgg").to(args.device)
+        lpips.append(LPIPS.from_pretrained("vgg").to(args.device))
         dists = DISTS.from_pretrained().to(args.device)
         judges["val_dists"] = lambda y, x: dists(y / 2 + 0.5, x / 2 + 0.5)
     val = photos.val_crops(256, 32)
@@ -321,7 +321,7 @@ def train_autoencoder(photos, args):
     def loss_fn(model, step):
         x = photos.crops(args.batch, args.crop, np.random.default_rng((args.seed, step))).to(args.device)
         y = model.decode(model.encode(x)).float()
-        l1, perceptual = F.l1_loss(y, x), lpips(y, x).float().mean()
+        l1, perceptual = F.l1_loss(y, x), sum(judge(y, x).float().mean() for judge in lpips)
         return l1 + perceptual, dict(l1=l1.item(), lpips=perceptual.item())
 
     def validate(model):
