@@ -204,12 +204,16 @@ def main():
     parser.add_argument("--vs", choices=["diffusers", "compiled"], help="diffusers eager, or that and compiled")
     parser.add_argument("--rewrites", nargs="?", const=",".join([*fast.REWRITES, "dit"]), metavar="LIST",
                         help="the fast path, then the same without each of these (default: all)")
+    parser.add_argument("--keep-memory", action="store_true", help="as eval.py does on a CPU (Linux): memory that a "
+                        "tensor leaves stays with the process; for all variants")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there, too")
     args = parser.parse_args()
     if args.size < 32 or args.size % 32:
         sys.exit(f"error: --size {args.size} is not a multiple of 32")
 
     torch.set_num_threads(args.threads)
+    if args.keep_memory:
+        fast.keep_memory()
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     clock = time.process_time if device.type == "cpu" and args.threads == 1 else time.perf_counter
     if args.model:

@@ -522,6 +522,7 @@ def load_model(args):
     if args.device.type == "cpu" and not (args.plain or args.profile):  # the profile counts the plain path
         import fast
         fast.optimise(model)
+        fast.keep_memory()
     return model
 
 

@@ -20,7 +20,9 @@ Trap: the modules work in place on their own intermediates. No gradients, no ada
 """
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 from functools import partial
 
 import torch
@@ -406,6 +408,17 @@ def modulated(x, gain, shift, eps):
 def optimise_dit(dit):
     """A FastDiT of a sanasr.LinearDiT, which is used up. Raises ValueError where it carries unmerged adapters."""
     return FastDiT(dit).requires_grad_(False)
+
+
+def keep_memory():
+    """Let glibc keep what tensors leave for the next ones; by default large ones are new pages, zeroed by the kernel.
+
+    For the whole process, which then gives nothing back before it ends. Where there is no glibc nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-4, 0)  # M_MMAP_MAX: no tensor has a mapping of its own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the end of the heap is not given back
 
 
 def optimise(model):

@@ -1,6 +1,10 @@
 """The rewrites of fast.py give what the plain path gives, on the smallest models that have every part."""
+import ctypes
 import json
+import subprocess
+import sys
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,3 +172,17 @@ def test_tiles_cost_little_more_than_the_whole():
     length = 4096 // 32
     pieces = sanasr.spans(length, SanaSR.TILE, SanaSR.OVERLAP)
     assert sum(end - start for start, end in pieces) ** 2 <= 1.15 * length**2
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc only")
+def test_kept_memory_is_not_asked_for_again():
+    code = """
+import resource, torch, fast
+torch.ones(1 << 24)  # 64 MB
+if {keep}: fast.keep_memory(); torch.ones(1 << 24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(1 << 24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+    faults = [int(subprocess.run([sys.executable, "-c", code.format(keep=keep)], cwd=Path(fast.__file__).parent,
+                                 check=True, capture_output=True).stdout) for keep in (False, True)]
+    assert faults[1] < 64 < faults[0], "pages that the kernel had to provide for the last tensor"
