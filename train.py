@@ -545,13 +545,17 @@ class Signals:
             signal.signal(s, handler)
 
 
-def ignore_interrupt(worker):
-    """A terminal's Ctrl-C reaches the loader's workers too; they go on until the run has saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_signals(worker):
+    """Ctrl-C and a SIGTERM to the whole group reach the loader's workers too; they go on until the run ends them.
+
+    One that died while it handed over a batch would leave the run waiting for the rest of it.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def batches(loader, signals):
-    """The loader's batches; a SIGTERM to the whole group ends its workers and so the batches, which is no error."""
+    """The loader's batches; where a signal ended a worker that had just begun, they end, which is no error."""
     try:
         yield from loader
     except RuntimeError:
@@ -793,7 +797,7 @@ def train(args, state=None):
     latent = model.dit.config["in_channels"], args.crop // model.vae.factor, args.crop // model.vae.factor
     mine = ([(s * world + rank) * args.batch + i for i in range(args.batch)] for s in range(step, args.steps))
     loader = DataLoader(Pairs(photos, prompts, args.crop, latent, (low, high), args.seed, lq, args.usm, args.mild),
-                        batch_sampler=mine, num_workers=args.workers, worker_init_fn=ignore_interrupt,
+                        batch_sampler=mine, num_workers=args.workers, worker_init_fn=ignore_signals,
                         pin_memory=device.type == "cuda")
     if step == 0 and run:
         run.note({"step": 0} | look())
