@@ -178,11 +178,11 @@ def test_tiles_cost_little_more_than_the_whole():
 def test_kept_memory_is_not_asked_for_again():
     code = """
 import resource, torch, fast
-torch.ones(1 << 24)  # 64 MB
-if {keep}: fast.keep_memory(); torch.ones(1 << 24)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(1 << 24)
+if {keep}: fast.keep_memory()
+for i in range(12):  # 64 MB each
+    if i == 4: before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 24)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
     faults = [int(subprocess.run([sys.executable, "-c", code.format(keep=keep)], cwd=Path(fast.__file__).parent,
                                  check=True, capture_output=True).stdout) for keep in (False, True)]
-    assert faults[1] < 64 < faults[0], "pages that the kernel had to provide for the last tensor"
+    assert faults[1] < faults[0] / 2, "pages that the kernel had to provide for the last eight tensors"
