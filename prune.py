@@ -54,11 +54,11 @@ from train import (
     batches,
     complete,
     find_tags,
-    ignore_signals,
     in_float32,
     load_lpips,
     losses,
     match_lq,
+    outlive_signals,
     scan,
     validation_pairs,
     write_atomically,
@@ -487,7 +487,7 @@ class Calibration:
     def samples(self, first, last, signals):
         """Batches of one sample, numbers `first` to `last` - 1; with "name", a list of one."""
         loader = DataLoader(self.pairs, batch_sampler=[[n] for n in range(first, last)], num_workers=self.args.workers,
-                            worker_init_fn=ignore_signals)
+                            worker_init_fn=outlive_signals)
         for batch in batches(loader, signals):
             name, prompts = batch.pop("name"), batch.pop("prompt")
             batch = {k: v.to(self.args.device) for k, v in batch.items()}

@@ -545,13 +545,14 @@ class Signals:
             signal.signal(s, handler)
 
 
-def ignore_signals(worker):
+def outlive_signals(worker):
     """Ctrl-C and a SIGTERM to the whole group reach the loader's workers too; they go on until the run ends them.
 
-    One that died while it handed over a batch would leave the run waiting for the rest of it.
+    One that died while it held a lock, or half of a batch was handed over, would leave the run waiting for ever. But
+    SIGTERM is also how Python ends the workers of a run that failed, hence the alarm: 5 s later they are gone.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
 
 
 def batches(loader, signals):
@@ -797,7 +798,7 @@ def train(args, state=None):
     latent = model.dit.config["in_channels"], args.crop // model.vae.factor, args.crop // model.vae.factor
     mine = ([(s * world + rank) * args.batch + i for i in range(args.batch)] for s in range(step, args.steps))
     loader = DataLoader(Pairs(photos, prompts, args.crop, latent, (low, high), args.seed, lq, args.usm, args.mild),
-                        batch_sampler=mine, num_workers=args.workers, worker_init_fn=ignore_signals,
+                        batch_sampler=mine, num_workers=args.workers, worker_init_fn=outlive_signals,
                         pin_memory=device.type == "cuda")
     if step == 0 and run:
         run.note({"step": 0} | look())
