@@ -3,10 +3,10 @@
     model = fast.optimise(SanaSR.from_pretrained("sana-600m-512"))      # in place, and returned
 
 `sanasr.py` stays the readable path; what stands here replaces its modules by others that compute the same function of
-the same weights (float32: within 1e-4, see tests/test_fast.py) with fewer multiplications or fewer bytes, from public
-PyTorch operators alone. `python bench.py --rewrites` measures what each contributes:
+the same weights (float32: within 1e-4; bfloat16: to its rounding; see tests/test_fast.py) with fewer multiplications
+or fewer bytes, from public PyTorch operators alone. `python bench.py --rewrites` measures what each contributes:
 
-    winograd     3×3 = a quarter of the multiplications, in tiles of 4×4 (on a CPU, where channels are many)
+    winograd     3×3 = a quarter of the multiplications, in bfloat16 four ninths (on a CPU, where channels are many)
     up           nearest ×2, then 3×3 = nine products per small pixel, of differences, instead of 36; where it is 3×3
                  and channel-to-space, the shortcut is a tap of the 3×3
     down         the space-to-channel shortcut is a tap of the strided convolution
@@ -34,8 +34,8 @@ import sanasr
 from sanasr import to_picture, to_tokens
 
 STRIP = 64 * 1024  # values that a strip of elementwise work holds: 256 KB in float32, within a core's L2 cache
-TILES = 256  # tiles in a strip of Winograd's convolution: enough rows for the matrix products, few enough for the L3
-FEW = 16  # fewer tiles than this are convolved directly; in bfloat16, where that is faster, twice as many
+TILES = 256  # 4×4 tiles in a strip of Winograd's convolution: rows enough for matrix products, few enough for the L3
+FEW = 16  # fewer tiles than this are convolved directly
 TOKENS = 2048  # tokens in a strip of an up block: rows enough that the one more it needs counts little
 
 
@@ -65,12 +65,12 @@ def rows_of(x):
 
 
 def strips(y):
-    """Cuts y (B,C,H,W or B,N,C) into rows that stay in cache: yields (slice of the B·N rows, those rows in float32)."""
+    """Cuts y (B,C,H,W or B,N,C) into rows that stay in cache: yields (slice of the B·N rows, those rows)."""
     y = rows_of(y)
     count = max(1, STRIP // y.shape[1]) if y.device.type == "cpu" else len(y)
     for start in range(0, len(y), count):
         at = slice(start, min(start + count, len(y)))
-        yield at, y[at].float()
+        yield at, y[at]
 
 
 def normalised_(y, norm):
@@ -84,7 +84,7 @@ def add_norm_(x, parts, norm):
     """x + norm(y) written over x (B,C,H,W or B,N,C), y as `strips` gives it."""
     x_rows = rows_of(x)
     for at, y in parts:
-        x_rows[at].add_(normalised_(y, norm))
+        x_rows[at].add_(normalised_(y.float(), norm))
     return x
 
 
@@ -98,51 +98,72 @@ class Norm(nn.Module):
     def forward(self, x):  # B,H,W,C
         rows = x.flatten(0, 2)
         for at, y in strips(x.flatten(1, 2)):
-            normalised_(y, self)
+            y = normalised_(y.float(), self)
             if y.dtype != x.dtype:  # else y is a view of x
                 rows[at] = y
         return x
 
 
 class Winograd(nn.Module):
-    """A 3×3 convolution with a quarter of the multiplications: Winograd's F(4×4, 3×3), in float32 (arXiv 1509.09308).
+    """A 3×3 convolution by Winograd's F(m×m, 3×3), with fewer multiplications (arXiv 1509.09308).
 
-    Tiles of 6×6 values that overlap by two give 4×4 results each: Y = Aᵀ[(G g Gᵀ) ⊙ (Bᵀ d B)]A. Summed over channels, ⊙
-    is 36 products of matrices, tiles × C by C × C'. B and A hold small integers: `spread` and `gather` apply them.
-    The weights take 36/9 of their memory; for few tiles, where reading them costs more than they save, and for sides
-    that are no multiples of 4 it stays the convolution it was. Trap: Bᵀ d B magnifies a rounding to bfloat16 tenfold.
+    Tiles of (m+2)×(m+2) values that overlap by two give m×m results each: Y = Aᵀ[(G g Gᵀ) ⊙ (Bᵀ d B)]A. Summed over
+    channels, ⊙ is (m+2)² products of matrices, tiles × C by C × C'. B and A hold small integers: `spread` and `gather`
+    apply them. In float32 m = 4, a quarter of the multiplications. It would magnify a rounding to bfloat16 tenfold, so
+    there m = 2, four ninths of them and four times a rounding's error: whole autoencoders are 1.2 to 1.5 times as far
+    from float32 as the plain path in bfloat16 is.
+    For few tiles, where reading the weights ((m+2)²/9 of their memory) costs more than they save, and for sides that
+    are no multiples of m it stays the convolution it was.
     """
 
-    G = torch.tensor([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]).double() / 24
+    G = {2: torch.tensor([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]]).double() / 2,
+         4: torch.tensor([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]).double() / 24}
 
     def __init__(self, plain):
         super().__init__()
         w = plain.weight.float().permute(2, 3, 1, 0)  # 3,3,C,C'
-        both = torch.kron(self.G, self.G).float()  # 36,9
-        self.weight = frozen((both @ w.flatten(2).flatten(0, 1)).unflatten(1, w.shape[2:]))
+        self.size = 4 if plain.weight.dtype == torch.float32 else 2  # m
+        both = torch.kron(self.G[self.size], self.G[self.size]).float()  # (m+2)²,9
+        self.weight = frozen((both @ w.flatten(2).flatten(0, 1)).unflatten(1, w.shape[2:]).to(plain.weight.dtype))
         self.direct, self.bias = plain, plain.bias
 
     @staticmethod
     def spread(d, v):
-        """v = Bᵀ d for six arrays each; v is also where intermediate results lie."""
-        (d0, d1, d2, d3, d4, d5), (v0, v1, v2, v3, v4, v5), add = d, v, torch.add
+        """v = Bᵀ d for m + 2 arrays each; v is also where intermediate results lie."""
+        add, sub = torch.add, torch.sub
+        if len(d) == 4:
+            (d0, d1, d2, d3), (v0, v1, v2, v3) = d, v
+            sub(d0, d2, out=v0)
+            add(d1, d2, out=v1)
+            sub(d2, d1, out=v2)
+            sub(d1, d3, out=v3)
+            return
+        (d0, d1, d2, d3, d4, d5), (v0, v1, v2, v3, v4, v5) = d, v
         add(d4, d2, alpha=-4, out=v1)
         add(d3, d1, alpha=-4, out=v2)
         v1 += v2  # d4 − 4·d2 + (d3 − 4·d1)
         add(v1, v2, alpha=-2, out=v2)  # d4 − 4·d2 − (d3 − 4·d1)
-        torch.sub(d4, d2, out=v3)
-        torch.sub(d3, d1, out=v4)
-        torch.sub(d0, d2, out=v0)
+        sub(d4, d2, out=v3)
+        sub(d3, d1, out=v4)
+        sub(d0, d2, out=v0)
         add(v3, v0, alpha=4, out=v0)  # 4·d0 − 5·d2 + d4
-        torch.sub(d5, d3, out=v5)
+        sub(d5, d3, out=v5)
         v5.sub_(v4, alpha=4)  # 4·d1 − 5·d3 + d5
         v3.add_(v4, alpha=2)  # d4 − d2 + 2·(d3 − d1)
         add(v3, v4, alpha=-4, out=v4)  # d4 − d2 − 2·(d3 − d1)
 
     @staticmethod
     def gather(m, y):
-        """y = Aᵀ m, six arrays to four; m is overwritten."""
-        (m0, m1, m2, m3, m4, m5), (y0, y1, y2, y3), add = m, y, torch.add
+        """y = Aᵀ m, m + 2 arrays to m; what it is given is overwritten."""
+        add, sub = torch.add, torch.sub
+        if len(m) == 4:
+            (m0, m1, m2, m3), (y0, y1) = m, y
+            sub(m1, m2, out=y1)
+            y1 -= m3
+            m1 += m2
+            add(m0, m1, out=y0)
+            return
+        (m0, m1, m2, m3, m4, m5), (y0, y1, y2, y3) = m, y
         m1 += m2
         add(m1, m2, alpha=-2, out=m2)  # m1 − m2
         m3 += m4
@@ -156,48 +177,50 @@ class Winograd(nn.Module):
 
     def strips(self, x):
         """Yields the results like the function `strips`; they hold until the next strip is asked for."""
-        (batch, channels, height, width), out = x.shape, self.weight.shape[2]
-        down, across = height // 4, width // 4
-        if height % 4 or width % 4 or batch * down * across < FEW * 4 // x.element_size():
+        (batch, channels, height, width), out, size = x.shape, self.weight.shape[2], self.size
+        down, across, side = height // size, width // size, size + 2
+        if height % size or width % size or batch * down * across < FEW:
             yield from strips(self.direct(x))
             return
-        x = x.permute(0, 2, 3, 1)
-        pictures = min(batch, max(1, TILES // (down * across)))
-        most = min(down, max(1, TILES // across))  # rows of tiles in a strip
-        sizes = [(4 * most + 2) * 6 * channels, most * 36 * channels, most * 36 * out, most * 24 * out, most * 16 * out]
-        memory = [torch.empty(pictures * across * size, dtype=torch.float32) for size in sizes]
-        # column 4k + p − 1 of the picture is d[…, p, k, :]: from here to the last step all runs are long
-        padded = torch.zeros(pictures, 4 * most + 2, 4, across + 1, channels)
+        x, tiles = x.permute(0, 2, 3, 1), TILES * 4 // size
+        pictures = min(batch, max(1, tiles // (down * across)))
+        most = min(down, max(1, tiles // across))  # rows of tiles in a strip
+        sizes = [(size * most + 2) * side * channels, most * side**2 * channels, most * side**2 * out,
+                 most * size * side * out, most * size**2 * out]
+        memory = [torch.empty(pictures * across * n, dtype=x.dtype) for n in sizes]
+        # column m·k + p − 1 of the picture is d[…, p, k, :]: from here to the last step all runs are long
+        padded = torch.zeros(pictures, size * most + 2, size, across + 1, channels, dtype=x.dtype)
         for b in range(0, batch, pictures):
             n = min(pictures, batch - b)
             for r in range(0, down, most):
                 rows = min(most, down - r)
-                shapes = ((n, 4 * rows + 2, 6, across, channels), (6, 6, n, rows, across, channels),
-                          (6, 6, n, rows, across, out), (4, 6, n, rows, across, out), (n, rows, 4, across, 4, out))
+                shapes = ((n, size * rows + 2, side, across, channels), (side, side, n, rows, across, channels),
+                          (side, side, n, rows, across, out), (size, side, n, rows, across, out),
+                          (n, rows, size, across, size, out))
                 t, v, m, z, y = (a[:math.prod(shape)].view(shape) for a, shape in zip(memory, shapes, strict=True))
-                d = padded[:n, :4 * rows + 2]
-                first, last = max(4 * r - 1, 0), min(4 * (r + rows) + 1, height)
-                if first > 4 * r - 1:
+                d = padded[:n, :size * rows + 2]
+                first, last = max(size * r - 1, 0), min(size * (r + rows) + 1, height)
+                if first > size * r - 1:
                     d[:, 0] = 0
-                if last < 4 * (r + rows) + 1:
+                if last < size * (r + rows) + 1:
                     d[:, -1] = 0
-                inside = d[:, first - (4 * r - 1):last - (4 * r - 1)]
-                inside[:, :, 0, 1:] = x[b:b + n, first:last, 3::4]
-                for p in range(1, 4):
-                    inside[:, :, p, :-1] = x[b:b + n, first:last, p - 1::4]
-                self.spread([d[:, :, j % 4, j // 4:j // 4 + across] for j in range(6)], t.unbind(2))
-                self.spread([t[:, j:j + 4 * rows - 3:4].permute(2, 0, 1, 3, 4) for j in range(6)], v)
+                inside = d[:, first - (size * r - 1):last - (size * r - 1)]
+                inside[:, :, 0, 1:] = x[b:b + n, first:last, size - 1::size]
+                for p in range(1, size):
+                    inside[:, :, p, :-1] = x[b:b + n, first:last, p - 1::size]
+                self.spread([d[:, :, j % size, j // size:j // size + across] for j in range(side)], t.unbind(2))
+                self.spread([t[:, j:j + size * (rows - 1) + 1:size].permute(2, 0, 1, 3, 4) for j in range(side)], v)
                 torch.bmm(v.flatten(2, 4).flatten(0, 1), self.weight, out=m.flatten(2, 4).flatten(0, 1))
                 if self.bias is not None:
-                    m[1, 1] += self.bias.float()  # Aᵀ has nothing but ones in this column: the bias of all 16 results
+                    m[1, 1] += self.bias  # Aᵀ has nothing but ones in this column: the bias of all m² results
                 self.gather(m, z)
                 self.gather(z.unbind(1), y.permute(4, 2, 0, 1, 3, 5))
                 y = y.flatten(0, 4)
-                start = (b * height + 4 * r) * width
+                start = (b * height + size * r) * width
                 yield slice(start, start + len(y)), y
 
     def forward(self, x, finish=lambda part: part):  # B,C,H,W
-        """finish: what is done to every strip of the result (n,C' in float32) while it lies in cache."""
+        """finish: what is done to every strip of the result (n,C') while it lies in cache."""
         y = torch.empty(len(x), self.weight.shape[2], *x.shape[2:], dtype=x.dtype, memory_format=torch.channels_last)
         rows = rows_of(y)
         for at, part in self.strips(x):
@@ -291,11 +314,11 @@ def differences(x):
 def winograd(plain):
     """A Winograd of a 3×3 convolution where that is faster: on a CPU, with channels enough to pay for the tiles.
 
-    In bfloat16, whose products are twice as fast as float32's, only for the widest.
+    In bfloat16, where the products are the smaller part of it, only for the wider ones.
     """
     weight = plain.weight
     fits = (plain.kernel_size, plain.stride, plain.padding, plain.groups) == ((3, 3), (1, 1), (1, 1), 1)
-    enough = {torch.float32: 64, torch.bfloat16: 256}.get(weight.dtype, math.inf)
+    enough = {torch.float32: 64, torch.bfloat16: 128}.get(weight.dtype, math.inf)
     return Winograd(plain) if fits and weight.device.type == "cpu" and min(weight.shape[:2]) >= enough else plain
 
 
