@@ -1,6 +1,8 @@
 """Check the kernels against float64, then measure them at this project's sizes.
 
-    python -m kernels.bench [--op linear_attention|depthwise_gate|mix_ffn] [--dtype bf16|fp16|fp32] [--json FILE]
+    python -m kernels.bench [--op NAME] [--dtype bf16|fp16|fp32] [--json FILE]
+
+NAME: linear_attention, depthwise_gate, mix_ffn or add_rms_norm_; all without it.
 
 On a GPU: milliseconds at the 20th, 50th and 80th percentile for eager PyTorch, torch.compile and Triton, each replayed
 from a CUDA graph with inputs as warm as the L2 cache keeps them; the rates, and what part they are of this card's own
@@ -24,6 +26,7 @@ import kernels
 from kernels.dispatch import device_obstacle, triton
 from kernels.linear_attention import linear_attention_reference
 from kernels.mix_ffn import depthwise_gate_reference
+from kernels.rms_norm import add_rms_norm_reference_
 
 CARDS = {"H200": (4.3e12, 790e12), "4090": (1.0e12, 165e12)}  # bytes/s and bf16 FLOP/s, for the floors
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -37,7 +40,11 @@ VIT = ((512, 64), (1024, 32), (1024, 16))
 SIZES += [(f"DC-AE {C}x{s}x{s}", b, s, C // 16, C, 4 * C) for b in (1, 8) for C, s in VIT]
 
 
-class LinearAttention:
+class Operator:
+    sizes, passes = SIZES, (False, True)  # where it runs; without and with the backward pass
+
+
+class LinearAttention(Operator):
     """q, k, v: B, N, heads, 32, slices of one projection as the models have them."""
 
     @staticmethod
@@ -60,7 +67,7 @@ class LinearAttention:
         return forward + ([(7 * values * size, 5 * 2 * values * 32)] if backward else [])
 
 
-class DepthwiseGate:
+class DepthwiseGate(Operator):
     """u: B, N, 2H."""
 
     @staticmethod
@@ -82,7 +89,7 @@ class DepthwiseGate:
         return [(3 * values * size, 0)] + ([(11 * values * size, 0)] if backward else [])
 
 
-class MixFFN:
+class MixFFN(Operator):
     """x: B, N, C, and the five weights."""
 
     @staticmethod
@@ -111,7 +118,32 @@ class MixFFN:
         return products + DepthwiseGate.operations(B, side, heads, C, H, size, backward)
 
 
-OPS = {"linear_attention": LinearAttention, "depthwise_gate": DepthwiseGate, "mix_ffn": MixFFN}
+class AddRMSNorm(Operator):
+    """x and y: B, N, C, and weight and bias. Over x; no backward pass. Its sizes: DC-AE's ResBlocks at 512 px."""
+
+    passes = (False,)
+    sizes = [(f"DC-AE {C}x{s}x{s}", b, s, 0, C, 0) for b in (1, 8) for C, s in ((128, 512), (256, 256), (512, 128))]
+
+    @staticmethod
+    def inputs(B, side, heads, C, H, dtype, device):
+        shapes = (B, side * side, C), (B, side * side, C), (C,), (C,)
+        return [torch.randn(s, device=device, dtype=dtype) for s in shapes]
+
+    @staticmethod
+    def run(backend, side, x, y, weight, bias):
+        return kernels.add_rms_norm_(x, y, weight, bias, 1e-5, backend=backend)
+
+    @staticmethod
+    def reference(side, x, y, weight, bias):
+        return add_rms_norm_reference_(x, y, weight, bias, 1e-5)
+
+    @staticmethod
+    def operations(B, side, heads, C, H, size, backward):
+        return [(3 * B * side * side * C * size, 0)]
+
+
+OPS = {"linear_attention": LinearAttention, "depthwise_gate": DepthwiseGate, "mix_ffn": MixFFN,
+       "add_rms_norm_": AddRMSNorm}  # fmt: skip
 
 
 def step(function, inputs, gradient=None):
@@ -139,10 +171,11 @@ def check(names, dtype, device, backend):
         for B, side in ((1, 1), (2, 5), (1, 17)):
             torch.manual_seed(0)
             inputs = op.inputs(B, side, 2, 64, 160, dtype, device)
-            gradient = torch.randn_like(op.reference(side, *inputs))
-            got = step(lambda *t: op.run(backend, side, *t), inputs, gradient)()  # noqa: B023
             double = [t.double() for t in inputs]
-            expected = step(lambda *t: op.reference(side, *t), double, gradient.double())()  # noqa: B023
+            gradient = torch.randn_like(op.reference(side, *inputs)) if True in op.passes else None
+            got = step(lambda *t: op.run(backend, side, *t), inputs, gradient)()  # noqa: B023
+            gradient = None if gradient is None else gradient.double()
+            expected = step(lambda *t: op.reference(side, *t), double, gradient)()  # noqa: B023
             for a, b in zip(got, expected, strict=True):
                 error = ((a.double() - b).norm() / max(b.norm().item(), expected[0].norm().item())).item()
                 worst = max(worst, error if error == error else float("inf"))
@@ -206,8 +239,8 @@ def card_rates(dtype, sizes):
 def rows(names, dtype, device, backends):
     for name in names:
         op = OPS[name]
-        for where, B, side, heads, C, H in SIZES:
-            for backward in (False, True):
+        for where, B, side, heads, C, H in op.sizes:
+            for backward in op.passes:
                 operations = op.operations(B, side, heads, C, H, dtype.itemsize, backward)
                 row = {"op": name, "where": where, "batch": B, "pass": "fwd+bwd" if backward else "fwd"}
                 row["bytes"], row["flop"] = (sum(x) for x in zip(*operations, strict=True))
@@ -272,7 +305,8 @@ def main():
     labels = ["eager", "compiled", "Triton"]
     copies, matmul, results = {}, None, []
     if device == "cuda":
-        cases = [OPS[n].operations(*s[1:], dtype.itemsize, back) for n in names for s in SIZES for back in (0, 1)]
+        ops = [OPS[n] for n in names]
+        cases = [op.operations(*s[1:], dtype.itemsize, back) for op in ops for s in op.sizes for back in op.passes]
         copies, matmul = card_rates(dtype, {sum(moved for moved, _ in case) for case in cases})
         print(f"copy {max(copies.values()) / 1e9:.0f} GB/s at best, matrix product {matmul / 1e12:.0f} TFLOP/s")
     print(f"{'':44}{'MB':>8}{'GFLOP':>8}" + "".join(f"{'floor':>9}" for _ in CARDS), end="")

@@ -55,6 +55,17 @@ def test_linear_attention_ignores_autocast():
         assert torch.equal(kernels.linear_attention(q, k, v, backend="torch"), plain)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float16, 5e-4), (torch.bfloat16, 4e-3)])
+def test_add_rms_norm_rounds_only_at_the_end(dtype, tolerance):
+    torch.manual_seed(0)
+    x, y, (weight, bias) = *torch.randn(2, 3, 5, 96).to(dtype).unbind(), torch.randn(2, 96)  # weights of another dtype
+    rms = y.double().square().mean(-1, keepdim=True).add(0.1).sqrt()
+    expected = x.double() + y.double() / rms * weight.double() + bias.double()
+    assert relative(kernels.add_rms_norm_(x.double(), y.double(), weight, bias, 0.1), expected) < 1e-13
+    out = kernels.add_rms_norm_(x, y, weight, bias, 0.1, backend="torch")
+    assert out is x and out.dtype == dtype and relative(out, expected) < tolerance
+
+
 def test_shapes_on_the_meta_device():
     q = torch.empty(1, 6, 2, 32, device="meta", dtype=torch.bfloat16)
     assert kernels.linear_attention(q, q, q).shape == q.shape
@@ -111,6 +122,7 @@ def test_references_trace_without_a_graph_break():
 Q = torch.zeros(1, 4, 2, 16)
 U, WD, BD = torch.zeros(1, 6, 8), torch.zeros(8, 1, 3, 3), torch.zeros(8)
 X, FFN = torch.zeros(1, 6, 4), ffn_weights(4, 4)
+W = torch.zeros(4)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +146,13 @@ X, FFN = torch.zeros(1, 6, 4), ffn_weights(4, 4)
         (lambda: kernels.mix_ffn(X, 2, 3, FFN[0].flatten(1), *FFN[1:]), r"inverted_weight must be out, in, 1, 1"),
         (lambda: kernels.mix_ffn(X[..., :3], 2, 3, *FFN), r"inverted_weight \(8, 4, 1, 1\) does not fit x \(1, 6, 3\)"),
         (lambda: kernels.mix_ffn(X, 2, 3, *FFN[:4], FFN[4][:, :3]), r"point_weight \(4, 3, 1, 1\) does not fit"),
+        (lambda: kernels.add_rms_norm_(W[0], W[0], W, W, 1e-5), r"x must be ..., C, got shape \(\)"),
+        (lambda: kernels.add_rms_norm_(X, X[:, :3], W, W, 1e-5), r"y has shape \(1, 3, 4\), x \(1, 6, 4\)"),
+        (lambda: kernels.add_rms_norm_(X, X.half(), W, W, 1e-5), "y is torch.float16"),
+        (lambda: kernels.add_rms_norm_(X, X, W[:3], W, 1e-5), r"weight must be \(4,\), got \(3,\)"),
+        (lambda: kernels.add_rms_norm_(X, X, W, W.int(), 1e-5), "bias must have a floating dtype, got torch.int32"),
+        (lambda: kernels.add_rms_norm_(X, X, W.to("meta"), W, 1e-5), "weight is on meta"),
+        (lambda: kernels.add_rms_norm_(X, X, W, W.clone().requires_grad_(), 1e-5), "add_rms_norm_ has no gradient"),
     ],
 )
 def test_bad_input(call, words):
@@ -163,7 +182,7 @@ def test_bench_counts_and_checks(capsys, monkeypatch):
     ((moved, flop),) = bench.LinearAttention.operations(2, 4, 3, 0, 0, 2, backward=False)
     assert moved == 4 * 2 * 16 * 3 * 32 * 2 and flop == 2 * 2 * (2 * 16 * 3 * 32 * 32)
     bench.check(bench.OPS, torch.float32, "cpu", "torch")
-    assert capsys.readouterr().out.count(" ok") == 3
+    assert capsys.readouterr().out.count(" ok") == 4
     monkeypatch.setitem(bench.TOLERANCE, torch.float32, 1e-9)
     with pytest.raises(SystemExit):
         bench.check(["linear_attention"], torch.float32, "cpu", "torch")

@@ -25,6 +25,8 @@ from kernels.linear_attention import (  # noqa: E402
     _plan,
 )
 from kernels.mix_ffn import BLOCK_C, COLS, WARPS, _backward_input, _gate  # noqa: E402
+from kernels.rms_norm import MAX_C, _add_rms_norm, tile  # noqa: E402
+from kernels.rms_norm import WARPS as NORM_WARPS  # noqa: E402
 
 CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
 pytestmark = [
@@ -37,7 +39,7 @@ POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf1
 DOT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 GATE = {"BLOCK_C": BLOCK_C, "COLS": COLS, "num_warps": WARPS}
 FLOAT32 = ("state", "dstate", "dweight")  # pointers to float32 whatever the inputs are
-POINTERS = {"q", "k", "v", "g", "out", "dq", "dk", "dv", "u", "weight", "bias", "dy", "dp", "du", *FLOAT32}
+POINTERS = {"q", "k", "v", "g", "out", "dq", "dk", "dv", "u", "weight", "bias", "dy", "dp", "du", "x", "y", *FLOAT32}
 
 
 def resources(kernel, dtype, arch, constants, strided=False):
@@ -121,6 +123,15 @@ def test_attention_fits_with_strided_channels(arch, dtype, d):
 def test_gate_fits(arch, dtype, kernel, flag):
     for value in (False, True):
         assert faults(kernel, dtype, arch, {flag: value, **GATE}) == []
+
+
+@pytest.mark.parametrize("arch", SHARED)
+@pytest.mark.parametrize("dtype", POINTER)
+def test_add_rms_norm_fits(arch, dtype):
+    for C in (5, 128, 256, 512, 1024, MAX_C):
+        rows, channels = tile(C)
+        constants = {"ROWS": rows, "BLOCK_C": channels, "num_warps": NORM_WARPS}
+        assert faults(_add_rms_norm, dtype, arch, constants) == []
 
 
 def test_the_check_can_fail():

@@ -12,6 +12,7 @@ import kernels
 from kernels.dispatch import INTERPRET, device_obstacle
 from kernels.linear_attention import linear_attention_reference
 from kernels.mix_ffn import depthwise_gate_reference
+from kernels.rms_norm import MAX_C, add_rms_norm_reference_, tile
 
 DEVICE = "cpu" if INTERPRET or not torch.cuda.is_available() else "cuda"
 OBSTACLE = device_obstacle(DEVICE, 0)
@@ -193,6 +194,59 @@ def test_mix_ffn_every_gradient():
     assert_close(got, expected, torch.float32, names=range(8))
 
 
+def check_add_rms_norm(shape, dtype, scale=1.0, eps=1e-5):
+    """Between other rows, which must stay as they are. weight and bias: one of another dtype."""
+    r = torch.Generator().manual_seed(shape[-1])
+    around = torch.randn(3, *shape, generator=r).to(DEVICE, dtype)
+    y = torch.randn(shape, generator=r).mul(scale).to(DEVICE, dtype)
+    weight, bias = torch.randn(shape[-1], generator=r).to(DEVICE), torch.randn(shape[-1], generator=r).to(DEVICE, dtype)
+    before, y_before = around.clone(), y.clone()
+    out = kernels.add_rms_norm_(around[1], y, weight, bias, eps, backend="triton")
+    expected = add_rms_norm_reference_(*double(before[1], y, weight, bias), eps)
+    assert out.data_ptr() == around[1].data_ptr() and torch.equal(y, y_before)
+    assert torch.equal(around[::2], before[::2])
+    assert_close([out], [expected], dtype, names=["out"])
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n, C", [(1, 128), (37, 128), (19, 96), (300, 5), (5, 512), (2, 1024), (3, 1)])
+def test_add_rms_norm_sizes_and_dtypes(n, C, dtype):
+    check_add_rms_norm((n, C), dtype)
+
+
+def test_add_rms_norm_rows_of_a_tile():
+    assert tile(128) == (16, 128) and 37 % 16 and tile(96) == (16, 128) and tile(MAX_C) == (1, MAX_C)
+    check_add_rms_norm((2, 3, 7, 33), torch.float32)
+    check_add_rms_norm((2, MAX_C), torch.float32)
+
+
+def test_add_rms_norm_large_small_and_zero_values():
+    assert check_add_rms_norm((9, 64), torch.float16, scale=1e4).isfinite().all()  # their squares exceed float16
+    check_add_rms_norm((9, 64), torch.float32, scale=1e-3, eps=1e-2)
+    assert check_add_rms_norm((9, 64), torch.float32, scale=0.0).isfinite().all()
+
+
+def test_add_rms_norm_carries_nan_in_its_row_only():
+    x, y, w = torch.zeros(40, 96, device=DEVICE), torch.ones(40, 96, device=DEVICE), torch.ones(96, device=DEVICE)
+    y[17, 3] = float("nan")
+    out = kernels.add_rms_norm_(x, y, w, w, 1e-5, backend="triton").isnan()
+    assert out[17].all() and out.sum() == 96
+
+
+def test_add_rms_norm_elsewhere_runs_the_reference():
+    w = torch.ones(8, device=DEVICE)
+    x = torch.zeros(8, 4, device=DEVICE).t()  # 4, 8 with strided channels: in place all the same
+    kernels.add_rms_norm_(x, torch.ones(4, 8, device=DEVICE), w, w, 0.0)
+    assert (x == 2).all()
+    with pytest.raises(ValueError, match="is not contiguous"):
+        kernels.add_rms_norm_(x, x, w, w, 0.0, backend="triton")
+    x, w = torch.zeros(1, MAX_C + 1, device=DEVICE), torch.ones(MAX_C + 1, device=DEVICE)
+    assert (kernels.add_rms_norm_(x, torch.ones_like(x), w, w, 0.0) == 2).all()
+    assert kernels.add_rms_norm_(x[:0], x[:0], w, w, 0.0).shape == (0, MAX_C + 1)
+    assert kernels.add_rms_norm_(x[:0, :8].double(), x[:0, :8].double(), w[:8], w[:8], 0.0).shape == (0, 8)
+
+
 # --- on a GPU only ----------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +269,15 @@ def test_gpu_offsets_beyond_int32():
     q = torch.zeros(1, (1 << 31) // 32 + 64, 1, 32, device=DEVICE, dtype=torch.bfloat16)
     q[:, -1] = 1
     assert (kernels.linear_attention(q, q, q, backend="triton")[:, -1] == 1).all()
+    y, w = torch.ones((1 << 31) // 128 + 64, 128, device=DEVICE, dtype=torch.bfloat16), torch.ones(128, device=DEVICE)
+    assert (kernels.add_rms_norm_(torch.zeros_like(y), y, w, w, 0.0, backend="triton") == 2).all()
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n, C", [(512 * 512, 128), (256 * 256, 256), (128 * 128, 512)])
+def test_gpu_add_rms_norm_our_sizes(n, C, dtype):
+    check_add_rms_norm((n, C), dtype)
 
 
 @needs_gpu
