@@ -4,6 +4,7 @@
     python bench.py --model sana-600m-512 --size 1024 --device cuda --dtype bf16
     python bench.py --vs diffusers --json results.json           # the same weights in diffusers' classes, eager
     python bench.py --vs compiled                                # and under torch.compile
+    python bench.py --size 4096 --dtype bf16 --variants fast     # in tiles, as eval.py restores large pictures
     python bench.py --rewrites --size 256                        # fast, and fast without each of its rewrites
     python bench.py --variants fast --blocks 16 --batch 8        # fast only; a transformer pruned to 16 blocks
 
@@ -24,13 +25,14 @@ import platform
 import sys
 import time
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fast
-from sanasr import DCAE, LinearDiT, SanaSR, one_step
+from sanasr import DCAE, LinearDiT, SanaSR, one_step, tiled
 
 CONFIGS = Path(__file__).parent / "tests" / "data" / "official_configs"
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
@@ -145,17 +147,18 @@ def quantile(values, q):
     return values[min(len(values) - 1, math.ceil(q * len(values)) - 1)]
 
 
-STAGES = "encode", "transform", "decode"
+STAGES = dict(encode=dict(down=32), transform={}, decode=dict(up=32))  # and how the sides of a tile change
 
 
-def measure(variants, x, runs, clock, device):
+def measure(variants, x, runs, tile, clock, device):
     """[{variant, stage, p50, p95, peak, error}], the variants taking turns; `error` is relative to the first."""
     times, peaks, errors, results = {}, {}, {}, {}
     for _ in range(runs):
         for name, variant in variants.items():
             total, y = 0.0, x
-            for stage in STAGES:
-                y, seconds, peak = timed(getattr(variant, stage), y, clock, device)
+            for stage, sides in STAGES.items():
+                f = partial(tiled, getattr(variant, stage), tile=tile, overlap=min(SanaSR.OVERLAP, tile // 4), **sides)
+                y, seconds, peak = timed(f, y.to(x.dtype), clock, device)  # blended tiles are in float32
                 first = results.setdefault(stage, y)
                 times.setdefault((name, stage), []).append(seconds)
                 peaks[name, stage] = max(peak or 0, peaks.get((name, stage), 0)) or None
@@ -194,13 +197,16 @@ def main():
     parser.add_argument("--model", help="a folder or a name of `python -m weights`; by default the official configs "
                                         "under seeded weights")
     parser.add_argument("--size", type=int, default=512, help="side of the result in pixels, a multiple of 32")
+    parser.add_argument("--tile", type=int, default=32 * SanaSR.TILE, metavar="PX", help="the largest side that the "
+                        "networks see at once, as in eval.py; 0: no limit (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
     parser.add_argument("--blocks", type=int, metavar="N", help="keep N blocks of the transformer, as pruning does")
-    parser.add_argument("--variants", default="plain,fast", metavar="LIST", help="of ours (default: plain,fast)")
+    parser.add_argument("--variants", default="plain,fast", metavar="LIST", help="of ours: plain, fast, and on CUDA "
+                        "graphs, which is fast with CUDA graphs (default: plain,fast)")
     parser.add_argument("--vs", choices=["diffusers", "compiled"], help="diffusers eager, or that and compiled")
     parser.add_argument("--rewrites", nargs="?", const=",".join([*fast.REWRITES, "dit"]), metavar="LIST",
                         help="the fast path, then the same without each of these (default: all)")
@@ -210,6 +216,8 @@ def main():
     args = parser.parse_args()
     if args.size < 32 or args.size % 32:
         sys.exit(f"error: --size {args.size} is not a multiple of 32")
+    if "graphs" in args.variants and not args.device.startswith("cuda"):
+        sys.exit("error: --variants graphs needs --device cuda")
 
     torch.set_num_threads(args.threads)
     if args.keep_memory:
@@ -239,8 +247,10 @@ def main():
         variants["compiled"] = Diffusers(plain, compiled=True)
     if "plain" in args.variants and not args.rewrites:
         variants["plain"] = plain
-    if "fast" in args.variants:
-        variants["fast"] = Ours(fast.optimise_vae(shared(vae)), fast.optimise_dit(shared(dit)), text, timestep, scale)
+    for name, graphs in (("fast", False), ("graphs", True)):
+        if name in args.variants.split(","):
+            variants[name] = Ours(fast.optimise_vae(shared(vae), graphs=graphs),
+                                  fast.optimise_dit(shared(dit), graphs), text, timestep, scale)
     for name in filter(None, (args.rewrites or "").split(",")):
         others = [other for other in fast.REWRITES if other != name]
         variants[f"no {name}"] = Ours(fast.optimise_vae(shared(vae), others),
@@ -255,7 +265,7 @@ def main():
     print(", ".join(f"{key} {value}" for key, value in setup.items()), flush=True)
     for name, variant in variants.items():  # the first call of an operator costs more
         start = time.perf_counter()
-        variant.whole(x if name == "compiled" else x[:, :, :64, :64])
+        variant.whole(x if name in ("compiled", "graphs") else x[:, :, :64, :64])
         if name == "compiled":
             print(f"compiled: first call {time.perf_counter() - start:.0f} s of wall time")
     gmac, y = {}, x.to("meta")
@@ -265,7 +275,7 @@ def main():
         gmac[stage] = counter.get_total_flops() / 2
     gmac["sum"] = sum(gmac.values())
     peak = matmul_peak(dtype, device, clock)
-    rows = measure(variants, x, args.runs, clock, device)
+    rows = measure(variants, x, args.runs, args.tile // 32 or math.inf, clock, device)
     print(f"one large matrix product: {peak / 1e9:.1f} GMAC/s")
     show(rows, variants, gmac, peak)
     if args.json:

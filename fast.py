@@ -4,14 +4,16 @@
 
 `sanasr.py` stays the readable path; what stands here replaces its modules by others that compute the same function of
 the same weights (float32: within 1e-4; bfloat16: to its rounding; see tests/test_fast.py) with fewer multiplications
-or fewer bytes, from public PyTorch operators alone. `python bench.py --rewrites` measures what each contributes:
+or fewer bytes, from public PyTorch operators and `kernels`. `python bench.py --rewrites` measures what each contributes:
 
     winograd     3×3 = a quarter of the multiplications, in bfloat16 four ninths (on a CPU, where channels are many)
     up           nearest ×2, then 3×3 = nine products per small pixel, of differences, instead of 36; where it is 3×3
                  and channel-to-space, the shortcut is a tap of the 3×3
     down         the space-to-channel shortcut is a tap of the strided convolution
-    norm         RMSNorm, gain, bias and residual strip by strip, so that they pass memory once; SiLU in place
+    norm         RMSNorm, gain, bias and residual strip by strip (on a GPU one kernel): memory once; SiLU in place
     dit          text keys and values and the timestep's modulation kept from call to call; AdaLN as one layer_norm
+
+With graphs=True, on CUDA only, each of encoder, transformer and decoder is one CUDA graph besides.
 
 The blocks of the low resolutions stay as they are: one QKV product, the 1×1 within heads as batched matrix products,
 and hidden channels a few at a time so that they stay in cache gave 1 % of the whole together.
@@ -31,6 +33,7 @@ import torch.nn.functional as F
 
 import kernels
 import sanasr
+from kernels.rms_norm import add_rms_norm_reference_, rms_norm_
 from sanasr import to_picture, to_tokens
 
 STRIP = 64 * 1024  # values that a strip of elementwise work holds: 256 KB in float32, within a core's L2 cache
@@ -73,23 +76,16 @@ def strips(y):
         yield at, y[at]
 
 
-def normalised_(y, norm):
-    """RMSNorm with a bias over the last axis of y (n,C in float32), in place."""
-    mean = torch.linalg.vector_norm(y, dim=1, keepdim=True).square_().div_(y.shape[1])
-    y.mul_(mean.add_(norm.eps).rsqrt_())
-    return torch.addcmul(norm.bias.float(), y, norm.weight.float(), out=y)
-
-
 def add_norm_(x, parts, norm):
-    """x + norm(y) written over x (B,C,H,W or B,N,C), y as `strips` gives it."""
-    x_rows = rows_of(x)
+    """x + norm(y) written over x (B,C,H,W or B,N,C), y as `strips` gives it: whole to a GPU's one kernel."""
+    x_rows, add = rows_of(x), kernels.add_rms_norm_ if x.is_cuda else add_rms_norm_reference_
     for at, y in parts:
-        x_rows[at].add_(normalised_(y.float(), norm))
+        add(x_rows[at], y, norm.weight, norm.bias, norm.eps)
     return x
 
 
 class Norm(nn.Module):
-    """RMSNorm with a bias, strip by strip, over its input."""
+    """RMSNorm with a bias, strip by strip, over its input. For a CPU: on a GPU the plain one is a kernel."""
 
     def __init__(self, plain):
         super().__init__()
@@ -98,7 +94,7 @@ class Norm(nn.Module):
     def forward(self, x):  # B,H,W,C
         rows = x.flatten(0, 2)
         for at, y in strips(x.flatten(1, 2)):
-            y = normalised_(y.float(), self)
+            y = rms_norm_(y.float(), self.weight, self.bias, self.eps)
             if y.dtype != x.dtype:  # else y is a view of x
                 rows[at] = y
         return x
@@ -322,6 +318,10 @@ def winograd(plain):
     return Winograd(plain) if fits and weight.device.type == "cpu" and min(weight.shape[:2]) >= enough else plain
 
 
+def norm(plain):
+    return Norm(plain) if plain.weight.device.type == "cpu" else plain
+
+
 def up_block(plain):
     """An UpBlock, or where the plain one is 3×3 + channel-to-space, that with the shortcut as one more middle tap."""
     if plain.nearest:
@@ -339,11 +339,11 @@ REWRITES = {  # name -> the rules (class, its replacement) that make it up
     "winograd": [(nn.Conv2d, winograd)],
     "up": [(sanasr.UpBlock, up_block)],
     "down": [(sanasr.DownBlock, down_block)],
-    "norm": [(sanasr.ResBlock, ResBlock), (sanasr.RMSNorm, Norm)],
+    "norm": [(sanasr.ResBlock, ResBlock), (sanasr.RMSNorm, norm)],
 }
 
 
-def optimise_vae(vae, rewrites=tuple(REWRITES)):
+def optimise_vae(vae, rewrites=tuple(REWRITES), graphs=False):
     """Rewrite a sanasr.DCAE in place, and return it. rewrites: names in REWRITES, by default all."""
     rules = [rule for name in rewrites for rule in REWRITES[name]]
     for convolution in (m for m in vae.modules() if isinstance(m, nn.Conv2d)):
@@ -359,6 +359,8 @@ def optimise_vae(vae, rewrites=tuple(REWRITES)):
                 walk(child)
 
     walk(vae)
+    if graphs:
+        vae.encode, vae.decode = Graphed(vae.encode), Graphed(vae.decode)
     return vae.requires_grad_(False)
 
 
@@ -374,21 +376,21 @@ class FastDiT(nn.Module):
     six modulation vectors, B,1,D.
     """
 
-    def __init__(self, plain):
+    def __init__(self, plain, graphs=False):
         super().__init__()
         if sanasr.lora_modules(plain):
             raise ValueError("fast.optimise: the adapters are not merged; call sanasr.merge_lora first")
-        self.plain, self.config, self.kept = plain, plain.config, None
+        self.plain, self.config, self.kept, self.graphs = plain, plain.config, None, graphs
         for block in plain.transformer_blocks:
             a = block.attn1
             a.to_qkv = merged(a.to_q, a.to_k, a.to_v)
             del a.to_q, a.to_k, a.to_v
 
     def prepare(self, t, c, mask):
-        """Everything that does not depend on the picture: (text bias, per block (k, v, modulation), the last one)."""
+        """Keep what does not depend on the picture: (text bias, per block (k, v, modulation), the last one)."""
         if self.kept is not None and all(a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
                                          for a, b in zip(self.kept[0], (t, c, mask), strict=True)):
-            return self.kept[1]
+            return
         plain, blocks = self.plain, []
         modulation, e = plain.time_embed(t)
         text = plain.caption_norm(plain.caption_projection(c))  # B,T,D
@@ -400,12 +402,16 @@ class FastDiT(nn.Module):
         shift, scale = (plain.scale_shift_table + e[:, None]).chunk(2, dim=1)
         bias = ((1 - mask.to(c.dtype)) * -10000)[:, None, None]  # B,1,1,T
         self.kept = [x.clone() for x in (t, c, mask)], (bias, blocks, (1 + scale, shift))
-        return self.kept[1]
+        self.predict = Graphed(self.prediction) if self.graphs else self.prediction  # a graph holds the kept tensors
 
     def forward(self, z, t, c, mask):
         """z: B,C,h,w; t: B; c: B,T,Dt; mask: B,T -> B,C,h,w, as sanasr.LinearDiT.forward."""
+        self.prepare(t, c, mask)
+        return self.predict(z)
+
+    def prediction(self, z):
         plain, (height, width) = self.plain, z.shape[2:]
-        bias, blocks, (gain, shift) = self.prepare(t, c, mask)
+        bias, blocks, (gain, shift) = self.kept[1]
         x = plain.patch_embed["proj"](to_tokens(z))  # B,N,D
         for block, (k, v, gain1, shift1, gate1, gain2, shift2, gate2) in zip(plain.transformer_blocks, blocks,
                                                                             strict=True):
@@ -428,9 +434,25 @@ def modulated(x, gain, shift, eps):
     return torch.addcmul(shift, F.layer_norm(x, x.shape[2:], eps=eps), gain)
 
 
-def optimise_dit(dit):
+def optimise_dit(dit, graphs=False):
     """A FastDiT of a sanasr.LinearDiT, which is used up. Raises ValueError where it carries unmerged adapters."""
-    return FastDiT(dit).requires_grad_(False)
+    return FastDiT(dit, graphs).requires_grad_(False)
+
+
+class Graphed:
+    """f(x) as one CUDA graph: all of its kernels by a single launch. Captured for the first x and for every new shape.
+
+    Trap: f must not wait for the GPU, and what it computes from other tensors than x stays as it was at the capture.
+    """
+
+    def __init__(self, f):
+        self.f, self.shape, self.graph = f, None, None
+
+    def __call__(self, x):
+        if self.shape != x.shape:
+            self.graph = None  # gives its memory back first
+            self.graph, self.shape = torch.cuda.make_graphed_callables(self.f, (x.clone(),)), x.shape
+        return self.graph(x).clone()  # the next call writes over the graph's own result
 
 
 def keep_memory():
@@ -444,8 +466,11 @@ def keep_memory():
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the end of the heap is not given back
 
 
-def optimise(model):
-    """Rewrite a sanasr.SanaSR in place, and return it. Raises ValueError where its adapter is not merged."""
-    model.dit = optimise_dit(model.dit)
-    model.vae = optimise_vae(model.vae)
+def optimise(model, graphs=False):
+    """Rewrite a sanasr.SanaSR in place, and return it. Raises ValueError where its adapter is not merged.
+
+    graphs: CUDA graphs, one each for encoder, transformer and decoder, for the last size of picture and prompt seen.
+    """
+    model.dit = optimise_dit(model.dit, graphs)
+    model.vae = optimise_vae(model.vae, graphs=graphs)
     return model
