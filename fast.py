@@ -4,7 +4,7 @@
 
 `sanasr.py` stays the readable path; what stands here replaces its modules by others that compute the same function of
 the same weights (float32: within 1e-4; bfloat16: to its rounding; see tests/test_fast.py) with fewer multiplications
-or fewer bytes, from public PyTorch operators and `kernels`. `python bench.py --rewrites` measures what each contributes:
+or fewer bytes, from public PyTorch operators and `kernels`. What each gives: `python bench.py --rewrites`.
 
     winograd     3×3 = a quarter of the multiplications, in bfloat16 four ninths (on a CPU, where channels are many)
     up           nearest ×2, then 3×3 = nine products per small pixel, of differences, instead of 36; where it is 3×3
