@@ -1,7 +1,8 @@
 """Where the time goes: encode, transformer, decode and the whole, plain against fast, and against diffusers.
 
     python bench.py                                              # official configs under seeded weights, 128 → 512
-    python bench.py --model sana-600m-512 --size 1024 --device cuda --dtype bf16
+    python bench.py --device cuda --dtype bf16 --variants plain,fast,graphs --vs compiled
+    python bench.py --model sana-600m-512 --size 1024
     python bench.py --vs diffusers --json results.json           # the same weights in diffusers' classes, eager
     python bench.py --vs compiled                                # and under torch.compile
     python bench.py --size 4096 --dtype bf16 --variants fast     # in tiles, as eval.py restores large pictures
@@ -13,8 +14,8 @@ with the first variant's, through all its own stages. Text is 300 random states:
 the fast path keeps what depends on it alone. On a CPU the time is the process's CPU seconds on --threads threads (1:
 then another program on the machine does not count), otherwise wall time.
 "share" is the plain path's multiplications by that time over what one large matrix product reaches (a rewrite that
-needs fewer may pass 100 %). fp32 at 512 takes about half a minute a variant and run on one core. On a CPU "peak GB" is
-the whole process's, all variants loaded.
+needs fewer may pass 100 %). fp32 at 512 takes about half a minute a variant and run on one core. "peak GB" is with all
+variants loaded, on a CPU the whole process's.
 """
 from __future__ import annotations
 
@@ -57,7 +58,7 @@ def shared(module):
 
 
 class Ours:
-    """The three stages and the whole as functions of one tensor each."""
+    """The three stages as functions of one tensor each."""
 
     def __init__(self, vae, dit, text, timestep, scale):
         self.vae, self.dit, self.text, self.timestep, self.scale = vae, dit, text, timestep, scale
@@ -71,9 +72,6 @@ class Ours:
 
     def decode(self, z):
         return self.vae.decode(z / self.scale)
-
-    def whole(self, x):
-        return self.decode(self.transform(self.encode(x)))
 
 
 class Diffusers(Ours):
@@ -132,8 +130,9 @@ def timed(f, x, clock, device):
     return y, seconds, None
 
 
-def matmul_peak(dtype, device, clock, n=2048):
-    """Multiply-accumulates a second of a product of two n×n matrices, the best of five."""
+def matmul_peak(dtype, device, clock):
+    """Multiply-accumulates a second of a product of two large square matrices, the best of five."""
+    n = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     return n**3 / min(timed(a.matmul, b, clock, device)[1] for _ in range(5))
 
@@ -199,9 +198,9 @@ def main():
     parser.add_argument("--size", type=int, default=512, help="side of the result in pixels, a multiple of 32")
     parser.add_argument("--tile", type=int, default=32 * SanaSR.TILE, metavar="PX", help="the largest side that the "
                         "networks see at once, as in eval.py; 0: no limit (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=int, default=1, help="pictures at a time (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=3, help="timed calls of each variant (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
     parser.add_argument("--blocks", type=int, metavar="N", help="keep N blocks of the transformer, as pruning does")
@@ -214,15 +213,24 @@ def main():
                         "tensor leaves stays with the process; for all variants")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there, too")
     args = parser.parse_args()
+    device, dtype, names = torch.device(args.device), DTYPES[args.dtype], args.variants.split(",")
     if args.size < 32 or args.size % 32:
         sys.exit(f"error: --size {args.size} is not a multiple of 32")
-    if "graphs" in args.variants and not args.device.startswith("cuda"):
+    if args.tile < 0:
+        sys.exit(f"error: --tile {args.tile} is negative")
+    if unknown := set(names) - {"plain", "fast", "graphs"}:
+        sys.exit(f"error: --variants {args.variants}: no variant is called {', '.join(sorted(unknown))!r}")
+    if "graphs" in names and device.type != "cuda":
         sys.exit("error: --variants graphs needs --device cuda")
+    if args.rewrites:
+        names = ["fast"]
 
     torch.set_num_threads(args.threads)
     if args.keep_memory:
         fast.keep_memory()
-    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # fp32 as in a matrix product's default
     clock = time.process_time if device.type == "cpu" and args.threads == 1 else time.perf_counter
     if args.model:
         model = SanaSR.from_pretrained(args.model, device, dtype)
@@ -245,16 +253,17 @@ def main():
         variants["diffusers"] = Diffusers(plain)
     if args.vs == "compiled":
         variants["compiled"] = Diffusers(plain, compiled=True)
-    if "plain" in args.variants and not args.rewrites:
+    if "plain" in names:
         variants["plain"] = plain
     for name, graphs in (("fast", False), ("graphs", True)):
-        if name in args.variants.split(","):
+        if name in names:
             variants[name] = Ours(fast.optimise_vae(shared(vae), graphs=graphs),
                                   fast.optimise_dit(shared(dit), graphs), text, timestep, scale)
     for name in filter(None, (args.rewrites or "").split(",")):
         others = [other for other in fast.REWRITES if other != name]
         variants[f"no {name}"] = Ours(fast.optimise_vae(shared(vae), others),
                                       dit if name == "dit" else variants["fast"].dit, text, timestep, scale)
+    tile = math.ceil(args.tile / 32) or math.inf
     counted = Ours(shared(vae).to("meta"), shared(dit).to("meta"), [v.to("meta") for v in text], timestep, scale)
     del plain, vae, dit  # the memory of a variant that is not measured would count, too
 
@@ -263,9 +272,11 @@ def main():
                  dtype=args.dtype, size=args.size, batch=args.batch, model=args.model or "official configs, seeded",
                  clock="process CPU seconds" if clock is time.process_time else "wall seconds")
     print(", ".join(f"{key} {value}" for key, value in setup.items()), flush=True)
-    for name, variant in variants.items():  # the first call of an operator costs more
+    first = []
+    for name, variant in variants.items():  # first calls cost more: of an operator, and on a GPU or compiled of a size
+        small = device.type == "cpu" and name != "compiled"
         start = time.perf_counter()
-        variant.whole(x if name in ("compiled", "graphs") else x[:, :, :64, :64])
+        first += measure({name: variant}, x[:, :, :64, :64] if small else x, 1, tile, clock, device)
         if name == "compiled":
             print(f"compiled: first call {time.perf_counter() - start:.0f} s of wall time")
     gmac, y = {}, x.to("meta")
@@ -275,7 +286,10 @@ def main():
         gmac[stage] = counter.get_total_flops() / 2
     gmac["sum"] = sum(gmac.values())
     peak = matmul_peak(dtype, device, clock)
-    rows = measure(variants, x, args.runs, args.tile // 32 or math.inf, clock, device)
+    rows = measure(variants, x, args.runs, tile, clock, device)
+    for row, before in zip(rows, first, strict=True):
+        if row["peak"]:
+            row["peak"] = max(row["peak"], before["peak"])  # a graph takes its memory at the first call
     print(f"one large matrix product: {peak / 1e9:.1f} GMAC/s")
     show(rows, variants, gmac, peak)
     if args.json:

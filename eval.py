@@ -442,7 +442,7 @@ def parse(argv=None):
     add("--seed", type=int, default=0, metavar="N", help="of --stability; a restoration draws no noise: it is the same "
         "for every seed")
     add("--tile", type=int, metavar="N", help="largest side, in pixels of the result, that the networks see at once "
-        "(default: 1088; 0: no limit)")
+        "(default: 1408; 0: no limit)")
     add("--plain", action="store_true", help="sanasr.py as it stands, without the rewrites of fast.py: the same up to "
         "rounding, slower; so it is always on a GPU, where they are not measured")
     add("--color-fix", choices=["none", "adain", "wavelet"], default="none", help="colours of the enlarged input")

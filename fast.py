@@ -13,7 +13,8 @@ or fewer bytes, from public PyTorch operators and `kernels`. What each gives: `p
     norm         RMSNorm, gain, bias and residual strip by strip (on a GPU one kernel): memory once; SiLU in place
     dit          text keys and values and the timestep's modulation kept from call to call; AdaLN as one layer_norm
 
-With graphs=True, on CUDA only, each of encoder, transformer and decoder is one CUDA graph besides.
+With graphs=True, on CUDA only, each of encoder, transformer and decoder is one CUDA graph besides. "Within 1e-4" there
+wants torch.backends.cudnn.allow_tf32 = False.
 
 The blocks of the low resolutions stay as they are: one QKV product, the 1×1 within heads as batched matrix products,
 and hidden channels a few at a time so that they stay in cache gave 1 % of the whole together.
@@ -63,12 +64,12 @@ def frozen(x):
 
 
 def rows_of(x):
-    """B,C,H,W (channels-last) or B,N,C -> B·N,C, a view."""
-    return (to_tokens(x) if x.ndim == 4 else x).flatten(0, 1)
+    """B,C,H,W -> B·H·W,C, a view: RuntimeError where x is not channels-last, since a copy could not be written to."""
+    return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
 
 
 def strips(y):
-    """Cuts y (B,C,H,W or B,N,C) into rows that stay in cache: yields (slice of the B·N rows, those rows)."""
+    """Cuts y (B,C,H,W) into rows that stay in cache: yields (slice of the B·H·W rows, those rows)."""
     y = rows_of(y)
     count = max(1, STRIP // y.shape[1]) if y.device.type == "cpu" else len(y)
     for start in range(0, len(y), count):
@@ -77,7 +78,7 @@ def strips(y):
 
 
 def add_norm_(x, parts, norm):
-    """x + norm(y) written over x (B,C,H,W or B,N,C), y as `strips` gives it: whole to a GPU's one kernel."""
+    """x + norm(y) written over x (B,C,H,W), y as `strips` gives it: whole to a GPU's one kernel."""
     x_rows, add = rows_of(x), kernels.add_rms_norm_ if x.is_cuda else add_rms_norm_reference_
     for at, y in parts:
         add(x_rows[at], y, norm.weight, norm.bias, norm.eps)
@@ -92,12 +93,13 @@ class Norm(nn.Module):
         self.weight, self.bias, self.eps = plain.weight, plain.bias, plain.eps
 
     def forward(self, x):  # B,H,W,C
-        rows = x.flatten(0, 2)
-        for at, y in strips(x.flatten(1, 2)):
+        x = x.permute(0, 3, 1, 2)
+        rows = rows_of(x)
+        for at, y in strips(x):
             y = rms_norm_(y.float(), self.weight, self.bias, self.eps)
             if y.dtype != x.dtype:  # else y is a view of x
                 rows[at] = y
-        return x
+        return x.permute(0, 2, 3, 1)
 
 
 class Winograd(nn.Module):
@@ -344,7 +346,10 @@ REWRITES = {  # name -> the rules (class, its replacement) that make it up
 
 
 def optimise_vae(vae, rewrites=tuple(REWRITES), graphs=False):
-    """Rewrite a sanasr.DCAE in place, and return it. rewrites: names in REWRITES, by default all."""
+    """Rewrite a sanasr.DCAE in place, and return it.
+
+    rewrites: names in REWRITES, by default all. graphs: CUDA graphs, see `Graphed`.
+    """
     rules = [rule for name in rewrites for rule in REWRITES[name]]
     for convolution in (m for m in vae.modules() if isinstance(m, nn.Conv2d)):
         convolution.weight = frozen(convolution.weight.contiguous(memory_format=torch.channels_last))
@@ -380,7 +385,8 @@ class FastDiT(nn.Module):
         super().__init__()
         if sanasr.lora_modules(plain):
             raise ValueError("fast.optimise: the adapters are not merged; call sanasr.merge_lora first")
-        self.plain, self.config, self.kept, self.graphs = plain, plain.config, None, graphs
+        self.plain, self.config, self.kept = plain, plain.config, None
+        self.graph = Graphed(self.prediction) if graphs else None
         for block in plain.transformer_blocks:
             a = block.attn1
             a.to_qkv = merged(a.to_q, a.to_k, a.to_v)
@@ -402,12 +408,13 @@ class FastDiT(nn.Module):
         shift, scale = (plain.scale_shift_table + e[:, None]).chunk(2, dim=1)
         bias = ((1 - mask.to(c.dtype)) * -10000)[:, None, None]  # B,1,1,T
         self.kept = [x.clone() for x in (t, c, mask)], (bias, blocks, (1 + scale, shift))
-        self.predict = Graphed(self.prediction) if self.graphs else self.prediction  # a graph holds the kept tensors
+        if self.graph:
+            self.graph.forget()  # it reads the tensors kept before
 
     def forward(self, z, t, c, mask):
         """z: B,C,h,w; t: B; c: B,T,Dt; mask: B,T -> B,C,h,w, as sanasr.LinearDiT.forward."""
         self.prepare(t, c, mask)
-        return self.predict(z)
+        return (self.graph or self.prediction)(z)
 
     def prediction(self, z):
         plain, (height, width) = self.plain, z.shape[2:]
@@ -435,24 +442,47 @@ def modulated(x, gain, shift, eps):
 
 
 def optimise_dit(dit, graphs=False):
-    """A FastDiT of a sanasr.LinearDiT, which is used up. Raises ValueError where it carries unmerged adapters."""
+    """A FastDiT of a sanasr.LinearDiT, which is used up. Raises ValueError where it carries unmerged adapters.
+
+    graphs: CUDA graphs, see `Graphed`; a new prompt takes a new one, some three calls' time.
+    """
     return FastDiT(dit, graphs).requires_grad_(False)
 
 
 class Graphed:
     """f(x) as one CUDA graph: all of its kernels by a single launch. Captured for the first x and for every new shape.
 
-    Trap: f must not wait for the GPU, and what it computes from other tensors than x stays as it was at the capture.
+    Trap: f must not wait for the GPU; what it reads besides x must stay where it was at the capture, or `forget`.
     """
 
     def __init__(self, f):
-        self.f, self.shape, self.graph = f, None, None
+        self.f = f
+        self.forget()
+
+    def forget(self):
+        """Give the graph and its memory back; the next call captures anew."""
+        self.graph = self.x = self.y = None
 
     def __call__(self, x):
-        if self.shape != x.shape:
-            self.graph = None  # gives its memory back first
-            self.graph, self.shape = torch.cuda.make_graphed_callables(self.f, (x.clone(),)), x.shape
-        return self.graph(x).clone()  # the next call writes over the graph's own result
+        if self.graph is None or x.shape != self.x.shape:
+            self.forget()
+            self.capture(x)
+        self.x.copy_(x)
+        self.graph.replay()
+        return self.y.clone()  # the next replay writes over y
+
+    def capture(self, x):
+        x, graph = x.clone(), torch.cuda.CUDAGraph()
+        with torch.cuda.device(x.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # what operators do at their first calls only is no part of the graph
+                for _ in range(2):
+                    self.f(x)
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(graph):
+                y = self.f(x)
+        self.graph, self.x, self.y = graph, x, y
 
 
 def keep_memory():

@@ -1000,7 +1000,7 @@ def tiled(f, x, tile, overlap, down=1, up=1):
             if y is None:
                 size = *part.shape[:2], x.shape[2] // down * up, x.shape[3] // down * up
                 y = torch.zeros(size, device=x.device)  # float32: the ramps need more than bfloat16's 8 bits
-            y[:, :, top * up:bottom * up, left * up:right * up] += part * (wy[:, None] * wx).to(x.device)
+            y[:, :, top * up:bottom * up, left * up:right * up] += part * (wy.to(x.device)[:, None] * wx.to(x.device))
     return y
 
 
@@ -1011,7 +1011,7 @@ class SanaSR:
     stage of the last `restore`; metadata: what the adapter's file, or the config of a pruned model, says of itself.
     """
 
-    TILE, OVERLAP = 34, 2  # latent positions: tiles of 1088 pixels that share 64; so 4 × 4 of them cover 4096²
+    TILE, OVERLAP = 44, 2  # latent positions: tiles of 1408 pixels that share 64; so 3 × 3 of them cover 4096²
 
     @classmethod
     def from_pretrained(cls, name_or_folder, device="cpu", dtype=None, adapter=None, merge=True):
@@ -1087,7 +1087,7 @@ class SanaSR:
 
         prompt: what the picture shows (a text, or a list of tags), to which `suffix` is joined, see `build_prompt`.
         timestep: τ in (0, 1000], by default the adapter's. tile: the largest side, in pixels of the result, that the
-        networks see at once (a multiple of 32, 0 for no limit, 1088 by default).
+        networks see at once (a multiple of 32, 0 for no limit, 1408 by default).
         """
         timestep = self.timestep if timestep is None else timestep
         tile = self.TILE if tile is None else math.ceil(tile / self.vae.factor) or math.inf

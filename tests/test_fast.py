@@ -126,21 +126,25 @@ def test_dit(batch):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """CUDA graphs, or where there is no GPU what they do to the caller: fixed tensors, and no second call of f."""
+    """CUDA graphs, or where there is no GPU what they do to the caller: fixed tensors, and a prompt as it was."""
     if torch.cuda.is_available():
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
         return "cuda"
 
-    def capture(f, arguments):
-        x = arguments[0]
-        y = f(x)
+    class Stub:
+        def __init__(self, graphed):
+            self.graphed, self.owner = graphed, graphed.f.__self__
+            self.kept = getattr(self.owner, "kept", None)
 
-        def replay(new):
-            x.copy_(new)
-            y.copy_(f(x))
-            return y.detach()
-        return replay
+        def replay(self):
+            now, self.owner.kept = getattr(self.owner, "kept", None), self.kept
+            self.graphed.y.copy_(self.graphed.f(self.graphed.x))
+            self.owner.kept = now
 
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    def capture(self, x):
+        self.x, self.y, self.graph = x.clone(), self.f(x), Stub(self)
+
+    monkeypatch.setattr(fast.Graphed, "capture", capture)
     return "cpu"
 
 
@@ -157,9 +161,9 @@ def test_graphs(graphs):
         assert relative(ours, vae.decode(part)) < 1e-5
     c = seeded_input("text", (1, 7, dit.config["caption_channels"])).to(graphs)
     t, mask = torch.full((1,), 900.0, device=graphs), torch.ones(1, 7, device=graphs)
-    for prompt in (c, c, c.flip(1)):  # another prompt, another graph
-        for part in (seeded_input("z", (1, dit.config["in_channels"], 4, width)).to(graphs) for width in (6, 6, 5)):
-            assert relative(quick_dit(part, t, prompt, mask), dit(part, t, prompt, mask)) < 1e-5
+    for prompt, width in ((c, 6), (c.flip(1), 6), (c.flip(1), 5), (c, 5)):  # another prompt, another graph
+        part = seeded_input("z", (1, dit.config["in_channels"], 4, width)).to(graphs)
+        assert relative(quick_dit(part, t, prompt, mask), dit(part, t, prompt, mask)) < 1e-5
 
 
 def test_adapters_must_be_merged():
@@ -214,7 +218,7 @@ def test_official_size():
 def test_tiles_cost_little_more_than_the_whole():
     length = 4096 // 32
     pieces = sanasr.spans(length, SanaSR.TILE, SanaSR.OVERLAP)
-    assert sum(end - start for start, end in pieces) ** 2 <= 1.15 * length**2
+    assert sum(end - start for start, end in pieces) ** 2 <= 1.07 * length**2
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc only")
