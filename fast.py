@@ -70,7 +70,7 @@ def rows_of(x):
 
 def strips(y):
     """Cuts y (B,C,H,W) into rows that stay in cache: yields (slice of the B·H·W rows, those rows)."""
-    y = rows_of(y)
+    y = rows_of(y.contiguous(memory_format=torch.channels_last))
     count = max(1, STRIP // y.shape[1]) if y.device.type == "cpu" else len(y)
     for start in range(0, len(y), count):
         at = slice(start, min(start + count, len(y)))
@@ -234,7 +234,7 @@ class ResBlock(nn.Module):
         self.conv1, self.conv2, self.norm = plain.conv1, plain.conv2, plain.norm
 
     def forward(self, x):  # B,C,H,W
-        silu = partial(F.silu, inplace=True)
+        x, silu = x.contiguous(memory_format=torch.channels_last), partial(F.silu, inplace=True)
         h = self.conv1(x, silu) if isinstance(self.conv1, Winograd) else silu(self.conv1(x))
         parts = self.conv2.strips(h) if isinstance(self.conv2, Winograd) else strips(self.conv2(h))
         return add_norm_(x, parts, self.norm)
