@@ -108,8 +108,8 @@ class Winograd(nn.Module):
     Tiles of (m+2)×(m+2) values that overlap by two give m×m results each: Y = Aᵀ[(G g Gᵀ) ⊙ (Bᵀ d B)]A. Summed over
     channels, ⊙ is (m+2)² products of matrices, tiles × C by C × C'. B and A hold small integers: `spread` and `gather`
     apply them. In float32 m = 4, a quarter of the multiplications. It would magnify a rounding to bfloat16 tenfold, so
-    there m = 2, four ninths of them and four times a rounding's error: whole autoencoders are 1.2 to 1.5 times as far
-    from float32 as the plain path in bfloat16 is.
+    there m = 2, four ninths of them and four times a rounding's error: a network of nothing else is up to 1.5 times as
+    far from float32 as the plain path is.
     For few tiles, where reading the weights ((m+2)²/9 of their memory) costs more than they save, and for sides that
     are no multiples of m it stays the convolution it was.
     """
