@@ -14,8 +14,8 @@ with the first variant's, through all its own stages. Text is 300 random states:
 the fast path keeps what depends on it alone. On a CPU the time is the process's CPU seconds on --threads threads (1:
 then another program on the machine does not count), otherwise wall time.
 "share" is the plain path's multiplications by that time over what one large matrix product reaches (a rewrite that
-needs fewer may pass 100 %). fp32 at 512 takes about half a minute a variant and run on one core. "peak GB" is with all
-variants loaded, on a CPU the whole process's.
+needs fewer may pass 100 %); "own", with --floor, is the same of the variant's own multiplications. fp32 at 512 takes
+about half a minute a variant and run on one core. "peak GB" is with all variants loaded, on a CPU the whole process's.
 """
 from __future__ import annotations
 
@@ -149,14 +149,29 @@ def quantile(values, q):
 STAGES = dict(encode=dict(down=32), transform={}, decode=dict(up=32))  # and how the sides of a tile change
 
 
+def stages(variant, tile):
+    """(name, function of one tensor) of each stage, in tiles where the picture is larger than `tile` (of latents)."""
+    for stage, sides in STAGES.items():
+        yield stage, partial(tiled, getattr(variant, stage), tile=tile, overlap=min(SanaSR.OVERLAP, tile // 4), **sides)
+
+
+def multiplications(variant, x, tile=math.inf):
+    """{stage: multiply-accumulates of the variant for x, "sum": of all}."""
+    counts, y = {}, x
+    for stage, f in stages(variant, tile):
+        with FlopCounterMode(display=False) as counter:
+            y = f(y.to(x.dtype))
+        counts[stage] = counter.get_total_flops() / 2
+    return counts | dict(sum=sum(counts.values()))
+
+
 def measure(variants, x, runs, tile, clock, device):
     """[{variant, stage, p50, p95, peak, error}], the variants taking turns; `error` is relative to the first."""
     times, peaks, errors, results = {}, {}, {}, {}
     for _ in range(runs):
         for name, variant in variants.items():
             total, y = 0.0, x
-            for stage, sides in STAGES.items():
-                f = partial(tiled, getattr(variant, stage), tile=tile, overlap=min(SanaSR.OVERLAP, tile // 4), **sides)
+            for stage, f in stages(variant, tile):
                 y, seconds, peak = timed(f, y.to(x.dtype), clock, device)  # blended tiles are in float32
                 first = results.setdefault(stage, y)
                 times.setdefault((name, stage), []).append(seconds)
@@ -177,17 +192,17 @@ def cpu_name():
         return platform.processor() or platform.machine()
 
 
-def show(rows, variants, gmac, peak):
+def show(rows, variants):
     first = next(iter(variants))
     base = {row["stage"]: row["p50"] for row in rows if row["variant"] == first}
     print(f"{'variant':12}{'stage':11}{'p50 s':>9}{'p95 s':>9}{first + ' / it':>16}{'share':>8}"
-          f"{'peak GB':>9}{'error':>9}")
+          f"{'own':>6}{'peak GB':>9}{'error':>9}")
     for row in rows:
         stage = row["stage"]
-        share = gmac[stage] / row["p50"] / peak
+        own = f"{row['own']:6.0%}" if row["own"] else f"{'':6}"
         peak_gb = f"{row['peak'] / 1e9:9.2f}" if row["peak"] else f"{'':9}"
         print(f"{row['variant']:12}{stage:11}{row['p50']:9.3f}{row['p95']:9.3f}{base[stage] / row['p50']:15.2f}×"
-              f"{share:8.0%}{peak_gb}{row['error']:9.1e}")
+              f"{row['share']:8.0%}{own}{peak_gb}{row['error']:9.1e}")
 
 
 @torch.inference_mode()
@@ -211,6 +226,8 @@ def main():
                         help="the fast path, then the same without each of these (default: all)")
     parser.add_argument("--keep-memory", action="store_true", help="as eval.py does on a CPU (Linux): memory that a "
                         "tensor leaves stays with the process; for all variants")
+    parser.add_argument("--floor", action="store_true", help="count every variant's own multiplications, by one more "
+                        "call")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there, too")
     args = parser.parse_args()
     device, dtype, names = torch.device(args.device), DTYPES[args.dtype], args.variants.split(",")
@@ -224,6 +241,8 @@ def main():
         sys.exit("error: --variants graphs needs --device cuda")
     if args.rewrites:
         names = ["fast"]
+        if unknown := set(args.rewrites.split(",")) - {*fast.REWRITES, "dit"}:
+            sys.exit(f"error: --rewrites {args.rewrites}: no rewrite is called {', '.join(sorted(unknown))!r}")
 
     torch.set_num_threads(args.threads)
     if args.keep_memory:
@@ -279,19 +298,18 @@ def main():
         first += measure({name: variant}, x[:, :, :64, :64] if small else x, 1, tile, clock, device)
         if name == "compiled":
             print(f"compiled: first call {time.perf_counter() - start:.0f} s of wall time")
-    gmac, y = {}, x.to("meta")
-    for stage in STAGES:
-        with FlopCounterMode(display=False) as counter:
-            y = getattr(counted, stage)(y)
-        gmac[stage] = counter.get_total_flops() / 2
-    gmac["sum"] = sum(gmac.values())
+    macs = multiplications(counted, x.to("meta"))
+    own = {name: multiplications(variant, x, tile) for name, variant in variants.items()} if args.floor else {}
     peak = matmul_peak(dtype, device, clock)
     rows = measure(variants, x, args.runs, tile, clock, device)
     for row, before in zip(rows, first, strict=True):
         if row["peak"]:
             row["peak"] = max(row["peak"], before["peak"])  # a graph takes its memory at the first call
+    for row in rows:
+        row["share"] = macs[row["stage"]] / row["p50"] / peak
+        row["own"] = own[row["variant"]][row["stage"]] / row["p50"] / peak if own else None
     print(f"one large matrix product: {peak / 1e9:.1f} GMAC/s")
-    show(rows, variants, gmac, peak)
+    show(rows, variants)
     if args.json:
         args.json.write_text(json.dumps(setup | dict(peak_gmac_per_s=peak / 1e9, rows=rows), indent=1) + "\n")
 
