@@ -49,8 +49,11 @@ from sanasr import (
     GemmaTokenizer,
     LinearDiT,
     SanaSR,
+    adapters_off,
     build_prompt,
     inject_lora,
+    lora_modules,
+    lora_parameters,
     one_step,
     open_weights,
     save_lora,
@@ -58,6 +61,7 @@ from sanasr import (
     save_tensors,
     tokenize_prompt,
 )
+from train import align_loss
 from weights import Unavailable
 
 VIT, RES = "EfficientViTBlock", "ResBlock"
@@ -89,6 +93,11 @@ HERE = Path(__file__).resolve().parent
 def held_out(path):
     """Whether a photo belongs to the validation part: decided by its file name alone, so it never changes."""
     return hashlib.sha256(path.name.encode()).digest()[0] % 16 == 0
+
+
+def held_out_by_content(path):
+    """Whether a photo belongs to the validation part: one in 16, by the SHA-256 of the file."""
+    return hashlib.sha256(path.read_bytes()).digest()[0] % 16 == 0
 
 
 def photo_paths(folders):
@@ -197,7 +206,7 @@ def fit(name, model, loss_fn, validate, args, steps, lr, weight_decay=0.01):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, lr)
         torch.manual_seed(args.seed + step)
-        with torch.autocast(args.device, torch.bfloat16):
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bf16"):
             loss, parts = loss_fn(model, step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -491,54 +500,273 @@ def train_prior(photos, args):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def train_adapter(photos, args):
-    """The update of Eq. 4 by least squares in latent space, ‖ẑ − z_H‖² / ‖z_L − z_H‖²: writes OUT/adapter.safetensors.
+class Views:
+    """Pairs of OUT/pairs/PART as the last two stages see them: crops of VIEW pixels with their latents, encoded once.
 
-    Every other pair is degraded as in train.py, the rest mildly. A step of train.py decodes pictures and judges them;
-    here it costs a hundredth. Reports that ratio on held-out photos: below 1 the update restores.
+    Each pair gives `count` views, each at a random place of the 32-pixel grid, mirrored or turned: (name, left, top,
+    turn) in `where`; z_L and z_T, VIEW/32 per side and scaled, in `z` (n,2,C,h,w in fp16). The target x_T is the
+    teacher's picture of the LR picture; with `teacher` False it is x_H. Latents are kept in OUT/views_PART.pt: views of
+    pairs that came since are added, `reload` takes them up.
     """
-    out, device, tau = Path(args.out), args.device, 900.0
-    model = SanaSR.from_pretrained(args.to, device, torch.float32, adapter=False)
+
+    VIEW = 288
+
+    def __init__(self, args, part, model, count):
+        self.args, self.part, self.model, self.count = args, part, model, count
+        self.folder = Path(args.out) / "pairs" / part
+        self.target = "hr" if args.no_teacher else "teacher"
+        self.reload()
+
+    def reload(self):
+        path = Path(self.args.out) / f"views_{self.part}_{self.target}.pt"
+        state = torch.load(path, weights_only=True) if path.exists() else dict(where=[], z=[])
+        known = {row[0] for row in state["where"]}
+        names = sorted(p.name for p in (self.folder / self.target).glob("[0-9]*.png") if p.name not in known)
+        for name in tqdm(names, desc=f"encoding {self.part} views", leave=False):
+            rng = np.random.default_rng((self.args.seed, self.part == "val", int(name.split("_")[0])))
+            for _ in range(self.count):
+                view = name, *(4 * rng.integers((PAIR - self.VIEW) // 4 + 1, size=2)).tolist(), int(rng.integers(8))
+                state["where"].append(view)
+                state["z"].append(self.encode(torch.stack([self.picture("lr", view), self.picture(self.target, view)])))
+        if names:
+            save(path, state)
+        if not state["where"]:
+            sys.exit(f"error: {self.folder / self.target}: no pictures; run the stage `pairs`, then a restorer over "
+                     f"{self.folder / 'lr'} (or --no-teacher)")
+        self.where, self.z = state["where"], torch.stack(state["z"])
+
+    @torch.inference_mode()
+    def encode(self, x):
+        return (self.model.vae.encode(x.to(self.args.device)).float() * self.model.scaling_factor).half().cpu()
+
+    def picture(self, kind, view):
+        """x_L (`lr`, enlarged), x_H (`hr`) or x_T (`teacher`) of a view: 3,VIEW,VIEW in [-1, 1]."""
+        name, left, top, turn = view
+        image = Image.open(self.folder / kind / name)
+        x = degrade.enlarge(image) if kind == "lr" else degrade.to_tensor(image) * 2 - 1
+        x = x[:, top:top + self.VIEW, left:left + self.VIEW]
+        x = x.rot90(turn % 4, (1, 2))
+        return x.flip(2) if turn >= 4 else x
+
+    def pictures(self, kind, indices):
+        return torch.stack([self.picture(kind, self.where[i]) for i in indices]).to(self.args.device)
+
+    def latents(self, indices):
+        """(z_L, z_T) of these views, each n,C,h,w in float32."""
+        return self.z[indices].float().to(self.args.device).unbind(1)
+
+    def prompts(self):
+        """A line of colours for each view: what can be said of it without a tagger."""
+        lines = {}
+        for name, *_ in self.where:
+            if name not in lines:
+                image = np.asarray(Image.open(self.folder / "lr" / name))
+                lines[name] = build_prompt(tags(Path(name), image), "appendix")
+        return [lines[name] for name, *_ in self.where]
+
+
+def merged_weights(dit):
+    """{key: W + (α/r) B A} of the adapted projections: at these sizes cheaper to train through than two products."""
+    return {f"{name}.weight": module.weight
+            + (module.adapter_scale * module.lora_B.weight @ module.lora_A.weight).view_as(module.weight)
+            for name, module in lora_modules(dit).items()}
+
+
+def update(dit, z, tau, c, m):
+    """One step (Eq. 4) of the adapted transformer, with its adapters merged for the occasion."""
+    weights_now = merged_weights(dit)
+    with adapters_off(dit):
+        return one_step(lambda *args: torch.func.functional_call(dit, weights_now, args), z,
+                        torch.full((len(z),), tau, device=z.device), c, m)
+
+
+@torch.no_grad()
+def open_adapted(args, adapter):
+    """The exported model in float32 with an adapter of --rank kept apart: new, or that of a file of the same or a lower
+    rank, whose matrices become the first rows of A and the first columns of B (α = r in both)."""
+    model = SanaSR.from_pretrained(args.to, args.device, torch.float32, adapter=False)
     torch.manual_seed(args.seed)
     inject_lora(model.dit, args.rank, targets="attn+ffn")
-    path, size = out / "pairs.pt", PRIOR["sample_size"] * model.vae.factor
-    if not path.exists():
-        chosen = np.random.default_rng(args.seed).integers(len(photos.train), size=args.latents)
+    if adapter:
+        with open_weights(adapter) as file:
+            for key, p in lora_parameters(model.dit).items():
+                x = file.get_tensor(key)
+                p[:x.shape[0], :x.shape[1]] = x
+    return model
 
-        @torch.inference_mode()
-        @torch.autocast(device, torch.bfloat16)
-        def encode(n, x_h, rng):
-            hr = x_h / 2 + 0.5
-            x = torch.stack(degrade.pair(hr, rng, mild=n % 2)).to(device)  # x_L, x_H
-            return (model.vae.encode(x).float() * model.scaling_factor).half().cpu()
 
-        train = [encode(n, to_signed(photos.crop(i, size, np.random.default_rng((args.seed, n)))[None])[0],
-                        np.random.default_rng((args.seed, n, 1))) for n, i in enumerate(tqdm(chosen, desc="encoding"))]
-        val = [encode(i, x, np.random.default_rng(i)) for i, x in enumerate(photos.val_crops(size, 64))]
-        save(path, dict(train=torch.stack(train), val=torch.stack(val), photo=torch.from_numpy(chosen)))
-    data = torch.load(path, weights_only=True)
-    lines = [build_prompt(words, "appendix") for words in [[], *(tags(*photo) for photo in photos.train)]]
-    c, m = (x.to(device) for x in model.encode_prompt(lines))  # 0: without tags
+TAU = 900.0  # of the carried adapter
 
-    def ratio(dit, pairs, prompts):
-        z_l, z_h = pairs.float().to(device).unbind(1)
-        z = one_step(dit, z_l, torch.full((len(z_l),), tau, device=device), c[prompts].float(), m[prompts])
-        return (z - z_h).square().mean((1, 2, 3)) / (z_l - z_h).square().mean((1, 2, 3))
+
+def train_adapter(args):
+    """The update of Eq. 4 in latent space: ẑ is to equal z_T, the latents of what a teacher makes of x_L.
+
+    A mean over all the details that x_H may have is blur; z_T is a function of x_L. The loss is the L1 distance, per
+    channel in units of the mean |z_T − z_L|, and a tenth of Eq. 5 with the identity as prior, which keeps each
+    channel's deviation. Reports ‖ẑ − z_T‖² / ‖z_L − z_T‖² on held-out pairs. Writes OUT/adapter.safetensors.
+    """
+    out, device = Path(args.out), args.device
+    model = open_adapted(args, args.init)
+    train, val = Views(args, "train", model, 4), Views(args, "val", model, 1)
+    z_l, z_t = (z.float() for z in train.z.unbind(1))
+    unit = (z_t - z_l).abs().mean((0, 2, 3))[:, None, None].to(device)
+    lines, conditions, pad = [], {}, nn.utils.rnn.pad_sequence
+
+    def look_for_pairs():
+        train.reload()
+        lines[:] = train.prompts()
+        for line in {*lines, build_prompt([], "appendix")} - set(conditions):
+            conditions[line] = tuple(x[0].clone() for x in model.encode_prompt(line))
+
+    def text(chosen):
+        return [pad(x, batch_first=True) for x in zip(*(conditions[line] for line in chosen), strict=True)]
 
     def loss_fn(dit, step):
+        if not lines or step % 200 == 0:
+            look_for_pairs()
         rng = np.random.default_rng((args.seed, step))
-        pick = rng.integers(len(data["train"]), size=args.batch)
-        prompts = torch.where(torch.from_numpy(rng.random(args.batch) > 0.5), data["photo"][pick] + 1, 0)
-        loss = ratio(dit, data["train"][pick], prompts).mean()
-        return loss, dict(ratio=loss.item())
+        pick = rng.integers(len(train.z), size=args.batch)
+        z_l, z_t = train.latents(pick)
+        z = update(dit, z_l, TAU, *text([lines[i] if rng.random() < 0.5 else build_prompt([], "appendix")
+                                        for i in pick]))
+        l1, align = ((z - z_t).abs() / unit).mean(), align_loss(z, z_t, eps=1e-3)
+        return l1 + 0.1 * align, dict(l1=l1.item(), align=align.item())
 
     def validate(dit):
-        each = ratio(dit, data["val"], torch.zeros(len(data["val"]), dtype=torch.long))
-        return dict(val_strong=each[::2].mean().item(), val_mild=each[1::2].mean().item())
+        z_l, z_t = val.latents(range(len(val.z)))
+        c, m = (x.expand(len(z_l), *x.shape[1:]) for x in text([build_prompt([], "appendix")]))
+        z = update(dit, z_l, TAU, c, m)
+        ratio = (z - z_t).square().mean((1, 2, 3)) / (z_l - z_t).square().mean((1, 2, 3))
+        deviation = (z.std((0, 2, 3)) / z_t.std((0, 2, 3))).quantile(torch.tensor([0.1, 0.5]))
+        mild = torch.tensor(["mild" in name for name, *_ in val.where])
+        return dict(val_strong=ratio[~mild].mean().item(), val_mild=ratio[mild].mean().item(),
+                    deviation_10=deviation[0].item(), deviation_50=deviation[1].item())
 
-    dit = fit("adapter", model.dit, loss_fn, validate, args, args.steps or 1500, args.lr or 2e-3, weight_decay=0.0)
-    save_lora(dit, out / "adapter.safetensors", dict(timestep=str(tau), suffix="appendix"))
-    print(f"wrote {out / 'adapter.safetensors'}: train.py --init takes it up")
+    dit = fit("adapter", model.dit, loss_fn, validate, args, args.steps or 30_000, args.lr or 1e-3, weight_decay=0.0)
+    save_lora(dit, out / "adapter.safetensors", dict(timestep=str(TAU), suffix="appendix"))
+    print(f"wrote {out / 'adapter.safetensors'}: the stage `finish`, and train.py --init, take it up")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 4: the decoder's finish
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Restorer(nn.Module):
+    """What the stage `finish` trains: the decoder, and the transformer's adapter with it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.dit, self.decoder = model.dit, model.vae.decoder
+
+
+def train_finish(args):
+    """The decoder, and with it the adapter, on what the update makes of degraded photos, by pictures.
+
+    L1 + LPIPS (AlexNet, shifted by 0 to 7 pixels at each step, so that no grid hides from its stride of 4) against the
+    teacher's picture, and the latent L1 of the stage before; half of every second batch is clean, D(z_H) against x_H, so
+    that the autoencoder stays one. --dists adds the texture of a
+    patch. With --no-update the decoder alone learns, from z_L: the control. Reports LPIPS and PSNR
+    against x_H on held-out pairs, and of D(E(x_H)). Writes OUT/NAME.pt and OUT/adapter_finished.safetensors.
+    """
+    out, device = Path(args.out), args.device
+    model = open_adapted(args, out / "adapter.safetensors")
+    train, val = Views(args, "train", model, 4), Views(args, "val", model, 1)
+    net, lpips = Restorer(model), LPIPS.from_pretrained("alex").to(device)
+    net.decoder.requires_grad_(True)
+    dists = DISTS.from_pretrained().to(device) if args.dists else None
+    c, m = (x.clone() for x in model.encode_prompt(build_prompt([], "appendix")))
+    z_l, z_t = (z.float() for z in train.z.unbind(1))
+    unit = (z_t - z_l).abs().mean((0, 2, 3))[:, None, None].to(device)
+    name = "control" if args.no_update else "finish"
+
+    def restored(net, z_l):
+        if args.no_update:
+            return z_l
+        return update(net.dit, z_l, TAU, c.expand(len(z_l), -1, -1), m.expand(len(z_l), -1))
+
+    def decode(net, z):
+        return net.decoder((z / model.scaling_factor).contiguous(memory_format=torch.channels_last)).float()
+
+    def loss_fn(net, step):
+        if step % 500 == 0:
+            train.reload()
+        rng = np.random.default_rng((args.seed, step))
+        pick = rng.integers(len(train.z), size=args.batch).tolist()
+        clean = args.batch // 2 if step % 2 else 0
+        x = torch.cat([train.pictures("hr", pick[:clean]), train.pictures(train.target, pick[clean:])]
+                      if clean else [train.pictures(train.target, pick)])
+        with torch.no_grad():
+            z_h = [model.vae.encode(x[:clean]).float() * model.scaling_factor] if clean else []
+        z_l, z_t = train.latents(pick[clean:])
+        z = restored(net, z_l)
+        y = decode(net, torch.cat([*z_h, z]))
+        dy, dx = rng.integers(8, size=2)
+        l1, perceptual = F.l1_loss(y, x), lpips(y[:, :, dy:, dx:], x[:, :, dy:, dx:]).mean()
+        latent = ((z - z_t).abs() / unit).mean()
+        loss = l1 + perceptual + (0 if args.no_update else 0.1 * latent)
+        parts = dict(l1=l1.item(), lpips=perceptual.item(), latent=latent.item())
+        if dists:
+            top, left = rng.integers(Views.VIEW - 128 + 1, size=2)
+            patches = (t[-1:, :, top:top + 128, left:left + 128] / 2 + 0.5 for t in (y, x))
+            texture = dists(*patches).mean()
+            loss, parts["dists"] = loss + args.dists * texture, texture.item()
+        return loss, parts
+
+    def validate(net):
+        scores = {}
+        for i in range(0, 48):
+            x_h, (z_l, _) = val.pictures("hr", [i]), val.latents([i])
+            kind = "mild" if "mild" in val.where[i][0] else "strong"
+            y = decode(net, restored(net, z_l)).clamp(-1, 1)
+            scores.setdefault(f"lpips_{kind}", []).append(lpips(y, x_h).item())
+            scores.setdefault(f"psnr_{kind}", []).append(-10 * (y - x_h).square().mean().div(4).log10().item())
+            if i % 4 == 0:
+                z_h = model.vae.encode(x_h).float() * model.scaling_factor
+                scores.setdefault("lpips_clean", []).append(lpips(decode(net, z_h).clamp(-1, 1), x_h).item())
+        return {k: sum(v) / len(v) for k, v in scores.items()}
+
+    net = fit(name, net, loss_fn, validate, args, args.steps or 20_000, args.lr or 2e-4)
+    save_lora(net.dit, out / f"adapter_{name}.safetensors", dict(timestep=str(TAU), suffix="appendix"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pairs for the last stages, and the pictures that a teacher makes of them
+# ---------------------------------------------------------------------------------------------------------------------
+
+PAIR = 320  # pixels of x_H: a random crop of 256 then begins at any phase of the 32-pixel grid
+
+
+def write_pairs(args):
+    """OUT/pairs/{train,val}/{lr,hr}/NNNNN_{strong,mild}.png: crops of PAIR pixels and what `degrade` makes of them.
+
+    Photos are drawn in proportion to their area, every fourth one at half size where it is large enough. Every other
+    pair is mild. Pair n depends on --seed and n alone, and files that exist are kept, so a longer run adds to a shorter
+    one. Any restorer may then fill OUT/pairs/{train,val}/teacher with pictures of the same names and of x_H's size.
+    """
+    out = Path(args.out) / "pairs"
+    kept = [path for path in photo_paths(args.data) if min(Image.open(path).size) >= PAIR]
+    parts = dict(train=([p for p in kept if not held_out_by_content(p)], args.latents),
+                 val=([p for p in kept if held_out_by_content(p)], 128))
+    for part, (paths, count) in parts.items():
+        areas = np.array([np.prod(Image.open(p).size) for p in paths], float)
+        for kind in ("lr", "hr"):
+            (out / part / kind).mkdir(parents=True, exist_ok=True)
+        for n in tqdm(range(count), desc=f"{part} pairs"):
+            name = f"{n:05d}_{('strong', 'mild')[n % 2]}.png"
+            if (out / part / "lr" / name).exists():
+                continue
+            rng = np.random.default_rng((args.seed, part == "val", n))
+            image = Image.open(paths[rng.choice(len(paths), p=areas / areas.sum())]).convert("RGB")
+            if rng.random() < 0.25 and min(image.size) >= 2 * PAIR:
+                image = image.reduce(2)
+            left, top = (int(rng.integers(side - PAIR + 1)) for side in image.size)
+            hr = image.crop((left, top, left + PAIR, top + PAIR))
+            lr = degrade.to_image(degrade.degrade(degrade.to_tensor(hr), rng, mild=n % 2))
+            for kind, picture in (("hr", hr), ("lr", lr)):  # lr last: its name says that the pair is whole
+                temporary = out / part / kind / f".{name}.tmp"
+                picture.save(temporary, "PNG", compress_level=1)
+                os.replace(temporary, out / part / kind / name)
 
 
 def write_tags(args):
@@ -579,20 +807,26 @@ def export(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["autoencoder", "decoder", "prior", "adapter", "export", "tags"])
+    parser.add_argument("stage", choices=["autoencoder", "decoder", "prior", "pairs", "adapter", "finish", "export", "tags"])
     parser.add_argument("--data", nargs="+", help="folders of clean photos")
     parser.add_argument("--out", default="runs/pretrain", help="where states and logs go (default %(default)s)")
     parser.add_argument("--to", default=HERE / "embedded", help="export: the folder to write (default %(default)s); "
                         "tags: the CSV file")
     parser.add_argument("--adapter", help="export: the adapter that train.py left in runs/NAME")
     parser.add_argument("--init", metavar="FOLDER", help="autoencoder: start from this model's weights "
-                        "(weights/embedded, say) where --out holds no state yet")
+                        "(weights/embedded, say) where --out holds no state yet; adapter: from this adapter file")
     parser.add_argument("--steps", type=int, help="of the stage; the learning rate decays over the last quarter")
     parser.add_argument("--batch", type=int, default=4, help="crops a step (default %(default)s)")
     parser.add_argument("--crop", type=int, default=256, help="autoencoder, decoder: pixels per side, a multiple of "
                         "32. Small crops mislead: of 4×4 latents nearly all touch the border (default %(default)s)")
     parser.add_argument("--latents", type=int, default=8000, metavar="N",
                         help="prior, adapter: crops to encode (default %(default)s)")
+    parser.add_argument("--no-teacher", action="store_true", help="adapter, finish: the targets are the clean photos")
+    parser.add_argument("--dists", type=float, default=0.0, metavar="WEIGHT", help="finish: adds DISTS of one patch of "
+                        "128² a step, which needs VGG16 (default %(default)s)")
+    parser.add_argument("--no-update", action="store_true", help="finish: the decoder alone, on z_L: the control")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16", help="bf16: autocast; fp32 is faster on "
+                        "CPUs without bfloat16 instructions (default %(default)s)")
     parser.add_argument("--rank", type=int, default=16, help="adapter: as train.py's (default %(default)s)")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: the stage's own)")
     parser.add_argument("--validate-every", type=int, default=500, metavar="N", help="steps (default %(default)s)")
@@ -601,14 +835,15 @@ def main():
     args = parser.parse_args()
     if args.stage == "export":
         return export(args)
-    if not args.data:
+    if not args.data and args.stage not in ("adapter", "finish"):
         parser.error("--data is needed: a folder of clean photos")
     if args.stage == "tags":
         return write_tags(args)
+    if args.stage in ("pairs", "adapter", "finish"):
+        return dict(pairs=write_pairs, adapter=train_adapter, finish=train_finish)[args.stage](args)
     photos = Photos(args.data, args.crop, mirror=args.stage == "prior")
     try:
-        dict(autoencoder=train_autoencoder, decoder=train_autoencoder, prior=train_prior,
-             adapter=train_adapter)[args.stage](photos, args)
+        dict(autoencoder=train_autoencoder, decoder=train_autoencoder, prior=train_prior)[args.stage](photos, args)
     except Unavailable as error:
         sys.exit(f"error: {error}")
 
