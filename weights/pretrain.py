@@ -663,10 +663,10 @@ class Restorer(nn.Module):
 def train_finish(args):
     """The decoder, and with it the adapter, on what the update makes of degraded photos, by pictures.
 
-    L1 + LPIPS (AlexNet, shifted by 0 to 7 pixels at each step, so that no grid hides from its stride of 4) against the
-    teacher's picture, and the latent L1 of the stage before; half of every second batch is clean, D(z_H) against x_H, so
-    that the autoencoder stays one. --dists adds the texture of a
-    patch. With --no-update the decoder alone learns, from z_L: the control. Reports LPIPS and PSNR
+    Against the teacher's picture: L1, LPIPS (AlexNet, shifted by 0 to 7 pixels at each step, so that no grid hides from
+    its stride of 4), with --dists the texture of one patch, and the latent L1 of the stage before. Half of every second
+    batch is clean, D(z_H) against x_H, so that the autoencoder stays one. With --no-update the decoder alone learns,
+    from z_L: the control. Reports LPIPS and PSNR
     against x_H on held-out pairs, and of D(E(x_H)). Writes OUT/NAME.pt and OUT/adapter_finished.safetensors.
     """
     out, device = Path(args.out), args.device
@@ -807,7 +807,8 @@ def export(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["autoencoder", "decoder", "prior", "pairs", "adapter", "finish", "export", "tags"])
+    parser.add_argument("stage", choices=["autoencoder", "decoder", "prior", "pairs", "adapter", "finish", "export",
+                                          "tags"])
     parser.add_argument("--data", nargs="+", help="folders of clean photos")
     parser.add_argument("--out", default="runs/pretrain", help="where states and logs go (default %(default)s)")
     parser.add_argument("--to", default=HERE / "embedded", help="export: the folder to write (default %(default)s); "
