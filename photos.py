@@ -97,13 +97,13 @@ def scan(folders, crop, index, workers):
 
 
 def held_out(hashes):
-    """The SHA-256 digests, of the photos' digests in hexadecimal, that are never trained on: those that begin with 0.
+    """The SHA-256 digests, of the photos' digests in hexadecimal, that are never trained on: a second digit of 0.
 
     That is one photo in 16, whatever its name, folder or neighbours. A set so small that this holds out none (or all)
     holds out its smallest digests instead: one in 16, at least one. A single photo is not held out.
     """
     hashes = set(hashes)
-    held = {h for h in hashes if h.startswith("0")}
+    held = {h for h in hashes if h[1] == "0"}
     if 0 < len(held) < len(hashes):
         return held
     return set(sorted(hashes)[:max(1, len(hashes) // 16)]) if len(hashes) > 1 else set()

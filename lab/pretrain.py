@@ -190,7 +190,7 @@ def fit(name, model, loss_fn, validate, args, steps, lr, weight_decay=0.01):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, lr)
         torch.manual_seed(args.seed + step)
-        with torch.autocast(args.device, torch.bfloat16):
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bf16"):
             loss, parts = loss_fn(model, step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -584,6 +584,8 @@ def main():
                         "32. Small crops mislead: of 4×4 latents nearly all touch the border (default %(default)s)")
     parser.add_argument("--latents", type=int, default=8000, metavar="N",
                         help="prior, adapter: crops to encode (default %(default)s)")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16", help="bf16: autocast; fp32 is faster on "
+                        "processors without bfloat16 (default %(default)s)")
     parser.add_argument("--rank", type=int, default=16, help="adapter: as train.py's (default %(default)s)")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: the stage's own)")
     parser.add_argument("--validate-every", type=int, default=500, metavar="N", help="steps (default %(default)s)")
