@@ -51,6 +51,7 @@ from sanasr import (
 )
 
 TAU = 900.0   # of the carried adapter
+VAL_PAIRS = 128
 PAIR = 320    # pixels of x_H in a pair; a view of 288 then begins at any phase of the 32-pixel grid
 
 # --- Pairs, and the pictures that a teacher makes of them ---
@@ -67,7 +68,7 @@ def write_pairs(args):
     held, sizes = held_out(found.values()), {path: Image.open(path).size for path in found}
     kept = [path for path in found if min(sizes[path]) >= PAIR]
     parts = dict(train=([path for path in kept if found[path] not in held], args.count),
-                 val=([path for path in kept if found[path] in held], 128))
+                 val=([path for path in kept if found[path] in held], VAL_PAIRS))
     for part, (paths, count) in parts.items():
         if not paths:
             sys.exit(f"error: --data: no {part} photos of at least {PAIR} pixels per side")
@@ -358,7 +359,7 @@ STAGES = dict(pairs=write_pairs, adapter=train_adapter, decoder=train_decoder, c
               export=export)
 
 
-def main(argv=None):
+def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("stage", choices=list(STAGES))
@@ -381,6 +382,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.stage == "pairs" and not args.data:
         parser.error("--data is needed: a folder of clean photos")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
     try:
         STAGES[args.stage](args)
     except (ValueError, OSError, weights.Unavailable) as error:
