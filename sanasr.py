@@ -45,7 +45,7 @@ from pictures import atomically, bicubic, write_bytes
 # --- Configs: the official config.json files, taken at their word ---
 
 
-NULLABLE = {"out_channels", "attn_logit_softcapping", "sample_size"}  # numbers that may also be null
+NULLABLE = {"out_channels", "attn_logit_softcapping"}  # numbers that may also be null
 
 
 def read_config(name, config, defaults, neutral=None, ignored=()):
@@ -80,6 +80,9 @@ DCAE_DEFAULTS = dict(
     upsample_block_type="pixel_shuffle", downsample_block_type="pixel_unshuffle",
     encoder_out_shortcut=True, decoder_in_shortcut=True,
 )
+DCAE_BLOCKS = dict(  # the values that are known
+    encoder_block_types=("ResBlock", "EfficientViTBlock"), decoder_block_types=("ResBlock", "EfficientViTBlock"),
+    upsample_block_type=("pixel_shuffle", "interpolate"), downsample_block_type=("pixel_unshuffle", "Conv"))
 DCAE_NEUTRAL = dict(decoder_norm_types="rms_norm", decoder_act_fns="silu", decoder_conv_act_fn="relu")
 
 GEMMA2_DEFAULTS = dict(
@@ -153,7 +156,7 @@ class Conv1x1(Linear):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight (+ bias) over the last axis, computed in float32."""
+    """x / rms(x) · weight (+ bias) over the last axis. The norm is taken in float32, the bias is added in x's dtype."""
 
     def __init__(self, channels, eps=1e-5, bias=False):
         super().__init__()
@@ -360,6 +363,9 @@ class DCAE(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
         self.config = config = read_config("DCAE", config, DCAE_DEFAULTS, DCAE_NEUTRAL)
+        for key, known in DCAE_BLOCKS.items():
+            if unknown := {config[key]} - {*known} if isinstance(config[key], str) else {*config[key]} - {*known}:
+                raise ValueError(f"DCAE config: {key} = {unknown.pop()!r} is not supported, only {' and '.join(known)}")
         self.factor = 2 ** (len(config["encoder_block_out_channels"]) - 1)
         self.encoder, self.decoder = Encoder(config), Decoder(config)
 
@@ -764,20 +770,24 @@ def adapters_off(model):
 def save_lora(model, path, metadata=None, state=None):
     """Write the adapters (or `state` in their place, say averaged ones) as safetensors, atomically.
 
-    metadata: {str: str}; "rank" and "alpha" are added.
+    metadata: {str: str}; "rank" and "alpha" are added. Adapters that differ have all ranks in "rank" and, in place of
+    "alpha", a JSON object {module: α} in "alphas".
     """
     state = lora_parameters(model) if state is None else state
-    module = next(iter(lora_modules(model).values()))
-    rank = module.lora_A.weight.shape[0]
-    save_tensors({key: p.detach() for key, p in state.items()}, path,
-                 (metadata or {}) | {"rank": str(rank), "alpha": f"{module.adapter_scale * rank:g}"})
+    ranks = {name: module.lora_A.weight.shape[0] for name, module in lora_modules(model).items()}
+    alphas = {name: module.adapter_scale * ranks[name] for name, module in lora_modules(model).items()}
+    about = {"rank": " ".join(map(str, sorted({*ranks.values()})))}
+    if len({*ranks.values()}) == len({*alphas.values()}) == 1:
+        about["alpha"] = f"{next(iter(alphas.values())):g}"
+    else:
+        about["alphas"] = json.dumps(alphas)
+    save_tensors({key: p.detach() for key, p in state.items()}, path, (metadata or {}) | about)
 
 
-def load_lora(model, path):
-    """Attach the adapters of a file to `model`, injecting where there are none; returns the file's metadata.
+def read_lora(path):
+    """An adapter file -> ({key: matrix}, its metadata). PEFT's prefixes `transformer.`, `base_model.model.` are cut.
 
-    PEFT's key prefixes `transformer.` and `base_model.model.` are read; without an "alpha" in the metadata α = r.
-    Raises ValueError, naming file and key, where the adapter belongs to another base.
+    Raises ValueError that names the file.
     """
     state = {}
     with open_weights(path) as file:
@@ -792,6 +802,20 @@ def load_lora(model, path):
     for name in {"alpha", "timestep"} & set(metadata):
         if not re.fullmatch(r"\d+(\.\d*)?", metadata[name]):
             raise ValueError(f"{path}: its metadata says {name} = {metadata[name]!r}, which is no number")
+    return state, metadata
+
+
+def load_lora(model, path):
+    """Attach the adapters of a file to `model`, injecting where there are none; returns the file's metadata.
+
+    Without "alpha" or "alphas" in the metadata α = r. Raises ValueError, naming file and key, where the adapter belongs
+    to another base.
+    """
+    state, metadata = read_lora(path)
+    try:
+        alphas = {name: float(alpha) for name, alpha in json.loads(metadata.get("alphas", "{}")).items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"{path}: its metadata says alphas = {metadata['alphas']!r}, no numbers by module") from None
     modules = dict(model.named_modules())
     for key in state:
         name, _, half = key.removesuffix(".weight").rpartition(".")
@@ -803,7 +827,7 @@ def load_lora(model, path):
             raise ValueError(f"{path}: {key} does not fit a projection of {in_features} to {out_features} channels")
     for name in {key.rpartition(".lora_")[0] for key in state}:
         rank = state[f"{name}.lora_A.weight"].shape[0]
-        _attach_lora(modules[name], rank, float(metadata.get("alpha", rank)) / rank)
+        _attach_lora(modules[name], rank, alphas.get(name, float(metadata.get("alpha", rank))) / rank)
     with torch.no_grad():
         for key, p in lora_parameters(model).items():
             if key in state:
@@ -831,6 +855,7 @@ DEGRADATION_WORDS = ("blurry", "blurred", "blur", "noise", "noisy", "low quality
                      "artifacts", "pixelated", "grainy", "compressed", "distorted")
 _DEGRADED = re.compile(r"(?<!\w)(" + "|".join(w.replace(" ", "[ ▁_-]") for w in DEGRADATION_WORDS) + r")(?!\w)")
 MAX_TOKENS = 300  # of text, <bos> included, as SANA was trained
+PROMPT_VERSION = 1  # raise it when the code changes what a prompt's states are: the cache then forgets the old ones
 
 
 def clean_tags(tags):
@@ -1056,7 +1081,8 @@ class PromptEncoder:
     @functools.cached_property
     def identity(self):
         """What the states of a prompt depend on besides it. The files are hashed once for each loaded model."""
-        return [fingerprint(self.folder / "text_encoder"), fingerprint(self.folder / "tokenizer"), str(self.dtype)]
+        return [fingerprint(self.folder / "text_encoder"), fingerprint(self.folder / "tokenizer"), str(self.dtype),
+                PROMPT_VERSION, MAX_TOKENS, DEGRADATION_WORDS]
 
     @torch.inference_mode()
     def __call__(self, prompts, instruction=""):
