@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import ImageFilter
 from tqdm import tqdm
 
 import metrics
@@ -41,6 +42,7 @@ from sanasr import conditioning, fingerprint, open_weights, tiled
 
 STAGES = {
     "bicubic": "bicubic enlargement, x_L",
+    "unsharp": "x_L with an unsharp mask (σ 1.5, amount 3)",
     "ceiling": "D(E(x_H)), the ceiling",
     "autoencoder": "D(E(x_L)), no update",
     "prior": "the prior's update, no adapter",
@@ -96,6 +98,13 @@ class Bicubic:
         return bicubic(image, scale)
 
 
+class Unsharp:
+    """In the place of a model: x_L + 3 (x_L − blurred x_L), the filter that a trained model must beat."""
+
+    def restore(self, image, prompt, scale):
+        return bicubic(image, scale).filter(ImageFilter.UnsharpMask(radius=1.5, percent=300, threshold=0))
+
+
 def score(model, pairs, path, args, tags=None, **options):
     """Restore and score `pairs` with `model`, and write the rows to `path`. tags: a file, or None for no tags."""
     prompts = find_tags(tags or "none", [pair.name for pair in pairs], None)
@@ -114,8 +123,8 @@ def restorer(args, adapter):
 
 def stage(name, path, args, model):
     """Make one row of the table of stages."""
-    if name == "bicubic":
-        return score(Bicubic(), args.pairs, path, args)
+    if name in ("bicubic", "unsharp"):
+        return score(Bicubic() if name == "bicubic" else Unsharp(), args.pairs, path, args)
     if name == "autoencoder":
         return score(Reconstruction(model), args.pairs, path, args)
     if name == "ceiling":
