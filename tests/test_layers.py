@@ -23,6 +23,7 @@ LAYERS = [  # each module may import, at the top or within a function, what stan
     ["prune", "bench", "kernels.bench", "weights.__main__", "examples.comparison"],
     ["lab"],
     ["lab.pretrain", "lab.ablation", "lab.gpu", "lab.faults"],
+    ["lab.finish"],
 ]
 PLACE = {name: i for i, names in enumerate(LAYERS) for name in names}
 
