@@ -133,9 +133,10 @@ def restore(job, model, args, tags=(), progress=None):
             raise Skipped(f"{width}×{height} needs more memory than there is; try a smaller --tile") from error
         raise
     try:
-        write(result, job.target, picture.icc)
+        metadata = () if args.no_metadata else (picture.icc, picture.exif)
+        write(result, job.target, *metadata)
         if args.compare:
-            write(picture.finish(bicubic(picture.rgb, args.scale), args.scale), job.compare, picture.icc)
+            write(picture.finish(bicubic(picture.rgb, args.scale), args.scale), job.compare, *metadata)
     except (OSError, ValueError) as error:
         raise Skipped(f"{job.target} cannot be written ({why(error, job.target)})") from error
     return {"image": job.source.name, "from": f"{width}×{height}", "to": f"{args.scale * width}×{args.scale * height}",
@@ -275,6 +276,7 @@ def parse(argv=None):
     add("--fast", choices=["auto", "on", "off"], default="auto", help="the rewrites of fast.py: the same result up to "
         "rounding, sooner; on a GPU with CUDA graphs (auto: on a CPU only)")
     add("--color-fix", choices=COLOUR_FIXES, default="none", help="colours of the enlarged input")
+    add("--no-metadata", action="store_true", help="results without the input's EXIF and colour profile")
     add("--compare", action="store_true", help="write the bicubic enlargement beside the result")
     add = parser.add_argument_group("scores").add_argument
     add("--hr", metavar="DIR", help="references, matched by file name")

@@ -19,6 +19,7 @@ saliency.csv and saliency.png, calibration.pt (F: with --resume another score, Î
 --compare adds compare.csv and oracle.csv, --validate adds validation.csv, --heal the model healed/ beside the pruned.
 """
 import argparse
+import hashlib
 import math
 import os
 import shutil
@@ -53,7 +54,7 @@ from runs import (
     workers,
     write_csv,
 )
-from sanasr import LinearDiT, SanaSR, build_prompt, conditioning, fingerprint, save_module
+from sanasr import LinearDiT, SanaSR, build_prompt, fingerprint, save_module
 
 SALIENCIES = ("paper", "obd", "magnitude", "random", "tail")
 FROM_GRADIENTS = ("paper", "obd")  # the others need no calibration
@@ -452,7 +453,8 @@ class Calibration:
         side = args.crop // model.vae.factor
         self.pairs = Pairs(photos, prompts, args.crop, (model.dit.config["in_channels"], side, side),
                            PROTOCOLS[args.protocol][1], args.seed, lq)
-        self.digest = digest(photos)
+        self.digests = {"photos_sha256": digest(photos), "lq_sha256": hash_of(
+            [weights.sha256(lq[p.path]) if p.path in lq else "" for p in photos]), "prompts_sha256": hash_of(prompts)}
         print(f"{report}; {args.model}, Ï„ {args.timestep:g}, LPIPS {args.lpips}, {args.dtype} on {args.device}")
 
     def samples(self, first, last, signals):
@@ -478,9 +480,14 @@ def find_photos(args):
     return photos, held[:args.val], lq, f"{report}; {len(held)} held out"
 
 
+def hash_of(texts):
+    """One SHA-256 for a list of texts."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+
+
 # what F depends on; the number of steps may grow
 FISHER_SETTINGS = ("model", "base_fingerprint", "adapter_sha256", "photos_sha256", "protocol", "timestep", "suffix",
-                   "lpips", "crop", "seed", "dtype")
+                   "lpips", "crop", "seed", "dtype", "tags", "prompts_sha256", "lq_sha256")
 
 
 def measure_fisher(args, model, calibration, settings):
@@ -488,7 +495,7 @@ def measure_fisher(args, model, calibration, settings):
     path, state, fisher = args.out / "calibration.pt", {"step": 0, "settings": settings}, Fisher(model.dit)
     if args.resume and path.exists():
         saved = load_state(path, damaged="delete it to calibrate anew")
-        if changed := [k for k in FISHER_SETTINGS if saved["settings"][k] != settings[k]]:
+        if changed := [k for k in FISHER_SETTINGS if saved["settings"].get(k) != settings[k]]:
             sys.exit(f"error: --resume: {', '.join(changed)} changed since {path} was begun; choose another --out")
         if saved["step"] > args.steps:
             sys.exit(f"error: --resume: {path} holds {saved['step']} steps already, more than --steps {args.steps}")
@@ -596,9 +603,7 @@ def prune(args):
         sys.exit(f"error: --out {args.out} is the model itself")
     metadata = model.metadata
     args.protocol = args.protocol or metadata.get("protocol", "hq")
-    how = conditioning(metadata, args.suffix, args.timestep, default_timestep=PROTOCOLS[args.protocol][0])
-    args.suffix, args.timestep = how["suffix"], how["timestep"]
-    complete(args, model)
+    complete(args, model, metadata)
     budget = find_budget(args, model.dit)
     try:  # what does not fit is said before hours of calibration
         choose([0.0] * len(model.dit.transformer_blocks), *sizes(model.dit), budget)
@@ -612,7 +617,7 @@ def prune(args):
     if args.calibrates:
         calibration = Calibration(args, model, prior)
         settings |= {k: getattr(args, k) for k in FISHER_SETTINGS if hasattr(args, k)}
-        settings["photos_sha256"] = calibration.digest
+        settings |= calibration.digests | {"tags": args.tags if args.tags in ("none", "ram", "dape") else "file"}
         fisher = measure_fisher(args, model, calibration, settings)
     scores = block_scores(model.dit, args.saliency, fisher, args.eps_p, args.seed)
     kept = choose(scores, *sizes(model.dit), budget)

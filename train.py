@@ -72,7 +72,17 @@ from runs import (
     write_atomically,
     write_csv,
 )
-from sanasr import build_prompt, fingerprint, inject_lora, load_lora, lora_parameters, one_step, save_lora
+from sanasr import (
+    build_prompt,
+    fingerprint,
+    inject_lora,
+    load_lora,
+    lora_modules,
+    lora_parameters,
+    one_step,
+    read_lora,
+    save_lora,
+)
 
 EMA = 0.999
 
@@ -145,7 +155,10 @@ class Run:
 
 @torch.no_grad()
 def validate(f, vae, pairs, conditions, tau, lpips):
-    """(mean LPIPS (AlexNet), mean PSNR, a grid x_L | x̂ | x_H of the first six) over the 8-bit results of `pairs`."""
+    """(mean LPIPS (AlexNet), mean PSNR, a grid x_L | x̂ | x_H of the first six) over the 8-bit results of `pairs`.
+
+    This PSNR is over R, G and B; eval.py's is over the luma Y, and some dB higher.
+    """
     device, distances, psnrs, rows = next(lpips.parameters()).device, [], [], []
     for (_, lr, hr), (c, m) in zip(pairs, conditions, strict=True):
         x_l, x_h = enlarge(lr)[None].to(device), (to_tensor(hr) * 2 - 1)[None].to(device)
@@ -210,6 +223,35 @@ def select(args):
 # --- Training ---
 
 
+def start_adapter(args, dit):
+    """Inject the adapter that the settings and --init describe; fills in args.rank and args.lora_targets.
+
+    The projections that --init holds keep its ranks; the others get --rank. Raises SystemExit in one line for an option
+    that --init contradicts.
+    """
+    found = {}
+    if args.init:
+        try:
+            state, _ = read_lora(args.init)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+        found = {key.rpartition(".lora_")[0]: len(x) for key, x in state.items() if ".lora_A." in key}  # its rank
+    ffn = any(".ff." in name for name in found)
+    if ffn and args.lora_targets == "attn":
+        sys.exit(f"error: --lora-targets attn: --init {args.init} adapts the Mix-FFN too; leave --lora-targets out")
+    args.lora_targets = args.lora_targets or ("attn+ffn" if ffn else "attn")
+    wanted, args.rank = args.rank, args.rank or max(found.values(), default=64)
+    torch.manual_seed(args.seed)
+    names = inject_lora(dit, args.rank, targets=args.lora_targets)
+    if wanted and set(names) <= set(found) and wanted not in found.values():
+        sys.exit(f"error: --rank {wanted}: --init {args.init} has rank {max(found.values())}; leave --rank out")
+    if args.init:
+        try:
+            load_lora(dit, args.init)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+
+
 @contextmanager
 def holding(parameters, values):
     """The parameters have these values for a while."""
@@ -251,14 +293,9 @@ def train(args, state=None):
     judge = LPIPS.from_pretrained("alex").to(device)
     terms = {name: factor for name, factor in LAMBDA.items() if not getattr(args, f"no_{name}", False)}
     lpips, args.lpips = load_lpips(args.lpips) if "lpips" in terms else (None, "none")
-    torch.manual_seed(args.seed)
-    inject_lora(model.dit, args.rank, targets=args.lora_targets)
-    if args.init:
-        try:
-            load_lora(model.dit, args.init)
-        except ValueError as error:
-            sys.exit(f"error: {error}")
+    start_adapter(args, model.dit)
     adapter = lora_parameters(model.dit)
+    ranks_used = " and ".join(sorted({str(m.lora_A.weight.shape[0]) for m in lora_modules(model.dit).values()}))
     masters = [p.detach().clone() for p in adapter.values()]  # float32: what the optimiser moves
     for p in adapter.values():
         p.data = p.data.to(next(model.dit.parameters()).dtype)  # what the network computes with
@@ -312,7 +349,7 @@ def train(args, state=None):
 
     low, high = PROTOCOLS[args.protocol][1]
     say(report + (f"; {len(lq)} have real LR pictures" if args.lq else ""))
-    say(f"{args.model}: {sum(m.numel() for m in masters) / 1e6:.2f} M trained parameters (rank {args.rank}, "
+    say(f"{args.model}: {sum(m.numel() for m in masters) / 1e6:.2f} M trained parameters (rank {ranks_used}, "
         f"{args.lora_targets}); τ {args.timestep:g}, t {low} to {high}; losses {' '.join(terms)}, LPIPS {args.lpips}")
     say(f"effective batch {args.batch} × {world} = {args.batch * world} crops of {args.crop}; {args.dtype} on "
         f"{device}; seed {args.seed}; torch {torch.__version__}; {len(set(prompts))} prompts; {args.run}")
@@ -428,21 +465,22 @@ def parser():
     add("--crop", type=int, help="pixels (default: what the model was trained at, 512 for SANA-0.6B)")
     add("--lr", type=float, default=5e-5)
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    add("--rank", type=int, default=64, help="of the adapter; its scale is 1")
-    add("--init", metavar="PATH", help="start from this adapter instead of from nothing")
-    add("--lora-targets", choices=["attn", "attn+ffn"], default="attn")
+    add("--rank", type=int, help="of the adapter; its scale is 1 (default: that of --init, else 64)")
+    add("--init", metavar="PATH", help="start from this adapter instead of from nothing: what it adapts keeps its rank")
+    add("--lora-targets", choices=["attn", "attn+ffn"], help="(default: those of --init, else attn)")
     add("--protocol", choices=list(PROTOCOLS), default="hq", help="hq: τ 900, tags of x_H; lq: τ 999, tags of x_L")
     add("--timestep", type=float, metavar="N", help="another τ, in (0, 1000]")
     add("--tags", metavar="none|ram|dape|FILE.csv", help="tags of the photos: none, by a tagger, or from the columns "
         "image and tags of a file (default: ram; none for the carried model)")
-    add("--suffix", default="appendix", metavar="appendix|main|none|TEXT", help="quality words after the tags")
+    add("--suffix", metavar="appendix|main|none|TEXT", help="quality words after the tags (default: appendix)")
     add("--lpips", choices=["vgg", "alex"], help="network of the LPIPS loss (default: vgg; alex for the carried model)")
     for name in ("lpips", "align", "cons"):
         add(f"--no-{name}", action="store_true", help="without this loss")
     add("--usm", action="store_true", help="sharpen x_H first, as Real-ESRGAN does")
     add("--mild", type=float, default=0.0, metavar="SHARE", help="of the pairs, 0 to 1: only blurred, resized and "
         "finely JPEG-coded, where the rest is degraded twice over (default 0)")
-    add("--val", type=int, default=8, metavar="N", help="photos held out for validation")
+    add("--val", type=int, default=8, metavar="N", help="validate on the first N of the photos that are held out (one "
+        "in 16, by the hash of the file); val_psnr in log.csv is over R, G, B, not over the luma as in eval.py")
     add("--knee", type=int, default=0, metavar="N", help="stop N validations past the knee of validation LPIPS "
         "(LinearSR's early stopping)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
@@ -478,7 +516,7 @@ def parse(argv=None):
     if not 0 <= args.mild <= 1:
         p.error(f"--mild must lie in [0, 1], not {args.mild:g}")
     for option in ("steps", "every", "batch", "rank"):
-        if getattr(args, option) < 1:
+        if getattr(args, option) is not None and getattr(args, option) < 1:
             p.error(f"--{option} must be positive, not {getattr(args, option)}")
     args.device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
     args.dtype = dtype_name(pick_dtype(args.dtype, args.device))

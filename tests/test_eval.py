@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms
 from tiny import tiny_model
 
 import eval as evaluate
@@ -176,6 +176,86 @@ def test_colour_profile_is_kept_where_it_still_holds(run):
     with Image.open("results/p_x4.png") as kept, Image.open("results/cmyk_x4.png") as dropped:
         assert kept.info.get("icc_profile") == profile
         assert "icc_profile" not in dropped.info
+
+
+def photo_with_exif(path, **options):
+    """A JPEG (or another format) as a camera writes it: rotated, with a place, an exposure and a thumbnail."""
+    exif = Image.Exif()
+    exif.update({0x0112: 6, 0x010F: "Maker", 0x8298: "Somebody", 0x0100: 7, 0x0101: 5})
+    exif.get_ifd(ExifTags.IFD.Exif).update({0x829A: 0.5, 0xA002: 7, 0xA003: 5})
+    exif.get_ifd(ExifTags.IFD.GPSInfo).update({1: "N", 2: (48.0, 8.0, 0.0)})
+    RGB.save(path, exif=exif.tobytes(), **options)
+
+
+@pytest.mark.parametrize("source", ["photo.jpg", "photo.png", "photo.tiff", "photo.webp"])
+@pytest.mark.parametrize("target", ["out.png", "out.jpg", "out.webp", "out.tiff"])
+def test_exif_is_kept_upright_and_without_thumbnail(run, source, target):
+    photo_with_exif(source)
+    assert run(source, "--out", target, "--compare")[0] == 0
+    for path in (target, target.replace("out", "out_bicubic")):
+        with Image.open(path) as result:
+            assert result.size == (20, 28), "turned upright"
+            exif = result.getexif()
+            assert (exif[0x010F], exif[0x8298]) == ("Maker", "Somebody")
+            assert exif.get(0x0112, 1) == 1 and exif.get(0x0100, 20) == 20 and exif.get(0x0101, 28) == 28
+            assert exif.get_ifd(ExifTags.IFD.Exif)[0x829A] == 0.5
+            assert not {0xA002, 0xA003} & set(exif.get_ifd(ExifTags.IFD.Exif))
+            assert exif.get_ifd(ExifTags.IFD.GPSInfo)[1] == "N"
+            assert not exif.get_ifd(ExifTags.IFD.IFD1)
+
+
+def test_a_thumbnail_is_dropped(run):
+    photo_with_exif("photo.jpg")
+    data = Path("photo.jpg").read_bytes()
+    tiff = data.index(b"Exif\0\0") + 6
+    endian = "<" if data[tiff:tiff + 2] == b"II" else ">"
+    entries = struct.unpack(endian + "H", data[tiff + 8:tiff + 10])[0]
+    after = tiff + 10 + 12 * entries  # the offset of the next directory: make it point to a new one at the end
+    end = data.index(b"\xff\xdb") - tiff
+    thumbnail = struct.pack(endian + "HHHIIHHII", 2, 0x0201, 4, 1, end + 30, 0x0202, 4, 1, 4) + b"\0\0\0\0" + b"tiny"
+    length = struct.unpack(">H", data[tiff - 8:tiff - 6])[0]
+    data = (data[:tiff - 8] + struct.pack(">H", length + len(thumbnail)) + data[tiff - 6:after]
+            + struct.pack(endian + "I", end) + data[after + 4:tiff + end] + thumbnail + data[tiff + end:])
+    Path("photo.jpg").write_bytes(data)
+    with Image.open("photo.jpg") as source:
+        assert source.getexif().get_ifd(ExifTags.IFD.IFD1)[0x0202] == 4
+    assert run("photo.jpg", "--out", "out.jpg")[0] == 0
+    with Image.open("out.jpg") as result:
+        assert not result.getexif().get_ifd(ExifTags.IFD.IFD1) and result.getexif()[0x010F] == "Maker"
+    assert b"tiny" not in Path("out.jpg").read_bytes()
+
+
+def test_no_metadata_drops_exif_and_profile(run):
+    photo_with_exif("photo.jpg", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    assert run("photo.jpg", "--out", "out.jpg", "--no-metadata")[0] == 0
+    with Image.open("out.jpg") as result:
+        assert result.size == (20, 28) and not result.getexif() and "icc_profile" not in result.info
+
+
+def test_damaged_exif_costs_no_picture(run):
+    RGB.save("a.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f and no directory")
+    assert run("a.jpg")[0] == 0 and Path("results/a_x4.png").exists()
+
+
+def test_exif_too_long_for_a_jpeg_is_left_out(run):
+    exif = Image.Exif()
+    exif[0x010E] = "x" * 70000
+    RGB.save("a.png", exif=exif)
+    assert run("a.png", "--out", "b.jpg")[0] == 0 and not Image.open("b.jpg").getexif()
+    assert run("a.png", "--out", "b.png")[0] == 0 and len(Image.open("b.png").getexif()[0x010E]) == 70000
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4])
+def test_scale(run, scale):
+    image = RGB.copy()
+    image.putalpha(Image.fromarray(noise(5, 7, seed=1)))
+    image.save("a.png")
+    code, out, _ = run("a.png", "--scale", scale, "--compare", "--color-fix", "wavelet")
+    assert code == 0 and f"7×5 → {7 * scale}×{5 * scale}" in out
+    for name in (f"results/a_x{scale}.png", f"results/a_x{scale}_bicubic.png"):
+        with Image.open(name) as result:
+            assert result.size == (7 * scale, 5 * scale) and result.mode == "RGBA"
+    assert run("a.png", "--scale", 3)[0] != 0
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1)])
