@@ -1,6 +1,7 @@
 """eval.py: every kind of picture in, four times its size out, nothing lost or overwritten, errors in one line."""
 import io
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -12,9 +13,12 @@ import pytest
 import torch
 from PIL import ExifTags, Image, ImageCms
 from tiny import tiny_model
+from tqdm import tqdm
 
 import eval as evaluate
 import pictures
+import runs
+import sanasr
 import tagger
 import weights
 
@@ -450,6 +454,56 @@ def test_options_reach_the_model(monkeypatch, tmp_path):
     assert model.seen == {"prompt": "", "suffix": None, "timestep": None, "tile": None, "instruction": None}
 
 
+def test_an_adapters_suffix_is_used_unless_told_otherwise(model, tmp_path, monkeypatch):
+    """What train.py --suffix none wrote is evaluated without suffix, what prune.py merged as well."""
+    monkeypatch.chdir(tmp_path)
+    RGB.save("a.png")
+    dit = sanasr.LinearDiT.from_pretrained(model / "transformer")
+    sanasr.inject_lora(dit, 2)
+    sanasr.save_lora(dit, "a.safetensors", {"suffix": "none"})
+    pruned = shutil.copytree(model, tmp_path / "pruned")
+    sanasr.save_module(sanasr.LinearDiT.from_pretrained(model / "transformer"), pruned / "transformer",
+                       metadata={"suffix": "none"})
+    seen = []
+    monkeypatch.setattr(sanasr, "tokenize_prompt", lambda tokenizer, prompt, *rest, really=sanasr.tokenize_prompt: (
+        seen.append(prompt), really(tokenizer, prompt, *rest))[1])
+    for i, options in enumerate((["--model", model, "--adapter", "a.safetensors"], ["--model", pruned])):
+        words = f"tree {i}"  # not in the cache yet
+        argv = ["a.png", "--prompt", words, "--device", "cpu", *map(str, options)]
+        assert evaluate.main(argv) == 0 and seen[-1] == words
+        assert evaluate.main([*argv, "--suffix", "main"]) == 0 and seen[-1] == f"{words}, {sanasr.SUFFIXES['main']}"
+    assert evaluate.main(["a.png", "--model", str(model), "--prompt", "x", "--device", "cpu"]) == 0
+    assert seen[-1] == f"x, {sanasr.SUFFIXES['appendix']}"
+
+
+@pytest.mark.parametrize("option, device, expected", [
+    ("auto", "cpu", [False]), ("on", "cpu", [False]), ("off", "cpu", []), ("auto", "cuda", []), ("on", "cuda", [True]),
+    ("off", "cuda", [])])
+def test_fast_is_for_a_cpu_by_default_and_has_graphs_on_a_gpu(model, monkeypatch, option, device, expected):
+    calls = []
+    monkeypatch.setattr(sanasr.SanaSR, "from_pretrained", lambda *args: None)
+    monkeypatch.setattr("fast.optimise", lambda model, graphs: calls.append(graphs))
+    monkeypatch.setattr("fast.keep_memory", lambda: None)
+    runs.load_model(model, torch.device(device), torch.float32, None, option)
+    assert calls == expected
+
+
+def test_one_picture_of_many_tiles_shows_a_bar_for_each_stage(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(noise(40, 40, 3)).save("a.png")
+    bars = []
+    monkeypatch.setattr(evaluate, "tqdm", lambda *items, **options: bars.append(options) or tqdm(
+        *items, **options | {"disable": False, "file": sys.stderr}))
+    monkeypatch.setattr(evaluate.tqdm, "write", print, raising=False)
+    assert evaluate.main(["a.png", "--model", str(model), "--device", "cpu", "--tile", "64"]) == 0
+    tiles = [bar for bar in bars if bar.get("unit") == "tile"]
+    assert [bar["desc"] for bar in tiles] == ["encode", "dit", "decode"] and len({bar["total"] for bar in tiles}) == 1
+    assert tiles[0]["total"] > 4 and f"/{tiles[0]['total']} [" in capsys.readouterr().err
+    bars.clear()
+    assert evaluate.main(["a.png", "--model", str(model), "--device", "cpu"]) == 0
+    assert not [bar for bar in bars if bar.get("unit") == "tile"], "one tile, no bar"
+
+
 # --- tags ---
 
 class Tags:
@@ -486,8 +540,9 @@ def test_tags_from_a_file(run, monkeypatch):
     model = Nearest()
     monkeypatch.setattr(evaluate, "load_model", lambda *args: model)
     RGB.save("a.png")
-    Path("tags.csv").write_text('image,tags\nelsewhere/a.png,"a wall, red"\n')
-    assert run("a.png", "--tagger", "tags.csv")[0] == 0 and model.seen["prompt"] == "a wall, red"
+    Path("tags.csv").write_text('image,tags\nelsewhere/a.png,"a wall, blurry picture, red"\n')
+    assert run("a.png", "--tagger", "tags.csv")[0] == 0
+    assert model.seen["prompt"] == "a wall, red", "words of degradation are left out, as in training"
     code, _, err = run("a.png", "--tagger", "none.csv")
     assert code == 1 and "none.csv: No such file" in err
 
