@@ -181,7 +181,7 @@ def knee(values):
 
 
 def past_knee(run, patience):
-    """Where the knee lies `patience` validations back, copies its adapter to knee.safetensors and says so; else ""."""
+    """If the knee lies `patience` validations back: copy its adapter to knee.safetensors, return a message; else ""."""
     rows = read_log(run.folder / "log.csv")
     steps, values = zip(*((row["step"], row["val_lpips"]) for row in rows if "val_lpips" in row), strict=True)
     k = knee(values)
@@ -254,7 +254,7 @@ def start_adapter(args, dit):
 
 @contextmanager
 def holding(parameters, values):
-    """The parameters have these values for a while."""
+    """A context within which the parameters have these values."""
     own = [p.detach().clone() for p in parameters]
     copy(parameters, values)
     try:
@@ -270,18 +270,18 @@ def copy(parameters, values):
 
 
 def report_nan(path, step, names, prompts, t, values, norm):
-    """Writes what a step that went wrong was made of."""
+    """Write the samples, prompts and losses of a step whose loss is not finite."""
     content = {"step": step, "samples": names, "prompts": prompts, "t": t.tolist(), "grad_norm": str(norm),
                "losses": {k: str(v.item()) for k, v in values.items()}}
     write_atomically(path, lambda f: f.write(json.dumps(content, indent=1).encode()))
 
 
 def train(args, state=None):
-    """The whole run, see the top of the file; `state` is what a former one left. Returns the exit code."""
+    """The whole run, as the module's docstring says. state: of the run to resume, or None. Returns the exit code."""
     rank, world = ranks()
     device, say = args.device, partial(print, flush=True) if rank == 0 else lambda *a, **k: None
-    # a resumed run is to repeat the one that was not interrupted: bit for bit on a CPU; on a GPU the backward pass of
-    # the LPIPS network's max-pooling still adds in any order
+    # a resumed run repeats the uninterrupted one bit for bit on a CPU; on a GPU the backward pass of LPIPS's
+    # max-pooling still adds in an arbitrary order
     torch.backends.cudnn.deterministic = True
 
     # the networks, of which only the adapter learns
@@ -295,7 +295,7 @@ def train(args, state=None):
     lpips, args.lpips = load_lpips(args.lpips) if "lpips" in terms else (None, "none")
     start_adapter(args, model.dit)
     adapter = lora_parameters(model.dit)
-    ranks_used = " and ".join(sorted({str(m.lora_A.weight.shape[0]) for m in lora_modules(model.dit).values()}))
+    ranks_used = " and ".join(map(str, sorted({len(m.lora_A.weight) for m in lora_modules(model.dit).values()})))
     masters = [p.detach().clone() for p in adapter.values()]  # float32: what the optimiser moves
     for p in adapter.values():
         p.data = p.data.to(next(model.dit.parameters()).dtype)  # what the network computes with
@@ -408,7 +408,7 @@ def train(args, state=None):
             scaler.update()
             copy(parameters, masters)
             step += 1
-            decay = min(EMA, step / (step + 10))  # so that a short run does not remember the untrained adapter
+            decay = min(EMA, step / (step + 10))  # smaller at first, so that the untrained adapter is soon forgotten
             for average_, master in zip(ema, masters, strict=True):
                 average_.lerp_(master, 1 - decay)
 
@@ -444,8 +444,8 @@ def train(args, state=None):
 # --- The command ---
 
 NOT_SETTINGS = ("run", "name", "device", "resume", "select")
-# what a resumed run may be given anew: how long and how it runs, but not what it computes
-CHANGEABLE = ("batch", "steps", "every", "workers", "checkpointing", "knee")  # batch: times the processes it is fixed
+# options that a resumed run may change: none of them changes what a step computes
+CHANGEABLE = ("batch", "steps", "every", "workers", "checkpointing", "knee")  # batch × processes must stay the same
 
 
 def parser():
@@ -495,7 +495,7 @@ def parse(argv=None):
     """-> (arguments, state to resume or None). Raises SystemExit in one line for what does not fit."""
     p, state = parser(), None
     args = p.parse_args(argv)
-    args.run = Path("runs") / args.name  # a path as a name stays that path
+    args.run = Path("runs") / args.name  # an absolute path as the name gives that path
     if args.resume:
         state = load_state(args.run / "state.pt")
         saved = {k: v for k, v in state["settings"].items() if hasattr(args, k)}
