@@ -375,6 +375,7 @@ def parse(argv=None):
     add("--steps", type=int, help="of the stage; the learning rate decays over the last quarter")
     add("--batch", type=int, default=4, help="views a step (default %(default)s)")
     add("--lr", type=float, help="peak learning rate (default: the stage's own)")
+    add("--ema", type=float, default=0.999, help="decay of the averaged weights (default %(default)s)")
     add("--validate-every", type=int, default=500, metavar="N", help="steps (default %(default)s)")
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast, faster where the processor has it")
     add("--seed", type=int, default=0)

@@ -192,7 +192,7 @@ def fit(name, model, loss_fn, validate, args, steps, lr, weight_decay=0.01):
             raise FloatingPointError(f"{name}: loss {loss.item()} at step {step}; the last saved state is {path}")
         optimizer.step()
         with torch.no_grad():
-            decay = min(0.999, (step + 1) / (step + 10))
+            decay = min(args.ema, (step + 1) / (step + 10))
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
         step += 1
         seconds += time.monotonic() - start
@@ -527,6 +527,7 @@ def main():
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16", help="bf16: autocast; fp32 is faster on "
                         "processors without bfloat16 (default %(default)s)")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: the stage's own)")
+    parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights (default %(default)s)")
     parser.add_argument("--validate-every", type=int, default=500, metavar="N", help="steps (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
