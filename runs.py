@@ -59,13 +59,37 @@ def load_model(name, device, dtype, adapter=None, fast="off"):
     fast: "on" applies the rewrites of fast.py (on a GPU with CUDA graphs), "auto" on a CPU only.
     Raises SystemExit in one line.
     """
-    import weights
     from sanasr import SanaSR
+    if is_linearsr(name, dtype):
+        sys.exit(f"error: {name} is a LinearSR model: it has experts instead of an adapter, and is no prior")
     adapter = False if adapter == "none" else adapter
     if adapter and not Path(adapter).is_file():
         sys.exit(f"error: --adapter {adapter}: no such file")
+    return _loaded(lambda: SanaSR.from_pretrained(name, device, dtype, adapter), device, fast)
+
+
+def load_linearsr(name, device, dtype, fast="off", offload=False):
+    """LinearSR of a name or folder; fast: as `load_model`'s; offload: only the expert in use lies on the device."""
+    from linearsr import LinearSR
+    return _loaded(lambda: LinearSR.from_pretrained(name, device, dtype, offload), device, fast)
+
+
+def is_linearsr(name, dtype=None):
+    """Whether the model of this name or folder is a LinearSR rather than a SanaSR: it has a config.json of its own.
+
+    Raises SystemExit in one line where there is no such model.
+    """
+    import weights
     try:
-        model = SanaSR.from_pretrained(name, device, dtype, adapter)
+        return (weights.folder(name, dtype) / "config.json").is_file()
+    except (OSError, weights.Unavailable) as error:
+        sys.exit(f"error: {whole(error)}")
+
+
+def _loaded(load, device, fast):
+    import weights
+    try:
+        model = load()
     except (OSError, ValueError, weights.Unavailable) as error:
         sys.exit(f"error: {whole(error)}")
     if fast == "on" or (fast == "auto" and device.type == "cpu"):

@@ -25,11 +25,12 @@ from sanasr import (
 
 @dataclass
 class Stage:
-    """One line of the table. ms: the median; None where it was not measured."""
+    """One line of the table. ms: the median; None where it was not measured. times: how often it runs for a picture."""
     name: str
     parameters: int
     macs: int
     ms: float | None = None
+    times: int = 1
 
 
 def own_macs(module, args, out):
@@ -77,9 +78,10 @@ def parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def stages(vae, dit, text, side=512, tokens=MAX_TOKENS):
+def stages(vae, dit, text, side=512, tokens=MAX_TOKENS, stem=None):
     """[(name, module that holds the parameters, function, inputs)] in the order of `restore`, each for one picture of
-    side × side. vae: DCAE; dit: LinearDiT; text: Gemma2 or None, which leaves it out. The inputs are random."""
+    side × side. vae: DCAE; dit: LinearDiT; text: Gemma2 or None, which leaves it out; stem: LinearSR's, which takes the
+    encoder's place. The inputs are random."""
     def random(part, *shape):
         p = next(part.parameters())
         return torch.randn(shape, device=p.device, dtype=p.dtype)
@@ -90,6 +92,10 @@ def stages(vae, dit, text, side=512, tokens=MAX_TOKENS):
     found = [("encode", vae.encoder, vae.encode, (random(vae, 1, vae.config["in_channels"], side, side),)),
              ("dit", dit, dit, (random(dit, 1, *latent), t, c, mask)),
              ("decode", vae.decoder, vae.decode, (random(vae, 1, *latent),))]
+    if stem:
+        condition = random(stem, 1, stem.config["width"], *latent[1:])
+        found[:2] = [("stem", stem, stem, (random(stem, 1, 3, side // 4, side // 4),)),
+                     ("dit", dit, dit, (*found[1][3], condition))]
     if text:
         ids = torch.ones(1, tokens, dtype=torch.long, device=next(text.parameters()).device)
         found.insert(0, ("text", text, text, (ids, torch.ones_like(ids))))
@@ -109,35 +115,43 @@ def latency(function, args, runs=5):
     return median(times[1:])
 
 
-def profile(model, side=512, tokens=MAX_TOKENS):
-    """model: SanaSR -> [Stage] for a result of side × side, a multiple of the autoencoder's 32.
+def profile(model, side=512, tokens=MAX_TOKENS, steps=1):
+    """model: SanaSR, or LinearSR in `steps` steps -> [Stage] for a result of side × side, a multiple of 32.
 
     MACs are counted on the meta device, so that the text encoder need not be read for them; it is loaded last, to be
     timed, when the others are done. Raises OSError or ValueError where that fails.
     """
     config = json.loads((model.folder / "text_encoder" / "config.json").read_text("utf-8"))
+    experts = model.experts if hasattr(model, "experts") else [model.dit]
+    dit, stem = model.use(0) if len(experts) > 1 else experts[0], getattr(model, "stem", None)
     with torch.device("meta"):
-        shadows = DCAE(model.vae.config), type(model.dit)(model.dit.config), Gemma2(config)
+        shadows = DCAE(model.vae.config), type(dit)(dit.config), Gemma2(config)
+        shadow_stem = stem and type(stem)(stem.config)
     table = [Stage(name, parameters(part), count_macs(part, function, *args))
-             for name, part, function, args in stages(*shadows, side, tokens)]
+             for name, part, function, args in stages(*shadows, side, tokens, shadow_stem)]
     by_name = {stage.name: stage for stage in table}
-    for name, _, function, args in stages(model.vae, model.dit, None, side, tokens):
+    by_name["dit"].times, by_name["dit"].parameters = steps, sum(map(parameters, experts))
+    for name, _, function, args in stages(model.vae, dit, None, side, tokens, stem):
         by_name[name].ms = latency(function, args)
     text = Gemma2.from_pretrained(model.folder / "text_encoder", model.vae_dtype, model.device)
-    _, _, function, args = stages(model.vae, model.dit, text, side, tokens)[0]
+    _, _, function, args = stages(model.vae, dit, text, side, tokens)[0]
     by_name["text"].ms = latency(function, args)
     return table
 
 
 def print_profile(table):
-    """Stage by stage; the total leaves the text encoder out: its states of a prompt are computed once, then cached."""
+    """Stage by stage, and the whole picture without the text encoder: its states of a prompt are computed once."""
     def line(name, *cells):
-        return name.ljust(16) + "".join(cell.rjust(14) for cell in cells)
+        return name.ljust(24) + "".join(cell.rjust(14) for cell in cells)
 
     def numbers(name, parameters, macs, ms):
         return line(name, f"{parameters / 1e6:.2f} M", f"{macs / 1e9:.2f} G", f"{ms:.1f}")
     picture = [stage for stage in table if stage.name != "text"]
+    steps = max(stage.times for stage in picture)
     print(line("", "parameters", "MACs", "ms"))
     for stage in table:
-        print(numbers(stage.name, stage.parameters, stage.macs, stage.ms))
-    print(numbers("all but text", *(sum(getattr(s, key) for s in picture) for key in ("parameters", "macs", "ms"))))
+        name = f"{stage.name}, one step" if stage.times > 1 else stage.name
+        print(numbers(name, stage.parameters, stage.macs, stage.ms))
+    total = [sum(stage.parameters for stage in picture), *(sum(stage.times * getattr(stage, key) for stage in picture)
+                                                           for key in ("macs", "ms"))]
+    print(numbers("all but text" + (f", {steps} steps" if steps > 1 else ""), *total))

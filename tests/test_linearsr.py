@@ -9,7 +9,10 @@ import torch
 from PIL import Image
 from seeded import seeded_input, seeded_state_dict
 
+import eval as evaluator
+import fast
 import linearsr
+import runs
 from linearsr import BOUNDARIES, LinearSR, Stem, expert_of, sample, shifted, unshifted
 from sanasr import (
     DCAE,
@@ -397,3 +400,58 @@ def test_stem_weight_shape_is_a_patch_embeddings(dit):
     assert isinstance(Stem(STEM).proj, Conv1x1)
     assert dit.patch_embed["proj"].weight.shape[2:] == Stem(STEM).proj.weight.shape[2:]
     assert to_tokens(torch.zeros(1, 3, 2, 2)).shape == (1, 4, 3)
+
+
+# --- eval.py, fast.py, lab/profile.py ---
+
+
+def test_fast_is_the_same(folder):
+    plain, quick = LinearSR.from_pretrained(folder), fast.optimise(LinearSR.from_pretrained(folder))
+    a, b = (np.asarray(m.restore(photo(), "tree", steps=12), np.float32) for m in (plain, quick))
+    assert np.abs(a - b).max() <= 1 and plain.experts[0] is not quick.experts[0]
+
+
+def test_eval_restores_and_scores(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    photo(32, 32).save("a.png")
+    (tmp_path / "hr").mkdir()
+    photo(32, 32).resize((128, 128)).save("hr/a.png")
+    line = ["a.png", "--model", str(folder), "--device", "cpu"]
+    options = ["--steps", "3", "--hr", "hr", "--metrics", "psnr", "--csv", "s.csv"]
+    assert evaluator.main([*line, *options, "--seed", "4"]) == 0
+    assert "dit" in capsys.readouterr().out and "a.png," in (tmp_path / "s.csv").read_text()
+    first = (tmp_path / "results" / "a_x4.png").read_bytes()
+    assert evaluator.main([*line, "--steps", "3", "--seed", "4", "--offload"]) == 0
+    assert (tmp_path / "results" / "a_x4.png").read_bytes() == first
+    assert evaluator.main([*line, "--steps", "3", "--seed", "5"]) == 0
+    assert (tmp_path / "results" / "a_x4.png").read_bytes() != first
+
+
+def exit_of(*options):
+    with pytest.raises(SystemExit) as caught:
+        evaluator.main([str(a) for a in options])
+    return str(caught.value)
+
+
+def test_eval_refuses_what_belongs_to_the_other_system(folder, tiny_model, tmp_path, capsys):
+    photo().save(tmp_path / "a.png")
+    for options in (["--steps", 20], ["--cfg", 2], ["--offload"]):
+        message = exit_of(tmp_path / "a.png", "--model", tiny_model, *options)
+        assert message.startswith(f"error: {options[0]}: {tiny_model} is a model of SANA-SR, which takes one step")
+    for options in (["--adapter", "none"], ["--timestep", 900]):
+        message = exit_of(tmp_path / "a.png", "--model", folder, *options)
+        assert message.startswith(f"error: {options[0]}: {folder} is a model of LinearSR")
+    exit_of(tmp_path / "a.png", "--model", folder, "--steps", 0)
+    assert "--steps must be at least 1, not 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="is a LinearSR model: it has experts instead of an adapter"):
+        runs.load_model(folder, torch.device("cpu"), torch.float32)
+
+
+def test_profile_counts_a_step_and_the_whole(folder, capsys):
+    assert evaluator.main(["--profile", "64", "--model", str(folder), "--device", "cpu", "--steps", "5"]) == 0
+    rows = {line[:24].strip(): line[24:].split() for line in capsys.readouterr().out.splitlines()[2:]}
+    assert list(rows) == ["text", "stem", "dit, one step", "decode", "all but text, 5 steps"]
+    macs = {name: float(row[2]) for name, row in rows.items()}
+    assert float(rows["all but text, 5 steps"][4]) > 0
+    assert macs["all but text, 5 steps"] == pytest.approx(
+        macs["stem"] + 5 * macs["dit, one step"] + macs["decode"], abs=0.03)
