@@ -83,6 +83,7 @@ LR = {"pretrain": 3e-4, "experts": 3e-4, "finetune": 5e-5}
 EMA, WARMUP, CLIP = 0.999, 200, 1.0
 EMPTY, UNTAGGED = 0.1, 0.4  # shares of prompts that are empty, and that are the suffix alone
 SHARD = 256  # pairs in a file
+TOLERANCE = 0.02  # of `knee`: validation LPIPS falls by some 0.4 from the untrained network, 0.008 of that is noise
 
 # --- The network, its loss, and what is watched ---
 
@@ -233,10 +234,11 @@ def expert_folders(args, stage):
 
 
 def validations(folder, watch):
-    """(steps, values) of a training's validations: what its knee is found in."""
+    """(steps of a training's validations, the one of its knee)."""
     rows = [row for row in read_log(folder / "log.csv") if watch in row]
-    sign = -1 if watch == "val_psnr" else 1
-    return [row["step"] for row in rows], [sign * row[watch] for row in rows]
+    values = [row[watch] * (-1 if watch == "val_psnr" else 1) for row in rows]
+    steps = [row["step"] for row in rows]
+    return steps, steps[knee(values, TOLERANCE)]
 
 
 def starting_point(folder, args):
@@ -247,8 +249,8 @@ def starting_point(folder, args):
     if not (folder / "log.csv").is_file() or not any((folder / "checkpoints").glob("*.safetensors")):
         sys.exit(f"error: {folder} holds no training: run the stages in the order {', '.join(STAGES)} under one "
                  "--name, or name the folder of the pretraining by --pretrained")
-    steps, values = validations(folder, args.watch)
-    step = steps[knee(values) if args.start == "knee" else -1]
+    steps, bend = validations(folder, args.watch)
+    step = bend if args.start == "knee" else steps[-1]
     path = folder / "checkpoints" / f"{step:06d}.safetensors"
     if not path.is_file():
         sys.exit(f"error: {path} is missing: {args.watch} has its {args.start} there")
@@ -258,18 +260,15 @@ def starting_point(folder, args):
 
 
 def load_network(network, path):
-    """Give `network` the weights of a checkpoint. Raises SystemExit naming file and key where they do not fit."""
-    try:
-        with open_weights(path) as file:
-            state = {key: file.get_tensor(key).float() for key in file.keys()}
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    """Give `network` the weights of a checkpoint. Raises ValueError naming file and key where they do not fit."""
+    with open_weights(path) as file:
+        state = {key: file.get_tensor(key).float() for key in file.keys()}
     own = network.state_dict()
     for key in sorted({*own, *state}):
         if key not in own or key not in state or own[key].shape != state[key].shape:
             here, there = (list(d[key].shape) if key in d else "absent" for d in (own, state))
-            sys.exit(f"error: {path}: {key} is {there}, but {here} in this model: it was trained from another prior; "
-                     "take that one as --model, or pretrain anew")
+            raise ValueError(f"{path}: {key} is {there}, but {here} in this model: it was trained from another prior; "
+                             "take that one as --model, or pretrain anew")
     network.load_state_dict(state)
 
 
@@ -280,13 +279,11 @@ def prepare(network, args, start, k):
         network.requires_grad_(True)
         return dict(network.named_parameters())
     load_network(network, start["network"])
-    torch.manual_seed(args.seed + k)
-    inject_lora(network.dit, args.rank, targets=args.lora_targets)
     if start["adapter"]:
-        try:
-            load_lora(network.dit, start["adapter"], system=SYSTEM)
-        except ValueError as error:
-            sys.exit(f"error: {error}")
+        load_lora(network.dit, start["adapter"], system=SYSTEM)
+    else:
+        torch.manual_seed(args.seed + k)
+        inject_lora(network.dit, args.rank, targets=args.lora_targets)
     return {f"dit.{key}": p for key, p in lora_parameters(network.dit).items()}
 
 
@@ -310,8 +307,7 @@ def fit(folder, k, args, network, start, pairs, prompts, conditions, held, judge
     state = load_state(folder / "state.pt", device=device) if (folder / "state.pt").exists() else None
     if state and state["step"] >= args.steps:
         return 0
-    names_and_parameters = prepare(network, args, start, k or 0)
-    names, parameters = list(names_and_parameters), list(names_and_parameters.values())
+    names, parameters = map(list, zip(*prepare(network, args, start, k or 0).items(), strict=True))
     ema = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, args.lr, betas=(0.9, 0.999), weight_decay=1e-2)
     step, rows = 0, []
@@ -354,8 +350,7 @@ def fit(folder, k, args, network, start, pairs, prompts, conditions, held, judge
         else:
             save_lora(network.dit, path, {"system": SYSTEM, "expert": str(k), "interval": f"{ends[0]:g} {ends[1]:g}"},
                       {key.removeprefix("dit."): x for key, x in values.items()})
-        found = validations(folder, args.watch)
-        mark = found[0][knee(found[1])] if found[0] else None
+        _, mark = validations(folder, args.watch)
         run.picture("curves.png", curves(read_log(folder / "log.csv"), columns(boundaries)[1:-2], mark))
 
     if step == 0 and run:
@@ -441,7 +436,7 @@ def run_stage(args):
         photos, held = split(photos)
         lq = match_lq(photos + held, args.lq) if args.lq else {}
         tags = photo_tags(args.tags, "lq", photos, lq, args.root / "tags.csv")
-        pairs = validation_pairs(held[:args.val], lq, args.crop, args.seed, None, args.mild)
+        pairs = validation_pairs(held[:args.val], lq, args.crop, 0, None, args.mild)
         held_tags = tags and find_tags(args.tags, [p.path for p in held[:args.val]], lambda i: bicubic(pairs[i][1]))
         return photos, lq, tags, pairs, held_tags, f"{report}; {len(held)} held out, {len(pairs)} for validation"
     photos, lq, tags, val_pairs, val_tags, report = from_first(look_at_data)
@@ -454,10 +449,10 @@ def run_stage(args):
     if rank == 0:
         print(report, flush=True)
 
-    made_of = dict(encoder=encoder_hash(model.vae), photos=digest(photos), lq=args.lq, crop=args.crop, mild=args.mild,
-                   seed=args.seed)
+    # the pairs are drawn by a seed of their own, 0: other trainings use them, too
+    made_of = dict(encoder=encoder_hash(model.vae), photos=digest(photos), lq=args.lq, crop=args.crop, mild=args.mild)
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
-    pairs = EncodedPairs(Pairs(photos, prompts, args.crop, None, None, args.seed, lq, mild=args.mild), args.pairs,
+    pairs = EncodedPairs(Pairs(photos, prompts, args.crop, None, None, 0, lq, mild=args.mild), args.pairs,
                          Path("runs") / "pairs" / key, latents, device, args.workers)
     held = Held(val_pairs, val_prompts, latents, conditions, device)
 
@@ -478,8 +473,8 @@ def run_stage(args):
                 print(f"interrupted; {folder} is saved, the same command goes on")
             return 128 + stop
         if rank == 0:
-            steps, values = validations(folder, args.watch)
-            print(f"{folder}: step {steps[-1]}; the knee of {args.watch} is at step {steps[knee(values)]}", flush=True)
+            steps, bend = validations(folder, args.watch)
+            print(f"{folder}: step {steps[-1]}; the knee of {args.watch} is at step {bend}", flush=True)
     return 0
 
 
@@ -512,9 +507,9 @@ def starts(folder, args, k, photos):
 
 
 def export(args):
-    """Write the folder that `LinearSR.from_pretrained` reads, in fp16, from the last stage there is."""
+    """Write the folder that `LinearSR.from_pretrained` reads, in fp16."""
     target = Path(args.to)
-    stage = next((s for s in reversed(STAGES[1:]) if expert_folders(args, s)[0].is_dir()), "pretrain")
+    stage = args.of or next((s for s in reversed(STAGES[1:]) if expert_folders(args, s)[0].is_dir()), "pretrain")
     folders = expert_folders(args, stage)
     points = [starting_point(folder, args) for folder in folders]
     notes = [json.loads((folder / "settings.json").read_text()) for folder in folders]
@@ -578,6 +573,7 @@ def parser():
     add("--val-steps", type=int, default=12, metavar="N", help="of the validation's restorations; fewer than 12 never "
         "reach the last interval")
     add("--to", metavar="DIR", help="export: the folder to write")
+    add("--of", choices=STAGES, help="export: of this stage (default: the last one there is)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="bf16: autocast, for GPUs")
     add("--checkpointing", action="store_true", help="less memory, more time: recompute activations")
