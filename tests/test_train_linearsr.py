@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 from seeded import seeded_input
 
+import lab.linearsr as lab
 import train_linearsr
 from linearsr import LinearSR
 from runs import knee, read_log
@@ -249,3 +250,43 @@ def test_draws_are_stratified():
     rng = np.random.default_rng((0, 0, 0, 0))
     u = (np.arange(total) + rng.random(total)) / total
     assert [int(x * total) for x in u] == list(range(total))
+
+
+# --- lab/linearsr.py ---
+
+
+def test_lab_measures_losses_and_makes_the_table(run, photos, tiny_model, tmp_path, capsys):
+    pretrained = run("pretrain", "--steps", 1, "--every", 1)
+    run("experts", "--steps", 1, "--every", 1, "--start", "end")
+    assert train_linearsr.main(["--stage", "export", "--to", "made", "--start", "end"]) == 0
+    capsys.readouterr()
+    (Path("made") / "transformer" / "config.json").write_text(
+        (Path("made") / "transformer" / "config.json").read_text().replace('"sample_size": 4', '"sample_size": 3'))
+    common = ["--model", "made", "--device", "cpu"]
+    assert lab.main(["losses", *common, "--data", str(photos), "--draws", "2", "--val", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()[-4:]
+    assert [line[:14] for line in lines] == ["0.000 to 0.223", "0.223 to 0.875", "0.875 to 0.939", "0.939 to 1.000"]
+    assert all(float(value) > 0 for line in lines for value in line.split()[3:6])
+
+    for kind, side in (("lr", 32), ("hr", 128)):
+        Path(kind).mkdir()
+        Image.open(photos / "0.png").convert("RGB").resize((side, side)).save(f"{kind}/a.png")
+    line = ["table", *common, "--lr", "lr", "--hr", "hr", "--sanasr", str(tiny_model), "--metrics", "psnr,lpips",
+            "--pretrained", str(pretrained), "--steps", "2", "--every", "1", "--only"]
+    rows = Path("runs/lab-linearsr/rows")
+    assert lab.main([*line, "bicubic", "sana-sr", "steps-1-0"]) == 0
+    stamp = (rows / "sana-sr.csv").stat().st_mtime_ns
+    assert lab.main([*line, "bicubic", "sana-sr", "steps-1-0", "steps-2-0", "two-1"]) == 0
+    assert (rows / "sana-sr.csv").stat().st_mtime_ns == stamp
+    table = capsys.readouterr().out
+    assert "LinearSR, 2 steps, seed 0" in table and "two experts, seed 1" in table and "GMAC" in table
+    assert LinearSR.from_pretrained("runs/lab-linearsr/two-1/model").boundaries == (0.875,)
+    assert Image.open("runs/lab-linearsr/tradeoff.png").size == (640, 480)
+    with pytest.raises(SystemExit, match="no row steps-3-0"):
+        lab.main([*line, "steps-3-0"])
+
+
+def test_bootstrap_holds_the_mean():
+    x = torch.randn(500, generator=torch.Generator().manual_seed(0)).numpy()
+    low, high = lab.bootstrap(x)
+    assert low < x.mean() < high and 0.13 < high - low < 0.23  # 2 · 1.96 / √500 = 0.175
