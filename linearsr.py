@@ -56,7 +56,7 @@ from sanasr import (
 )
 
 SYSTEM = "linearsr"
-BOUNDARIES = (0.223, 0.875, 0.939)  # the paper's; see README's reproduction notes for where they come from
+BOUNDARIES = (0.223, 0.875, 0.939)  # the paper's
 SHIFT = 3.0  # SANA's flow shift
 STRIDE = 8  # of E_conv: the LR picture is 4 times smaller than the result, the latents 32 times
 
@@ -242,8 +242,8 @@ class LinearSR(SanaSR):
                 progress=None) -> Image.Image:
         """PIL image -> PIL image (RGB) of exactly `scale` times the size.
 
-        The condition is the picture at a quarter of the result's size: at scale 4 as it is, below that made smaller,
-        so that what is lost is invented anew.
+        The condition is the picture at a quarter of the result's size. So at scale 4 it is the picture itself; at scale
+        1 or 2 it is made smaller first, and the detail lost by that is generated again.
         prompt, suffix, tile, instruction, progress: as SanaSR's; the stage dit counts the tiles of all steps.
         steps: evaluations of the network, at least 1 (with cfg ≠ 1 two each).
         seed: of the noise, which is drawn for the whole picture at once on the CPU: it depends on nothing but the seed

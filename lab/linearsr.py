@@ -13,13 +13,15 @@ table: every row is eval.py's, one CSV image by image. Each row of LinearSR is m
 where it is trained here, of the training: a smaller difference than that between two seeds means nothing. --steps are
 those of all experts of a row together, so the rows cost the same. --out keeps rows/NAME.csv, rows.csv (the table),
 NAME/ (runs and models) and tradeoff.png (LPIPS against PSNR over the steps). Rows that have their CSV are not made
-again; Ctrl-C saves, the same line goes on. ms and GMAC are of one picture of 512 × 512 without the text encoder.
+again; Ctrl-C saves, the same line goes on. ms: the median of the pictures; GMAC: of one of 512 × 512; both
+without the text encoder.
 """
 import argparse
 import csv
 import json
 import sys
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -30,7 +32,7 @@ from tqdm import tqdm
 import train_linearsr
 import weights
 from lab.ablation import Bicubic, available, keep_settings, score, tabulate
-from lab.profile import profile
+from lab.profile import count
 from metrics.score import folder_pairs
 from objective import Conditions, Latents
 from photos import find_tags, scan, split, validation_pairs
@@ -102,25 +104,34 @@ def losses(args):
 # --- table ---
 
 
+class Timed:
+    """A model that notes the milliseconds of each restoration, without the text encoder."""
+
+    def __init__(self, model):
+        self.model, self.ms = model, []
+
+    def restore(self, *args, **options):
+        result = self.model.restore(*args, **options)
+        self.ms.append(sum(ms for stage, ms in self.model.stages.items() if stage != "text"))
+        return result
+
+
 def table_rows(args):
     """{name: (what, function that makes the row at a path)} of all rows, in the order of the table."""
-    def load(name):
-        return load_linearsr(name, args.device, pick_dtype("auto", args.device), "auto")
+    dtype = pick_dtype("auto", args.device)
 
-    def cost(path, model, steps):
-        stages = [s for s in profile(model, 512, steps=steps) if s.name != "text"]
-        write_bytes(path.with_suffix(".json"), json.dumps({
-            "ms": f"{sum(s.times * s.ms for s in stages):.0f}",
-            "GMAC": f"{sum(s.times * s.macs for s in stages) / 1e9:.1f}"}))
+    def make(path, model, tags=None, **options):
+        timed = Timed(model)
+        gmac = sum(stage.times * stage.macs for stage in count(model, 512, steps=options.get("steps", 1))
+                   if stage.name != "text") / 1e9
+        score(timed, args.pairs, path, args, tags, **options)
+        write_bytes(path.with_suffix(".json"), json.dumps({"ms": f"{median(timed.ms):.0f}", "GMAC": f"{gmac:.1f}"}))
 
     def sanasr(path, tags=None):
-        model = load_model(args.sanasr, args.device, pick_dtype("auto", args.device))
-        cost(path, model, 1)
-        score(model, args.pairs, path, args, tags)
+        make(path, load_model(args.sanasr, args.device, dtype, fast="auto"), tags)
 
     def linear(path, steps, seed, tags=None, name=args.model):
-        cost(path, load_linearsr(name, args.device, pick_dtype("auto", args.device)), steps)
-        score(load(name), args.pairs, path, args, tags, steps=steps, seed=seed)
+        make(path, load_linearsr(name, args.device, dtype, "auto"), tags, steps=steps, seed=seed)
 
     def variant(path, name, seed):
         _, options, fine = VARIANTS[name]

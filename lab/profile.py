@@ -19,6 +19,7 @@ from sanasr import (
     GemmaAttention,
     GLUMBConv,
     LinearAttention,
+    LinearDiT,
     MultiscaleLinearAttention,
 )
 
@@ -115,22 +116,38 @@ def latency(function, args, runs=5):
     return median(times[1:])
 
 
-def profile(model, side=512, tokens=MAX_TOKENS, steps=1):
-    """model: SanaSR, or LinearSR in `steps` steps -> [Stage] for a result of side × side, a multiple of 32.
+def parts(model):
+    """(one of the model's transformers, all of them, its stem or None); a SanaSR has one transformer and no stem."""
+    experts = getattr(model, "experts", None)
+    return (model.use(0), experts, model.stem) if experts else (model.dit, [model.dit], None)
 
-    MACs are counted on the meta device, so that the text encoder need not be read for them; it is loaded last, to be
-    timed, when the others are done. Raises OSError or ValueError where that fails.
+
+def count(model, side=512, tokens=MAX_TOKENS, steps=1):
+    """model: SanaSR, or LinearSR in `steps` steps -> [Stage] for a result of side × side, a multiple of 32, no times.
+
+    All is counted on the meta device, so the text encoder need not be read.
     """
     config = json.loads((model.folder / "text_encoder" / "config.json").read_text("utf-8"))
-    experts = model.experts if hasattr(model, "experts") else [model.dit]
-    dit, stem = model.use(0) if len(experts) > 1 else experts[0], getattr(model, "stem", None)
+    dit, experts, stem = parts(model)
     with torch.device("meta"):
-        shadows = DCAE(model.vae.config), type(dit)(dit.config), Gemma2(config)
-        shadow_stem = stem and type(stem)(stem.config)
+        shadows = DCAE(model.vae.config), LinearDiT(dit.config), Gemma2(config)
+        stem = stem and type(stem)(stem.config)
     table = [Stage(name, parameters(part), count_macs(part, function, *args))
-             for name, part, function, args in stages(*shadows, side, tokens, shadow_stem)]
+             for name, part, function, args in stages(*shadows, side, tokens, stem)]
+    for stage in table:
+        if stage.name == "dit":
+            stage.times, stage.parameters = steps, len(experts) * stage.parameters
+    return table
+
+
+def profile(model, side=512, tokens=MAX_TOKENS, steps=1):
+    """`count`, with the latency of every stage. The text encoder is loaded last, when the others are done.
+
+    Raises OSError or ValueError where that fails.
+    """
+    dit, _, stem = parts(model)
+    table = count(model, side, tokens, steps)
     by_name = {stage.name: stage for stage in table}
-    by_name["dit"].times, by_name["dit"].parameters = steps, sum(map(parameters, experts))
     for name, _, function, args in stages(model.vae, dit, None, side, tokens, stem):
         by_name[name].ms = latency(function, args)
     text = Gemma2.from_pretrained(model.folder / "text_encoder", model.vae_dtype, model.device)
