@@ -32,7 +32,6 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from photos import find_tags
 from pictures import COLOUR_FIXES, bicubic, find_inputs, picture_suffixes, read, read_rgb, restored, whole, why, write
 from runs import DTYPES, is_linearsr, load_linearsr, load_model, peak_memory, pick_device, pick_dtype
 
@@ -165,6 +164,9 @@ def input_tags(jobs, args, references):
             return bicubic(read_rgb(jobs[i].source), args.scale)
         except (MemoryError, ValueError):  # restore() will say what is wrong with it
             return None
+    if args.tagger == "none":
+        return {}
+    from photos import find_tags
     found = find_tags(args.tagger, [job.source.name for job in jobs], picture, args.device)
     return dict(zip(jobs, found, strict=True)) if found else {}
 

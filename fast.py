@@ -34,12 +34,11 @@ import torch.nn.functional as F
 
 import kernels
 import sanasr
+from kernels import winograd
 from kernels.rms_norm import add_rms_norm_reference_, rms_norm_
 from sanasr import to_picture, to_tokens
 
 STRIP = 64 * 1024  # values that a strip of elementwise work holds: 256 KB in float32, within a core's L2 cache
-TILES = 256  # 4×4 tiles in a strip of Winograd's convolution: rows enough for matrix products, few enough for the L3
-FEW = 16  # fewer tiles than this are convolved directly
 TOKENS = 2048  # tokens in a strip of an up block: rows enough that the one more it needs counts little
 
 
@@ -103,119 +102,17 @@ class Norm(nn.Module):
 
 
 class Winograd(nn.Module):
-    """A 3×3 convolution by Winograd's F(m×m, 3×3), with fewer multiplications (arXiv 1509.09308).
-
-    Tiles of (m+2)×(m+2) values that overlap by two give m×m results each: Y = Aᵀ[(G g Gᵀ) ⊙ (Bᵀ d B)]A. Summed over
-    channels, ⊙ is (m+2)² products of matrices, tiles × C by C × C'. B and A hold small integers: `spread` and `gather`
-    apply them. In float32 m = 4, a quarter of the multiplications. It would magnify a rounding to bfloat16 tenfold, so
-    there m = 2, four ninths of them and four times a rounding's error: a network of nothing else is up to 1.5 times as
-    far from float32 as the plain path is.
-    For few tiles, where reading the weights ((m+2)²/9 of their memory) costs more than they save, and for sides that
-    are no multiples of m it stays the convolution it was.
-    """
-
-    G = {2: torch.tensor([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]]).double() / 2,
-         4: torch.tensor([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]).double() / 24}
+    """A 3×3 convolution by `kernels.winograd`, and directly for the sizes that are faster so."""
 
     def __init__(self, plain):
         super().__init__()
-        w = plain.weight.float().permute(2, 3, 1, 0)  # 3,3,C,C'
-        self.size = 4 if plain.weight.dtype == torch.float32 else 2  # m
-        both = torch.kron(self.G[self.size], self.G[self.size]).float()  # (m+2)²,9
-        self.weight = frozen((both @ w.flatten(2).flatten(0, 1)).unflatten(1, w.shape[2:]).to(plain.weight.dtype))
         self.direct, self.bias = plain, plain.bias
-
-    @staticmethod
-    def spread(d, v):
-        """v = Bᵀ d for m + 2 arrays each; v is also where intermediate results lie."""
-        add, sub = torch.add, torch.sub
-        if len(d) == 4:
-            (d0, d1, d2, d3), (v0, v1, v2, v3) = d, v
-            sub(d0, d2, out=v0)
-            add(d1, d2, out=v1)
-            sub(d2, d1, out=v2)
-            sub(d1, d3, out=v3)
-            return
-        (d0, d1, d2, d3, d4, d5), (v0, v1, v2, v3, v4, v5) = d, v
-        add(d4, d2, alpha=-4, out=v1)
-        add(d3, d1, alpha=-4, out=v2)
-        v1 += v2  # d4 − 4·d2 + (d3 − 4·d1)
-        add(v1, v2, alpha=-2, out=v2)  # d4 − 4·d2 − (d3 − 4·d1)
-        sub(d4, d2, out=v3)
-        sub(d3, d1, out=v4)
-        sub(d0, d2, out=v0)
-        add(v3, v0, alpha=4, out=v0)  # 4·d0 − 5·d2 + d4
-        sub(d5, d3, out=v5)
-        v5.sub_(v4, alpha=4)  # 4·d1 − 5·d3 + d5
-        v3.add_(v4, alpha=2)  # d4 − d2 + 2·(d3 − d1)
-        add(v3, v4, alpha=-4, out=v4)  # d4 − d2 − 2·(d3 − d1)
-
-    @staticmethod
-    def gather(m, y):
-        """y = Aᵀ m, m + 2 arrays to m; what it is given is overwritten."""
-        add, sub = torch.add, torch.sub
-        if len(m) == 4:
-            (m0, m1, m2, m3), (y0, y1) = m, y
-            sub(m1, m2, out=y1)
-            y1 -= m3
-            m1 += m2
-            add(m0, m1, out=y0)
-            return
-        (m0, m1, m2, m3, m4, m5), (y0, y1, y2, y3) = m, y
-        m1 += m2
-        add(m1, m2, alpha=-2, out=m2)  # m1 − m2
-        m3 += m4
-        add(m3, m4, alpha=-2, out=m4)  # m3 − m4
-        m0 += m1
-        m5 += m2
-        add(m0, m3, out=y0)
-        add(m2, m4, alpha=2, out=y1)
-        add(m1, m3, alpha=4, out=y2)
-        add(m5, m4, alpha=8, out=y3)
+        self.weight = frozen(winograd.transform(plain.weight))  # (m+2)²,C,C'
+        self.size = winograd.size_of(plain.weight.dtype)  # m
 
     def strips(self, x):
         """Yields the results like the function `strips`; they hold until the next strip is asked for."""
-        (batch, channels, height, width), out, size = x.shape, self.weight.shape[2], self.size
-        down, across, side = height // size, width // size, size + 2
-        if height % size or width % size or batch * down * across < FEW:
-            yield from strips(self.direct(x))
-            return
-        x, tiles = x.permute(0, 2, 3, 1), TILES * 4 // size
-        pictures = min(batch, max(1, tiles // (down * across)))
-        most = min(down, max(1, tiles // across))  # rows of tiles in a strip
-        sizes = [(size * most + 2) * side * channels, most * side**2 * channels, most * side**2 * out,
-                 most * size * side * out, most * size**2 * out]
-        memory = [torch.empty(pictures * across * n, dtype=x.dtype) for n in sizes]
-        # column m·k + p − 1 of the picture is d[…, p, k, :]: from here to the last step all runs are long
-        padded = torch.zeros(pictures, size * most + 2, size, across + 1, channels, dtype=x.dtype)
-        for b in range(0, batch, pictures):
-            n = min(pictures, batch - b)
-            for r in range(0, down, most):
-                rows = min(most, down - r)
-                shapes = ((n, size * rows + 2, side, across, channels), (side, side, n, rows, across, channels),
-                          (side, side, n, rows, across, out), (size, side, n, rows, across, out),
-                          (n, rows, size, across, size, out))
-                t, v, m, z, y = (a[:math.prod(shape)].view(shape) for a, shape in zip(memory, shapes, strict=True))
-                d = padded[:n, :size * rows + 2]
-                first, last = max(size * r - 1, 0), min(size * (r + rows) + 1, height)
-                if first > size * r - 1:
-                    d[:, 0] = 0
-                if last < size * (r + rows) + 1:
-                    d[:, -1] = 0
-                inside = d[:, first - (size * r - 1):last - (size * r - 1)]
-                inside[:, :, 0, 1:] = x[b:b + n, first:last, size - 1::size]
-                for p in range(1, size):
-                    inside[:, :, p, :-1] = x[b:b + n, first:last, p - 1::size]
-                self.spread([d[:, :, j % size, j // size:j // size + across] for j in range(side)], t.unbind(2))
-                self.spread([t[:, j:j + size * (rows - 1) + 1:size].permute(2, 0, 1, 3, 4) for j in range(side)], v)
-                torch.bmm(v.flatten(2, 4).flatten(0, 1), self.weight, out=m.flatten(2, 4).flatten(0, 1))
-                if self.bias is not None:
-                    m[1, 1] += self.bias  # Aᵀ has nothing but ones in this column: the bias of all m² results
-                self.gather(m, z)
-                self.gather(z.unbind(1), y.permute(4, 2, 0, 1, 3, 5))
-                y = y.flatten(0, 4)
-                start = (b * height + size * r) * width
-                yield slice(start, start + len(y)), y
+        return strips(self.direct(x)) if winograd.obstacle(x, self.size) else winograd.strips(x, self.weight, self.bias)
 
     def forward(self, x, finish=lambda part: part):  # B,C,H,W
         """finish: what is done to every strip of the result (n,C') while it lies in cache."""
@@ -309,7 +206,7 @@ def differences(x):
     return F.pad(x, (0, 0, 0, 1)) - F.pad(x, (0, 0, 1, 0))
 
 
-def winograd(plain):
+def fast_convolution(plain):
     """A Winograd of a 3×3 convolution where that is faster: on a CPU, with channels enough to pay for the tiles.
 
     In bfloat16, where the products are the smaller part of it, only for the wider ones.
@@ -338,7 +235,7 @@ def up_block(plain):
 
 
 REWRITES = {  # name -> the rules (class, its replacement) that make it up
-    "winograd": [(nn.Conv2d, winograd)],
+    "winograd": [(nn.Conv2d, fast_convolution)],
     "up": [(sanasr.UpBlock, up_block)],
     "down": [(sanasr.DownBlock, down_block)],
     "norm": [(sanasr.ResBlock, ResBlock), (sanasr.RMSNorm, norm)],
