@@ -527,8 +527,10 @@ def export(args):
                          target / "experts" / f"{k}.safetensors", file.metadata())
     base = args.model if args.model in weights.MODELS else os.path.relpath(model.folder, target)
     boundaries = [] if stage == "pretrain" else list(args.boundaries)
-    config = dict(system=SYSTEM, base=base, boundaries=boundaries, suffix=args.suffix,
-                  _provenance=dict(stage=stage, checkpoints=points, settings=notes[-1]["settings"]))
+    settings = {key: value for key, value in notes[-1]["settings"].items() if key not in ("data", "lq", "model")}
+    settings["tags"] = args.tags if args.tags in ("none", "ram", "dape") else "file"  # no path of this machine
+    config = dict(system=SYSTEM, base=base, boundaries=boundaries, suffix=args.suffix, _provenance=dict(
+        stage=stage, start=args.start, steps=[int(Path(point).stem) for point in points], settings=settings))
     write_bytes(target / "config.json", json.dumps(config, indent=2) + "\n")  # last: without it there is no model
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     print(f"wrote {target}: {stage}, {len(boundaries) + 1} expert(s), {size / 1e6:.1f} MB, on {base}")

@@ -12,7 +12,7 @@ the condition switched off; then expert minus shared, with the 95 % bootstrap in
 table: every row is eval.py's, one CSV image by image. Each row of LinearSR is made for two seeds, of the noise and,
 where it is trained here, of the training: a smaller difference than that between two seeds means nothing. --steps are
 those of all experts of a row together, so the rows cost the same. --out keeps rows/NAME.csv, rows.csv (the table),
-NAME/ (runs and models) and tradeoff.png (LPIPS against PSNR over the steps). Rows that have their CSV are not made
+NAME/ (the runs), models/ and tradeoff.png (LPIPS against PSNR over the steps). Rows that have their CSV are not made
 again; Ctrl-C saves, the same line goes on. ms: the median of the pictures; GMAC: of one of 512 × 512; both
 without the text encoder.
 """
@@ -43,15 +43,15 @@ from train_linearsr import Held, Network, interval
 
 SEEDS = 0, 1
 STEPS = 1, 2, 4, 8, 20
-VARIANTS = {  # name: (what, options of train_linearsr.py, whether it is fine-tuned)
-    "pretrained": ("the pretrained network alone", [], False),
-    "one": ("one expert", ["--boundaries"], False),
-    "two": ("two experts", ["--boundaries", "0.875"], False),
-    "four": ("four experts", [], False),
-    "uniform": ("four experts, uniform boundaries", ["--boundaries", "0.25", "0.5", "0.75"], False),
-    "end": ("four experts, from the end of the pretraining", ["--start", "end"], False),
-    "fine": ("four experts, fine-tuned from the knee", [], True),
-    "fine-end": ("four experts, fine-tuned from the end", ["--start", "end"], True),
+VARIANTS = {  # name: (what, options of train_linearsr.py, the row whose experts are fine-tuned)
+    "pretrained": ("the pretrained network alone", [], None),
+    "one": ("one expert", ["--boundaries"], None),
+    "two": ("two experts", ["--boundaries", "0.875"], None),
+    "four": ("four experts", [], None),
+    "uniform": ("four experts, uniform boundaries", ["--boundaries", "0.25", "0.5", "0.75"], None),
+    "end": ("four experts, from the end of the pretraining", ["--start", "end"], None),
+    "fine": ("four experts, fine-tuned from the knee", [], "four"),
+    "fine-end": ("four experts, fine-tuned from the end", ["--start", "end"], "end"),
 }
 
 # --- losses ---
@@ -134,8 +134,7 @@ def table_rows(args):
         make(path, load_linearsr(name, args.device, dtype, "auto"), tags, steps=steps, seed=seed)
 
     def variant(path, name, seed):
-        _, options, fine = VARIANTS[name]
-        linear(path, 20, seed, name=train_variant(args, name, options, fine, seed))
+        linear(path, 20, seed, name=train_variant(args, name, seed))
 
     rows = {"bicubic": ("bicubic", lambda path: score(Bicubic(), args.pairs, path, args)),
             "sana-sr": ("SANA-SR, 1 step", sanasr)}
@@ -148,30 +147,29 @@ def table_rows(args):
         if args.tags:
             rows[f"tags-{seed}"] = (f"LinearSR, 20 steps, tags, seed {seed}",
                                     lambda path, seed=seed: linear(path, 20, seed, args.tags))
-    for name, (what, _, fine) in VARIANTS.items() if args.pretrained else ():
-        if args.best or not fine:
+    for name, (what, _, tuned) in VARIANTS.items() if args.pretrained else ():
+        if args.best or not tuned:
             for seed in SEEDS:
                 rows[f"{name}-{seed}"] = f"{what}, seed {seed}", lambda path, n=name, s=seed: variant(path, n, s)
     return rows
 
 
-def train_variant(args, name, options, fine, seed):
+def train_variant(args, name, seed):
     """Train a variant's experts, or go on with them, and export the model. Returns its folder."""
-    run, model = args.out / f"{name}-{seed}", args.out / f"{name}-{seed}" / "model"
-    count = 1 + {"one": 0, "two": 1}.get(name, 3)
-    common = ["--name", run.resolve(), "--device", args.device.type, *options]
-    stages = []
-    if name != "pretrained":
-        seeded = ["--pretrained", args.pretrained, "--seed", seed]
-        stages.append(["--stage", "experts", *seeded, "--steps", args.steps // count, "--every", args.every])
-    if fine:
-        stages.append(["--stage", "finetune", "--data", args.best, "--steps", args.fine_steps // count,
-                       "--every", args.every])
-    of = "pretrain" if name == "pretrained" else "finetune" if fine else "experts"
-    if of == "pretrain":
-        common[1] = Path(args.pretrained).resolve().parent
-    for line in [*stages, ["--stage", "export", "--to", model, "--of", of]]:
-        if train_linearsr.main([str(a) for a in [*line, *common]]):
+    _, options, tuned = VARIANTS[name]
+    model, run = args.out / "models" / f"{name}-{seed}", (args.out / f"{tuned or name}-{seed}").resolve()
+    count = {"one": 1, "two": 2}.get(name, 4)
+    lines, of = [], "finetune" if tuned else "experts"
+    if name == "pretrained":
+        run, of = Path(args.pretrained).resolve().parent, "pretrain"
+    else:
+        lines.append(["--stage", "experts", "--pretrained", args.pretrained, "--seed", seed,
+                      "--steps", args.steps // count, "--every", args.every])
+    if tuned:
+        lines.append(["--stage", "finetune", "--data", args.best, "--steps", args.fine_steps // count,
+                      "--every", args.every])
+    for line in [*lines, ["--stage", "export", "--to", model, "--of", of]]:
+        if train_linearsr.main([str(a) for a in (*line, "--name", run, "--device", args.device.type, *options)]):
             raise KeyboardInterrupt
     return model
 

@@ -199,6 +199,19 @@ def test_stopped_or_killed_it_goes_on(photos, tiny_model, number):
     assert same_state(Path("stopped"), Path("runs/linearsr/pretrain"))
 
 
+def test_two_processes_equal_one_with_twice_the_batch(photos, tiny_model):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    one = command(photos, tiny_model, "--steps", "3", "--every", "3", "--name", "one")
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+           *command(photos, tiny_model, "--steps", "3", "--every", "3", "--name", "two", "--batch", "1")[1:]]
+    for line in (one, [sys.executable, *two]):
+        subprocess.run(list(map(str, line)), check=True, env=environment, capture_output=True)
+    one, two = (torch.load(f"runs/{name}/pretrain/state.pt", weights_only=True) for name in ("one", "two"))
+    # the mean gradients: AdamW magnifies their rounding where they are near its eps
+    a, b = (torch.cat([s["exp_avg"].flatten() for s in state["optimizer"]["state"].values()]) for state in (one, two))
+    assert one["step"] == two["step"] == 3 and (a - b).norm() < 1e-5 * a.norm()
+
+
 def test_encoded_pairs_are_made_once_and_again_where_one_is_missing(run, monkeypatch):
     monkeypatch.setattr(train_linearsr, "SHARD", 4)
     run("pretrain", "--steps", 1, "--every", 1)
@@ -280,7 +293,7 @@ def test_lab_measures_losses_and_makes_the_table(run, photos, tiny_model, tmp_pa
     assert (rows / "sana-sr.csv").stat().st_mtime_ns == stamp
     table = capsys.readouterr().out
     assert "LinearSR, 2 steps, seed 0" in table and "two experts, seed 1" in table and "GMAC" in table
-    assert LinearSR.from_pretrained("runs/lab-linearsr/two-1/model").boundaries == (0.875,)
+    assert LinearSR.from_pretrained("runs/lab-linearsr/models/two-1").boundaries == (0.875,)
     assert Image.open("runs/lab-linearsr/tradeoff.png").size == (640, 480)
     with pytest.raises(SystemExit, match="no row steps-3-0"):
         lab.main([*line, "steps-3-0"])
