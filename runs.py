@@ -186,10 +186,10 @@ def curves(rows, names, mark=None, width=360, height=200):
             across = left + (x - x[0]) / max(x[-1] - x[0], 1) * w
             up = ((values - low) / max(high - low, 1e-12)).clip(0, 1) * h
             draw.line(list(zip(across, top + h - up, strict=True)), colour)
-        if mark is not None:
-            at = left + (mark - x[0]) / max(x[-1] - x[0], 1) * w
-            draw.line((at, top, at, top + h), "#c01010")
         draw.rectangle((left, top, left + w, top + h), outline="#808080")
+        if mark is not None:
+            at = left + (min(max(mark, x[0]), x[-1]) - x[0]) / max(x[-1] - x[0], 1) * w
+            draw.line((at, top, at, top + h), "#c01010", 2)
         draw.text((left, top - 16), f"{name} {smooth[-1]:.4g}   (axis {low:.4g} to {high:.4g}, "
                                     f"steps {x[0]:.0f} to {x[-1]:.0f})", "black")
     return canvas
