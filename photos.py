@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import weights
-from degrade import SCALE, degrade, pair, sharpen, to_image, to_tensor
+from degrade import SCALE, degrade, enlarge, sharpen, to_image, to_tensor
 from pictures import bicubic, picture_suffixes, png, read, whole, why, write_bytes
 from runs import write_csv
 from sanasr import clean_tags
@@ -167,7 +167,8 @@ class Pairs(Dataset):
             self.epoch = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.photos))
         return epoch, int(self.epoch[1][position])
 
-    def __getitem__(self, n):
+    def sample(self, n):
+        """-> (index of the photo, generator for what else is drawn, LR and HR pictures: 3,h,w and 3,H,W in [0, 1])."""
         epoch, i = self.place(n)
         rng = np.random.default_rng((self.seed, epoch, i))
         photo, crop = self.photos[i], self.crop
@@ -176,11 +177,15 @@ class Pairs(Dataset):
         hr, lr = crop_pair(photo.path, self.lq.get(photo.path), left, top, crop)
         if flip:
             hr, lr = hr.flip(-1), None if lr is None else lr.flip(-1)
-        x_l, x_h = pair(sharpen(hr) if self.usm else hr, rng, lr, self.mild)
+        hr = sharpen(hr) if self.usm else hr
+        return i, rng, degrade(hr, rng, mild=self.mild) if lr is None else lr, hr
+
+    def __getitem__(self, n):
+        i, rng, lr, hr = self.sample(n)
         low, high = self.t_range
-        return {"x_L": x_l, "x_H": x_h, "t": np.float32(rng.integers(low, high, endpoint=True)),
+        return {"x_L": enlarge(lr), "x_H": hr * 2 - 1, "t": np.float32(rng.integers(low, high, endpoint=True)),
                 "noise": rng.standard_normal(self.latent, dtype=np.float32),
-                "prompt": self.prompts[i], "name": photo.path}
+                "prompt": self.prompts[i], "name": self.photos[i].path}
 
 
 def crop_pair(path, lq_path, left, top, crop):

@@ -162,19 +162,25 @@ def keep_settings(folder, settings):
     write_bytes(path, json.dumps(old | {k: v for k, v in settings.items() if v is not None}, indent=1))
 
 
-def tabulate(folder, words):
-    """Writes the mean rows found in `folder`, in the order of `words`, to folder.csv; returns them as Markdown."""
+def tabulate(folder, words, costs=None):
+    """Writes the mean rows found in `folder`, in the order of `words`, to folder.csv; returns them as Markdown.
+
+    costs: {name: {column: text}}, columns that are no metrics.
+    """
     rows = []
     for name, what in words.items():
         if (folder / f"{name}.csv").exists():
             with open(folder / f"{name}.csv", newline="", encoding="utf-8") as f:
                 row = next(row for row in csv.DictReader(f) if row.pop("image") == "mean")
-            rows.append({"name": name, "what": what} | row)
+            rows.append({"name": name, "what": what} | row | (costs or {}).get(name, {}))
     columns = [m for m in metrics.METRICS if any(m in row for row in rows)]
-    write_csv(folder.with_suffix(".csv"), ["name", "what", *columns], rows)
+    extra = list(dict.fromkeys(column for name in words for column in (costs or {}).get(name, {})))
+    write_csv(folder.with_suffix(".csv"), ["name", "what", *columns, *extra], rows)
     arrows = {m: "↑" if metrics.METRICS[m].better == "higher" else "↓" for m in columns}
-    lines = [[folder.name, *(f"{m.upper()} {arrows[m]}" for m in columns)], ["---"] * (len(columns) + 1)]
-    lines += [[row["what"], *(shown(m, float(row[m])) if m in row else "" for m in columns)] for row in rows]
+    lines = [[folder.name, *(f"{m.upper()} {arrows[m]}" for m in columns), *extra]]
+    lines += [["---"] * len(lines[0])]
+    lines += [[row["what"], *(shown(m, float(row[m])) if m in row else "" for m in columns),
+               *(row.get(column, "") for column in extra)] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
