@@ -149,13 +149,13 @@ def load_state(path, missing="there is nothing to resume; check --name or leave 
         sys.exit(f"error: {path} cannot be read ({why(error)}); {damaged}")
 
 
-def write_csv(path, columns, rows, digits=".6g"):
+def write_csv(path, columns, rows, digits=".6g", end="\r\n"):
     """Write dicts as a CSV file with these columns; `digits` formats the floats; cells that a row lacks are empty.
 
     The file is written atomically. Raises OSError.
     """
     text = StringIO(newline="")
-    out = csv.DictWriter(text, columns, lineterminator="\n")
+    out = csv.DictWriter(text, columns, lineterminator=end)
     out.writeheader()
     out.writerows({k: format(v, digits) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     write_bytes(path, text.getvalue())
@@ -206,7 +206,7 @@ class Run:
         write_csv(folder / "log.csv", columns, rows)
 
     def note(self, row):
-        """Adds a row to the log."""
+        """Add a row to the log."""
         try:
             with open(self.folder / "log.csv", "a", newline="") as f:
                 f.write(",".join(f"{row[c]:.6g}" if c in row else "" for c in self.columns) + "\r\n")
@@ -222,7 +222,7 @@ class Run:
 
 @contextmanager
 def holding(parameters, values):
-    """The parameters have these values for a while."""
+    """A context within which the parameters have these values."""
     own = [p.detach().clone() for p in parameters]
     copy(parameters, values)
     try:

@@ -35,7 +35,7 @@ class Stage:
 
 
 def own_macs(module, args, out):
-    """The products that `module` itself makes, beside those of its children. args: its inputs; out: its output."""
+    """The MACs of `module` itself, without those of its children. args: its inputs; out: its output."""
     x = args[0]
     if isinstance(module, nn.Conv2d):
         return out.numel() * module.weight[0].numel()
@@ -75,7 +75,7 @@ def count_macs(module, function, *args):
 
 
 def parameters(module):
-    """How many there are."""
+    """The number of parameters of `module`."""
     return sum(p.numel() for p in module.parameters())
 
 
