@@ -403,8 +403,8 @@ def keep_memory():
 def optimise(model: sanasr.SanaSR, graphs: bool = False) -> sanasr.SanaSR:
     """Rewrite a SanaSR or LinearSR in place, and return it. Raises ValueError where its adapter is not merged.
 
-    graphs: one CUDA graph each for encoder, transformer and decoder, for the last picture size and prompt.
-    LinearSR's transformers have none: what they keep changes with every step.
+    graphs: one CUDA graph each for encoder, transformer and decoder, for the last picture size and prompt. LinearSR's
+    transformers have none: what they keep changes with every step.
     """
     if hasattr(model, "experts"):
         model.experts = [optimise_dit(expert) for expert in model.experts]

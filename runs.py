@@ -206,7 +206,7 @@ class Run:
         write_csv(folder / "log.csv", columns, rows)
 
     def note(self, row):
-        """Adds a row to the log."""
+        """Add a row to the log."""
         try:
             with open(self.folder / "log.csv", "a", newline="") as f:
                 f.write(",".join(f"{row[c]:.6g}" if c in row else "" for c in self.columns) + "\r\n")
@@ -222,7 +222,7 @@ class Run:
 
 @contextmanager
 def holding(parameters, values):
-    """The parameters have these values for a while."""
+    """A context within which the parameters have these values."""
     own = [p.detach().clone() for p in parameters]
     copy(parameters, values)
     try:

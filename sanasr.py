@@ -791,7 +791,7 @@ def save_lora(model, path, metadata=None, state=None):
 def read_lora(path, system="sana-sr"):
     """An adapter file -> ({key: matrix}, its metadata). PEFT's prefixes `transformer.`, `base_model.model.` are cut.
 
-    system: what the adapter must be made for, "sana-sr" or "linearsr"; a file whose metadata do not say is SANA-SR's.
+    system: what it must be made for, "sana-sr" or "linearsr"; a file whose metadata do not say is SANA-SR's.
     Raises ValueError that names the file.
     """
     state = {}
@@ -815,8 +815,8 @@ def read_lora(path, system="sana-sr"):
 def load_lora(model: nn.Module, path: str | Path, system: str = "sana-sr") -> dict:
     """Attach the adapters of a file to `model`, injecting where there are none; returns the file's metadata.
 
-    Without "alpha" or "alphas" in the metadata α = r. Raises ValueError, naming file and key, where the adapter belongs
-    to another system (see `read_lora`) or another base.
+    Without "alpha" or "alphas" in the metadata α = r. system: see `read_lora`. Raises ValueError, naming file and key,
+    where the adapter belongs to another base.
     """
     state, metadata = read_lora(path, system)
     try:

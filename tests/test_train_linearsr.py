@@ -93,6 +93,11 @@ def test_three_stages_and_the_model_they_make(run, tiny_model, tmp_path, capsys)
     assert restorer.restore(Image.new("RGB", (24, 24)), steps=1).size == (96, 96)
 
 
+def test_held_out_loss_falls(run):
+    rows = read_log(run("pretrain", "--steps", 60, "--every", 60, "--lr", 2e-3) / "log.csv")
+    assert rows[-1]["val_flow"] < 0.8 * rows[0]["val_flow"]
+
+
 def test_untrained_expert_is_the_shared_network(run):
     run("pretrain", "--steps", 1, "--every", 1)
     experts = run("experts", "--steps", 1, "--every", 1, "--expert", 1)
