@@ -23,7 +23,7 @@ picture: $(VENV)/runtime  # the README's, from the photos in examples/
 
 # make ablation LR=lr HR=hr DATA=hq: hours on a CPU, goes on where it was stopped; ARGS="…" for more options
 ablation: $(VENV)/runtime
-	$(IN) -m weights.ablation --lr $(LR) --hr $(HR) $(if $(DATA),--data $(DATA)) $(ARGS)
+	$(IN) -m lab.ablation --lr $(LR) --hr $(HR) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 lint: $(VENV)/dev
 	$(IN) -m ruff check

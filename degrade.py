@@ -19,11 +19,14 @@ import math
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+
+from pictures import write
 
 SCALE = 4
 MIN_SIZE = 80  # below it, the smallest first-order result would be smaller than the blur's reflected border
@@ -260,13 +263,6 @@ def sheet(stages, height=320):
     return canvas
 
 
-def save_image(image, path):
-    """Writes a picture whole or not at all."""
-    temporary = f"{path}.tmp"
-    image.save(temporary, Image.registered_extensions().get(os.path.splitext(path)[1].lower(), "PNG"))
-    os.replace(temporary, path)
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Degrade a photo as the training does.")
     parser.add_argument("image", help="the high-quality photo")
@@ -279,11 +275,11 @@ def main(argv=None):
         hr = hr[:, :hr.shape[1] // SCALE * SCALE, :hr.shape[2] // SCALE * SCALE]
         stages = [("photo", hr)]
         lr = degrade(hr, args.seed, stages)
-        save_image(to_image(lr), args.out)
+        write(to_image(lr), Path(args.out))
         print(f"{args.out}: {lr.shape[2]}x{lr.shape[1]}, seed {args.seed}: " + ", ".join(s for s, _ in stages[1:]))
         if args.sheet:
             name = os.path.splitext(args.out)[0] + ".sheet.png"
-            save_image(sheet(stages + [("LR", lr)]), name)
+            write(sheet(stages + [("LR", lr)]), Path(name))
             print(name)
     except (OSError, ValueError) as e:
         sys.exit(f"error: {args.image}: {e}")

@@ -19,17 +19,11 @@ saliency.csv and saliency.png, calibration.pt (F: with --resume another score, Î
 --compare adds compare.csv and oracle.csv, --validate adds validation.csv, --heal the model healed/ beside the pruned.
 """
 import argparse
-import csv
-import hashlib
 import math
 import os
-import re
 import shutil
 import sys
-import tempfile
-from contextlib import redirect_stdout
 from functools import lru_cache, partial
-from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -38,41 +32,35 @@ from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import eval as evaluator
 import train
 import weights
-from eval import DTYPES, pick_device, pick_dtype
 from metrics import METRICS
-from sanasr import LinearDiT, SanaSR, build_prompt, fingerprint, save_module
-from train import (
-    LAMBDA,
-    PROTOCOLS,
-    Conditions,
-    Latents,
-    Pairs,
+from metrics.score import evaluate, folder_pairs, mean, pick
+from objective import LAMBDA, PROTOCOLS, Conditions, Latents, complete, in_float32, load_lpips, losses
+from photos import Pairs, digest, find_tags, match_lq, photo_tags, scan, split, validation_pairs
+from pictures import atomically, bicubic, png, read_rgb, whole, write_bytes
+from runs import (
+    DTYPES,
     Signals,
     batches,
-    complete,
-    find_tags,
-    in_float32,
-    load_lpips,
-    losses,
-    match_lq,
+    dtype_name,
+    load_model,
+    load_state,
     outlive_signals,
-    scan,
-    validation_pairs,
-    write_atomically,
+    pick_device,
+    pick_dtype,
+    save_state,
+    workers,
     write_csv,
 )
+from sanasr import LinearDiT, SanaSR, build_prompt, conditioning, fingerprint, save_module
 
 SALIENCIES = ("paper", "obd", "magnitude", "random", "tail")
 FROM_GRADIENTS = ("paper", "obd")  # the others need no calibration
 MAX_DROP = 0.03  # of any metric, relative to the unpruned model, in its worse direction
 TERMS = {name: LAMBDA[name] for name in ("mse", "lpips", "align")}  # L_rec and L_align, without L_cons
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loss and its squared gradients
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The loss and its squared gradients ---
 
 
 def omega(t):
@@ -81,7 +69,7 @@ def omega(t):
 
 
 def calibration_loss(f, f0, vae, batch, tau, lpips):
-    """L_cal of a batch of one sample, a scalar (Eq. 21). f: the merged network; the rest as in `train.losses`."""
+    """L_cal of a batch of one sample, a scalar (Eq. 21). f: the merged network; the rest as in `objective.losses`."""
     values = losses(f, f0, vae, batch, tau, lpips, TERMS)
     return omega(batch["t"].item()) * sum(TERMS[name] * value for name, value in values.items())
 
@@ -136,9 +124,7 @@ def calibrate(fisher, loss_of, samples, state, steps, save, every=50):
     return caught
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Scores, and the choice under the budget
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Scores, and the choice under the budget ---
 
 
 @torch.no_grad()
@@ -206,23 +192,18 @@ def with_blocks(dit, kept):
     return small.eval().requires_grad_(False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The folder
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The folder ---
 
 
 def link_parts(source, out):
     """vae/, text_encoder/, tokenizer/ and scheduler/ of `source` into `out`: hard links, or copies."""
     for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
         for path in sorted((source / part).glob("*")):
-            target, temporary = out / part / path.name, out / part / (path.name + ".tmp")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary.unlink(missing_ok=True)
-            try:
-                os.link(path.resolve(), temporary)  # the Hub's cache holds links into its store
-            except OSError:
-                shutil.copyfile(path, temporary)
-            os.replace(temporary, target)
+            with atomically(out / part / path.name) as temporary:
+                try:
+                    os.link(path.resolve(), temporary)  # the Hub's cache holds links into its store
+                except OSError:
+                    shutil.copyfile(path, temporary)
 
 
 def chart(scores, kept, kind, note, width=860, height=360):
@@ -267,13 +248,11 @@ def write_model(args, model, scores, kept, provenance):
               [{"block": i, "score": s, "rank": rank[i], "kept": int(i in kept)} for i, s in enumerate(scores)])
     before, after = (sum(p.numel() for p in dit.parameters()) / 1e6 for dit in (model.dit, pruned))
     note = f"{len(kept)} of {len(scores)} blocks kept: {after:.2f} of {before:.2f} M parameters"
-    write_atomically(args.out / "saliency.png", lambda f: chart(scores, kept, args.saliency, note).save(f, "PNG"))
+    write_bytes(args.out / "saliency.png", png(chart(scores, kept, args.saliency, note)))
     print(f"{note}; dropped {', '.join(str(i) for i in range(len(scores)) if i not in kept)}; {args.out}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The scores against an oracle
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The scores against an oracle ---
 
 
 def rank_correlation(a, b):
@@ -357,9 +336,7 @@ def compare(args, calibration, dit, fisher, budget):
         print(f"{row['score']:<28} {rho} {row['loss']:9.4f} {rise:9.1%}  {row.get('kept', '')}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Healing and validation
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Healing and validation ---
 
 
 def heal(args, provenance):
@@ -384,19 +361,15 @@ def heal(args, provenance):
     return 0
 
 
-def evaluate(args, lr, hr, model, adapter=None):
-    """{metric: mean} of a model by eval.py, on the pictures in folder `lr` with their references in `hr`."""
-    with tempfile.TemporaryDirectory() as scratch:
-        argv = [lr, "--hr", hr, "--model", model, "--csv", f"{scratch}/scores.csv", "--out", f"{scratch}/pictures/",
-                "--suffix", args.suffix, "--timestep", args.timestep, "--device", args.device.type, "--dtype",
-                args.dtype, "--tagger", args.tags if args.tags in ("ram", "dape") else "none",
-                *(["--adapter", adapter] if adapter else []), *(["--metrics", args.metrics] if args.metrics else [])]
-        with redirect_stdout(StringIO()):
-            if evaluator.main([str(a) for a in argv]):
-                sys.exit(f"error: --validate: pictures of {lr} could not be restored")
-        with open(f"{scratch}/scores.csv", newline="") as f:
-            row = next(row for row in csv.DictReader(f) if row.pop("image") == "mean")
-    return {name: float(value) for name, value in row.items()}
+def mean_scores(args, pairs, model, adapter=None):
+    """{metric: mean} of the model of that name or folder over `pairs`."""
+    names = pick(args.metrics, True)
+    tagger = args.tags if args.tags in ("ram", "dape") else "none"
+    prompts = find_tags(tagger, [p.name for p in pairs], lambda i: bicubic(read_rgb(pairs[i].lr)), args.device)
+    model = load_model(model, args.device, DTYPES[args.dtype], adapter, "auto")
+    row = mean(evaluate(model, pairs, names, device=args.device, prompts=prompts, suffix=args.suffix,
+                        timestep=args.timestep))
+    return {name: row[name] for name in names if name in row}
 
 
 def relative_drop(metric, before, after):
@@ -414,15 +387,19 @@ def validate(args):
     if args.pairs:
         lr, hr = args.pairs
     else:
-        (held, _), lq, _ = find_photos(args)
+        _, held, lq, _ = find_photos(args)
         if not held:
             sys.exit("error: --validate: no photo is held out; see --val, or name pictures by --pairs LR HR")
         validation_pairs(held, lq, args.crop, args.seed, args.out / "val")
         lr, hr = args.out / "val" / "lr", args.out / "val" / "hr"
-    before = evaluate(args, lr, hr, args.model, args.adapter)
+    try:
+        pairs = folder_pairs(lr, hr)
+        before = mean_scores(args, pairs, args.model, args.adapter)
+    except (ValueError, weights.Unavailable) as error:
+        sys.exit(f"error: --validate: {whole(error)}")
     passed, rows = {}, []
     for name, folder in (("pruned", args.out), *([("healed", args.out / "healed")] if args.heal else [])):
-        after = evaluate(args, lr, hr, folder)
+        after = mean_scores(args, pairs, folder)
         rows += [{"model": name, "metric": k, "unpruned": before[k], "value": after[k],
                   "drop": (drop := relative_drop(k, before[k], after[k])), "passed": int(drop <= MAX_DROP)}
                  for k in before]
@@ -437,29 +414,21 @@ def validate(args):
     return 0 if passed["pruned"] else 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The command ---
 
 
-def load_model(args):
+def load_networks(args):
     """(SanaSR with its adapter merged, f0: the prior without it). Raises SystemExit in one line."""
-    adapter = False if args.adapter == "none" else args.adapter
-    try:
-        if adapter and not Path(adapter).is_file():
-            sys.exit(f"error: --adapter {adapter}: no such file")
-        model = SanaSR.from_pretrained(args.model, args.device, DTYPES[args.dtype], adapter=adapter)
-        if not model.metadata and adapter is not False:
-            print("note: the model has no adapter; its transformer is pruned as it is", file=sys.stderr)
-        return model, LinearDiT.from_pretrained(model.folder / "transformer", model.dtype, args.device)
-    except (OSError, ValueError, weights.Unavailable) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+    model = load_model(args.model, args.device, DTYPES[args.dtype], args.adapter)
+    if not model.metadata and args.adapter != "none":
+        print("note: the model has no adapter; its transformer is pruned as it is", file=sys.stderr)
+    return model, LinearDiT.from_pretrained(model.folder / "transformer", model.dtype, args.device)
 
 
 def adapter_hash(args, folder):
-    """SHA-256 of the adapter that `load_model` merges, or "none"."""
+    """SHA-256 of the adapter that `load_networks` merges, or "none"."""
     path = Path(args.adapter or folder / "adapter.safetensors")
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "none"
+    return weights.sha256(path) if path.is_file() else "none"
 
 
 class Calibration:
@@ -473,15 +442,17 @@ class Calibration:
         lpips, args.lpips = load_lpips(args.lpips)
         self.lpips, self.f0 = lpips.to(args.device), in_float32(prior)
         self.vae = Latents(model.vae, model.scaling_factor)
-        (_, photos), lq, report = find_photos(args)
-        tags = find_tags(args.tags, args.protocol, photos, lq, args.out / "tags.csv")
-        prompts = [build_prompt(re.split(r"\s*,\s*", line), args.suffix) for line in tags]
+        photos, _, lq, report = find_photos(args)
+        tags = photo_tags(args.tags, args.protocol, photos, lq, args.out / "tags.csv")
+        if tags is None:  # the tagger's weights cannot be had
+            args.tags, tags = "none", [[]] * len(photos)
+        prompts = [build_prompt(line, args.suffix) for line in tags]
         self.conditions = Conditions(model)
         self.conditions.prepare(sorted(set(prompts)))
         side = args.crop // model.vae.factor
         self.pairs = Pairs(photos, prompts, args.crop, (model.dit.config["in_channels"], side, side),
                            PROTOCOLS[args.protocol][1], args.seed, lq)
-        self.digest = hashlib.sha256("".join(p.sha256 for p in photos).encode()).hexdigest()
+        self.digest = digest(photos)
         print(f"{report}; {args.model}, Ï„ {args.timestep:g}, LPIPS {args.lpips}, {args.dtype} on {args.device}")
 
     def samples(self, first, last, signals):
@@ -500,11 +471,11 @@ class Calibration:
 
 
 def find_photos(args):
-    """((photos held out, as train.py does, the others), {photo: its LR picture}, a report)."""
+    """(photos, held-out photos for validation, {photo: its LR picture}, a report)."""
     photos, report = scan(args.data, args.crop, args.out / "data.json", args.workers)
-    held = min(args.val, len(photos) // 2)
-    lq = match_lq(photos, args.lq) if args.lq else {}
-    return (photos[:held], photos[held:]), lq, f"{report}; {held} held out for validation"
+    photos, held = split(photos)
+    lq = match_lq(photos + held, args.lq) if args.lq else {}
+    return photos, held[:args.val], lq, f"{report}; {len(held)} held out"
 
 
 # what F depends on; the number of steps may grow
@@ -516,10 +487,7 @@ def measure_fisher(args, model, calibration, settings):
     """F over `args.steps` samples, going on from calibration.pt: {key: tensor}. Exits when it is interrupted."""
     path, state, fisher = args.out / "calibration.pt", {"step": 0, "settings": settings}, Fisher(model.dit)
     if args.resume and path.exists():
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged archive raises anything
-            sys.exit(f"error: {path} cannot be read ({str(error).splitlines()[0]}); delete it to calibrate anew")
+        saved = load_state(path, damaged="delete it to calibrate anew")
         if changed := [k for k in FISHER_SETTINGS if saved["settings"][k] != settings[k]]:
             sys.exit(f"error: --resume: {', '.join(changed)} changed since {path} was begun; choose another --out")
         if saved["step"] > args.steps:
@@ -529,7 +497,7 @@ def measure_fisher(args, model, calibration, settings):
             total.copy_(saved["sums"][key])
 
     def save():
-        write_atomically(path, partial(torch.save, state | {"sums": fisher.sums}))
+        save_state(path, state | {"sums": fisher.sums})
     caught = calibrate(fisher, lambda batch: calibration.loss(model.dit, batch),
                        lambda first, signals: calibration.samples(first, args.steps, signals), state, args.steps, save)
     if caught:
@@ -599,9 +567,8 @@ def parse(argv=None):
     if (args.out / "adapter.safetensors").exists():
         sys.exit(f"error: {args.out} holds an adapter.safetensors, which would be applied to the pruned model")
     args.device = pick_device(args.device, 0)
-    args.dtype = next(name for name, dtype in DTYPES.items() if dtype == pick_dtype(args.dtype, args.device))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    args.workers = min(args.workers, cores)
+    args.dtype = dtype_name(pick_dtype(args.dtype, args.device))
+    args.workers = workers(args.workers)
     return args
 
 
@@ -624,14 +591,13 @@ def find_budget(args, dit):
 def prune(args):
     """The whole run, see the top of the file. Returns the exit code."""
     torch.backends.cudnn.deterministic = True
-    model, prior = load_model(args)
+    model, prior = load_networks(args)
     if args.out.resolve() == model.folder.resolve():
         sys.exit(f"error: --out {args.out} is the model itself")
     metadata = model.metadata
     args.protocol = args.protocol or metadata.get("protocol", "hq")
-    args.suffix = args.suffix or metadata.get("suffix", "appendix")
-    if args.timestep is None and "timestep" in metadata:
-        args.timestep = model.timestep
+    how = conditioning(metadata, args.suffix, args.timestep, default_timestep=PROTOCOLS[args.protocol][0])
+    args.suffix, args.timestep = how["suffix"], how["timestep"]
     complete(args, model)
     budget = find_budget(args, model.dit)
     try:  # what does not fit is said before hours of calibration

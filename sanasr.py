@@ -19,6 +19,7 @@ Compression and Linear Attention" (arXiv 2605.23451); DC-AE: arXiv 2410.10733; S
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import heapq
 import json
@@ -39,6 +40,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 import weights
+from pictures import atomically, bicubic, write_bytes
 
 # --- Configs: the official config.json files, taken at their word ---
 
@@ -845,6 +847,18 @@ def build_prompt(content, suffix="appendix"):
     return ", ".join(part for part in (content.strip(), SUFFIXES.get(suffix, suffix)) if part)
 
 
+def conditioning(metadata, suffix=None, timestep=None, instruction=None, default_timestep=900.0):
+    """What the update is conditioned on besides picture and tags: {"suffix", "timestep": τ, "instruction"}.
+
+    Each is what the caller says; where that is None, what the adapter was trained with by its `metadata`; else the
+    default: "appendix", `default_timestep`, no instruction. The prompt is then build_prompt(content, suffix).
+    """
+    def first(value, name, default):
+        return metadata.get(name, default) if value is None else value
+    return {"suffix": first(suffix, "suffix", "appendix"), "instruction": first(instruction, "instruction", ""),
+            "timestep": float(first(timestep, "timestep", default_timestep))}
+
+
 def tokenize_prompt(tokenizer, prompt, instruction=""):
     """-> (ids, mask, kept): ids for the encoder; of its states, those at `kept` go on, each with 0 or 1 in `mask`.
 
@@ -876,11 +890,9 @@ def open_weights(path):
 
 
 def save_tensors(state, path, metadata=None):
-    """Write a safetensors file to a temporary name, then rename it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: x.contiguous() for key, x in state.items()}, f"{path}.tmp", metadata)
-    os.replace(f"{path}.tmp", path)
+    """Write {key: tensor} as a safetensors file, whole or not at all."""
+    with atomically(path) as temporary:
+        save_file({key: x.contiguous() for key, x in state.items()}, temporary, metadata)
 
 
 def load_module(cls, folder, dtype=None, device="cpu"):
@@ -925,9 +937,7 @@ def save_module(module, folder, dtype=None, metadata=None):
     name = "model.safetensors" if isinstance(module, Gemma2) else "diffusion_pytorch_model.safetensors"
     save_tensors(state, Path(folder) / name)
     config = module.config | ({"_provenance": metadata} if metadata else {})
-    path = Path(folder) / "config.json"
-    Path(f"{path}.tmp").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    os.replace(f"{path}.tmp", path)
+    write_bytes(Path(folder) / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 for _cls in (DCAE, Gemma2, LinearDiT):  # X.from_pretrained(folder, dtype=None, device="cpu")
@@ -984,15 +994,20 @@ def blend_weights(pieces, up):
     return ramps
 
 
-def tiled(f, x, tile, overlap, down=1, up=1):
+def tiled(f, x, tile, overlap, down=1, up=1, progress=None):
     """f(x) by overlapping tiles, blended, so that memory does not grow with the picture but for input and output.
 
     x: B,C,h·down,w·down; f returns B,C',h·up,w·up of what it is given. tile and overlap count positions of the h×w
     grid. f sees a tile at a time: where it mixes globally (attention) the result differs from f(x).
+    progress(done, total) is called before the first tile and after each.
     """
     rows, cols = spans(x.shape[2] // down, tile, overlap), spans(x.shape[3] // down, tile, overlap)
-    if len(rows) == len(cols) == 1:
-        return f(x)
+    done, total, progress = 0, len(rows) * len(cols), progress or (lambda done, total: None)
+    progress(0, total)
+    if total == 1:
+        y = f(x)
+        progress(1, 1)
+        return y
     y = None
     for (top, bottom), wy in zip(rows, blend_weights(rows, up), strict=True):
         for (left, right), wx in zip(cols, blend_weights(cols, up), strict=True):
@@ -1001,67 +1016,57 @@ def tiled(f, x, tile, overlap, down=1, up=1):
                 size = *part.shape[:2], x.shape[2] // down * up, x.shape[3] // down * up
                 y = torch.zeros(size, device=x.device)  # float32: the ramps need more than bfloat16's 8 bits
             y[:, :, top * up:bottom * up, left * up:right * up] += part * (wy.to(x.device)[:, None] * wx.to(x.device))
+            done += 1
+            progress(done, total)
     return y
 
 
-class SanaSR:
-    """The whole restorer: frozen autoencoder, prior with its adapter merged, text encoder loaded only when needed.
+def computes_bf16(device):
+    """Whether `device` computes in bfloat16 natively: GPUs of compute capability below 8.0 only emulate it, slowly."""
+    device = torch.device(device)
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
-    vae: DCAE; dit: LinearDiT; scaling_factor: s; timestep: τ the adapter was trained for; stages: milliseconds by
-    stage of the last `restore`; metadata: what the adapter's file, or the config of a pruned model, says of itself.
+
+def choose_dtypes(device, dtype=None):
+    """(dtype of the transformer, dtype of the autoencoder and the text encoder) for `device`.
+
+    dtype: what the user asks for; None: bfloat16 on a GPU that computes in it, else float32. float16 holds for the
+    transformer alone, since the autoencoder's activations overflow it; the others then run in bfloat16. bfloat16
+    becomes float32 where the device only emulates it.
+    """
+    device = torch.device(device)
+    native = computes_bf16(device)
+    dtype = dtype or (torch.bfloat16 if device.type != "cpu" and native else torch.float32)
+    if dtype == torch.float32 or not native:
+        return dtype, torch.float32
+    return dtype, torch.bfloat16
+
+
+class PromptEncoder:
+    """Prompts to text states: the frozen Gemma-2, loaded only for a prompt that the disk does not have yet.
+
+    States are kept in $SANASR_CACHE/prompts (by default ~/.cache/sanasr) under a hash of all that they depend on. The
+    text encoder is the largest part of the model; it is freed as soon as the new prompts are encoded.
     """
 
-    TILE, OVERLAP = 44, 2  # latent positions: tiles of 1408 pixels that share 64; so 3 × 3 of them cover 4096²
+    def __init__(self, folder, dtype=torch.float32, device="cpu"):
+        """folder: holds text_encoder/ and tokenizer/."""
+        self.folder, self.dtype, self.device = Path(folder), dtype, torch.device(device)
 
-    @classmethod
-    def from_pretrained(cls, name_or_folder, device="cpu", dtype=None, adapter=None, merge=True):
-        """Load an official folder (or a name in `weights.MODELS`) with vae/, transformer/, text_encoder/, tokenizer/.
-
-        dtype: torch.float32 (default on a CPU), bfloat16 (default on a GPU) or float16, which holds for the transformer
-        alone: the autoencoder's activations overflow it, so that and the text encoder run in bfloat16 instead.
-        adapter: a LoRA file; None takes `adapter.safetensors` of the folder where there is one; False takes none.
-        merge: fold the adapter into the weights (inference); False keeps it apart (training).
-        """
-        self = cls()
-        self.device = torch.device(device)
-        self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
-        self.folder = weights.folder(name_or_folder, self.dtype)
-        self.vae_dtype = torch.bfloat16 if self.dtype == torch.float16 else self.dtype
-        if self.vae_dtype == torch.bfloat16 and self.device.type == "cuda" and not torch.cuda.is_bf16_supported():
-            self.vae_dtype = torch.float32
-        self.vae = DCAE.from_pretrained(self.folder / "vae", self.vae_dtype, self.device)
-        self.dit = LinearDiT.from_pretrained(self.folder / "transformer", self.dtype, self.device)
-        self.scaling_factor = self.vae.config["scaling_factor"]
-        if self.vae.config["latent_channels"] != self.dit.config["in_channels"]:
-            raise ValueError(f"{self.folder}: vae/ makes {self.vae.config['latent_channels']} latent channels, "
-                             f"transformer/ wants {self.dit.config['in_channels']}")
-        if adapter is None and (self.folder / "adapter.safetensors").exists():
-            adapter = self.folder / "adapter.safetensors"
-        if adapter:
-            self.metadata = load_lora(self.dit, adapter)
-        else:  # a pruned model holds its adapter merged, and says in its config what it was trained for
-            config = json.loads((self.folder / "transformer" / "config.json").read_text(encoding="utf-8"))
-            self.metadata = config.get("_provenance", {})
-        if merge:
-            merge_lora(self.dit)
-        self.timestep = float(self.metadata.get("timestep", 900))
-        self.stages = {}
-        return self
+    @functools.cached_property
+    def identity(self):
+        """What the states of a prompt depend on besides it. The files are hashed once for each loaded model."""
+        return [fingerprint(self.folder / "text_encoder"), fingerprint(self.folder / "tokenizer"), str(self.dtype)]
 
     @torch.inference_mode()
-    def encode_prompt(self, prompts, instruction=""):
-        """One prompt or several -> (c: B,T,Dt text states, m: B,T of 0/1), T the longest's length, at most 300.
-
-        States are kept on disk ($SANASR_CACHE, by default ~/.cache/sanasr) under a hash of prompt and encoder, so the
-        text encoder, the largest part, is loaded only for a prompt not seen before, and freed before this returns.
-        """
+    def __call__(self, prompts, instruction=""):
+        """One prompt or several -> (c: B,T,Dt text states, m: B,T of 0/1), T the longest's length, at most 300."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         cache = Path(os.environ.get("SANASR_CACHE", Path.home() / ".cache" / "sanasr")) / "prompts"
-        identity = [fingerprint(self.folder / "text_encoder"), fingerprint(self.folder / "tokenizer"),
-                    str(self.vae_dtype), instruction]
         found, tokenizer, encoder = {}, None, None
         for prompt in dict.fromkeys(prompts):
-            path = cache / (hashlib.sha256(json.dumps([*identity, prompt]).encode()).hexdigest() + ".safetensors")
+            key = json.dumps([*self.identity, instruction, prompt])
+            path = cache / (hashlib.sha256(key.encode()).hexdigest() + ".safetensors")
             try:
                 with safe_open(path, "pt") as file:
                     found[prompt] = file.get_tensor("c"), file.get_tensor("m")
@@ -1070,7 +1075,7 @@ class SanaSR:
                 pass  # not there, or damaged: made again
             if encoder is None:
                 tokenizer = GemmaTokenizer(self.folder / "tokenizer")
-                encoder = Gemma2.from_pretrained(self.folder / "text_encoder", self.vae_dtype, self.device)
+                encoder = Gemma2.from_pretrained(self.folder / "text_encoder", self.dtype, self.device)
             ids, mask, kept = tokenize_prompt(tokenizer, prompt, instruction)
             ids = torch.tensor([ids], device=self.device)
             c = encoder(ids, torch.ones_like(ids))[0, kept].cpu()
@@ -1079,35 +1084,103 @@ class SanaSR:
                 save_tensors(dict(c=c, m=found[prompt][1]), path)
         states, masks = zip(*(found[prompt] for prompt in prompts), strict=True)
         pad = nn.utils.rnn.pad_sequence
-        return pad(states, batch_first=True).to(self.device, self.dtype), pad(masks, batch_first=True).to(self.device)
+        return pad(states, batch_first=True), pad(masks, batch_first=True)
+
+
+class SanaSR:
+    """The whole restorer: frozen autoencoder, prior with its adapter merged, text encoder loaded only when needed.
+
+    scaling_factor: s; timestep: τ the adapter was trained for; stages: milliseconds by stage of the last `restore`;
+    metadata: what the adapter's file, or the config of a pruned model, says of itself.
+    """
+
+    TILE, OVERLAP = 44, 2  # latent positions: tiles of 1408 pixels that share 64; so 3 × 3 of them cover 4096²
+
+    def __init__(self, vae: DCAE, dit: LinearDiT, prompts: PromptEncoder, metadata: dict | None = None):
+        """From parts. vae and dit lie on one device; prompts: (texts, instruction) -> (c, m), as `PromptEncoder`."""
+        p = next(dit.parameters())
+        self.vae, self.dit, self.prompts, self.device, self.dtype = vae, dit, prompts, p.device, p.dtype
+        self.vae_dtype = next(vae.parameters()).dtype
+        self.scaling_factor = vae.config["scaling_factor"]
+        if vae.config["latent_channels"] != dit.config["in_channels"]:
+            raise ValueError(f"the autoencoder makes {vae.config['latent_channels']} latent channels, "
+                             f"the transformer wants {dit.config['in_channels']}")
+        self.metadata = metadata or {}
+        self.timestep = conditioning(self.metadata)["timestep"]
+        self.folder, self.stages = None, {}
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, device: str | torch.device = "cpu",
+                        dtype: torch.dtype | None = None, adapter: str | Path | bool | None = None,
+                        merge: bool = True) -> SanaSR:
+        """Load an official folder (or a name in `weights.MODELS`) with vae/, transformer/, text_encoder/, tokenizer/.
+
+        dtype: torch.float32, bfloat16 or float16, see `choose_dtypes`.
+        adapter: a LoRA file; None takes `adapter.safetensors` of the folder where there is one; False takes none.
+        merge: fold the adapter into the weights (inference); False keeps it apart (training).
+        Raises OSError or ValueError that names the file, weights.Unavailable where a known model cannot be had.
+        """
+        device = torch.device(device)
+        dtype, vae_dtype = choose_dtypes(device, dtype)
+        folder = weights.folder(name_or_folder, dtype)
+        vae = DCAE.from_pretrained(folder / "vae", vae_dtype, device)
+        dit = LinearDiT.from_pretrained(folder / "transformer", dtype, device)
+        if adapter is None and (folder / "adapter.safetensors").exists():
+            adapter = folder / "adapter.safetensors"
+        if adapter:
+            metadata = load_lora(dit, adapter)
+        else:  # a pruned model holds its adapter merged, and says in its config what it was trained for
+            config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+            metadata = config.get("_provenance", {})
+        if merge:
+            merge_lora(dit)
+        try:
+            self = cls(vae, dit, PromptEncoder(folder, vae_dtype, device), metadata)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
+        self.folder = folder
+        return self
+
+    def encode_prompt(self, prompts, instruction=""):
+        """One prompt or several -> (c: B,T,Dt text states, m: B,T of 0/1) on the model's device: `PromptEncoder`."""
+        c, m = self.prompts(prompts, instruction)
+        return c.to(self.device, self.dtype), m.to(self.device)
 
     @torch.inference_mode()
-    def restore(self, image, prompt="", *, suffix="appendix", timestep=None, tile=None, instruction=""):
-        """PIL image -> PIL image (RGB) of exactly 4× the size.
+    def restore(self, image: Image.Image, prompt: str | list = "", *, scale: int = 4, suffix: str | None = None,
+                timestep: float | None = None, tile: int | None = None, instruction: str | None = None,
+                progress=None) -> Image.Image:
+        """PIL image -> PIL image (RGB) of exactly `scale` times the size.
 
+        The picture is enlarged `scale` times and restored at that size; 1 cleans a picture without enlarging it.
         prompt: what the picture shows (a text, or a list of tags), to which `suffix` is joined, see `build_prompt`.
-        timestep: τ in (0, 1000], by default the adapter's. tile: the largest side, in pixels of the result, that the
-        networks see at once (a multiple of 32, 0 for no limit, 1408 by default).
+        suffix, timestep (τ in (0, 1000]), instruction: by default what the adapter was trained with, see
+        `conditioning`. tile: the largest side, in pixels of the result, that the networks see at once (a multiple of
+        32, 0 for no limit, 1408 by default).
+        progress(stage, done, total) is called for every tile of the stages encode, dit and decode.
         """
-        timestep = self.timestep if timestep is None else timestep
+        how = conditioning(self.metadata, suffix, timestep, instruction)
         tile = self.TILE if tile is None else math.ceil(tile / self.vae.factor) or math.inf
-        t = torch.full((1,), timestep, device=self.device)
+        t = torch.full((1,), how["timestep"], device=self.device)
         overlap = min(self.OVERLAP, tile // 4) if tile < math.inf else 0
         clock = Stopwatch(self.device)
 
-        c, m = self.encode_prompt(build_prompt(prompt, suffix), instruction)  # 1,T,Dt and 1,T
+        def by_tiles(stage, f, x, **sides):
+            return tiled(f, x, tile, overlap, **sides, progress=progress and functools.partial(progress, stage))
+
+        c, m = self.encode_prompt(build_prompt(prompt, how["suffix"]), how["instruction"])  # 1,T,Dt and 1,T
         clock.lap("text")
-        width, height = 4 * image.width, 4 * image.height
-        x = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC))
+        width, height = scale * image.width, scale * image.height
+        x = np.asarray(bicubic(image.convert("RGB"), scale))
         x = torch.from_numpy(x.copy()).to(self.device).permute(2, 0, 1)[None].float()  # bfloat16 would lose grey levels
         x = x.div_(127.5).sub_(1).to(self.vae_dtype)  # 1,3,H,W
         x = F.pad(x, (0, -width % self.vae.factor, 0, -height % self.vae.factor), mode="replicate")
-        z = self.scaling_factor * tiled(self.vae.encode, x, tile, overlap, down=self.vae.factor)  # 1,C,h,w
+        z = self.scaling_factor * by_tiles("encode", self.vae.encode, x, down=self.vae.factor)  # 1,C,h,w
         clock.lap("encode")
-        z = tiled(lambda part: one_step(self.dit, part, t, c, m), z.to(self.dtype), tile, overlap)
+        z = by_tiles("dit", lambda part: one_step(self.dit, part, t, c, m), z.to(self.dtype))
         clock.lap("dit")
         z = z.to(self.vae_dtype) / self.scaling_factor
-        x = tiled(self.vae.decode, z, tile, overlap, up=self.vae.factor)[0, :, :height, :width]  # 3,H,W
+        x = by_tiles("decode", self.vae.decode, z, up=self.vae.factor)[0, :, :height, :width]  # 3,H,W
         x = x.float().add_(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0)
         result = Image.fromarray(x.cpu().numpy())
         clock.lap("decode")

@@ -35,7 +35,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import weights
-from sanasr import clean_tags
+from pictures import atomically, read_rgb, write_bytes
+from sanasr import clean_tags, computes_bf16
 
 DATA = Path(__file__).parent / "weights" / "ram"  # the tag list and the thresholds, one entry a logit
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
@@ -343,20 +344,9 @@ def convert(out, path=None, config=None):
     state = {k: v.to(torch.float16).contiguous() for k, v in state.items()}
     if bad := [k for k, v in state.items() if not v.isfinite().all()]:
         raise ValueError(f"{bad[0]} has values beyond fp16")
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _atomically(out, lambda temporary: save_file(state, temporary, {"format": "pt"}))
-    return out
-
-
-def _atomically(out, write):
-    """Calls write(temporary path beside out), then puts the result in place: no reader ever sees half a file."""
-    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomically(out) as temporary:
+        save_file(state, temporary, {"format": "pt"})
+    return Path(out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -416,7 +406,7 @@ class Tagger:
             raise ValueError(f"no tagger is called {name!r}: choose ram or dape")
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype is None:
-            dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+            dtype = torch.bfloat16 if device.type == "cuda" and computes_bf16(device) else torch.float32
         paths, missing = {"ram": ram or lean_path(), "dape": dape}, []
         for part in sorted({"ram", name}):
             try:
@@ -441,9 +431,7 @@ class Tagger:
             return [(str(tag), float(p)) for tag, p in json.loads(path.read_text(encoding="utf-8"))]
         result = select(self.logits(image))
         with contextlib.suppress(OSError):  # a full or read-only disk costs time, not the result
-            path.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(result, ensure_ascii=False)
-            _atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+            write_bytes(path, json.dumps(result, ensure_ascii=False))
         return result
 
     @torch.no_grad()
@@ -470,8 +458,6 @@ def open_tagger(kind, device=None, dtype=None):
 
 def main():
     """The command line; see the top of the file. Photos are tagged as they are, eval.py's are enlarged before."""
-    from eval import read  # 16 bits, alpha, orientation; imported late, for eval imports this file
-
     parser = argparse.ArgumentParser(description="Content tags of photos, by RAM or DAPE.")
     parser.add_argument("photos", nargs="*", type=Path, metavar="photo")
     parser.add_argument("--tagger", choices=("ram", "dape"), default="dape")
@@ -489,10 +475,7 @@ def main():
         if args.photos:
             tagger = Tagger.from_pretrained(args.tagger, args.device)
         for photo in args.photos:
-            try:
-                image = read(photo).rgb
-            except Exception as error:  # on broken files the decoders raise anything
-                raise ValueError(f"{photo}: not a picture that can be read ({error})") from error
+            image = read_rgb(photo)
             start = time.perf_counter()
             found = tagger.tag(image)
             seconds = time.perf_counter() - start

@@ -16,416 +16,67 @@ names. Leaves in runs/NAME: adapter.safetensors (EMA weights), checkpoints/, sam
 """
 import argparse
 import csv
-import hashlib
 import json
 import math
 import os
-import re
 import signal
 import sys
-import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from datetime import timedelta
-from functools import lru_cache, partial
-from io import BytesIO, StringIO
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import eval as evaluator
 import weights
-from degrade import MIN_SIZE, SCALE, degrade, enlarge, pair, sharpen, to_image, to_tensor
-from eval import DTYPES, peak_memory, pick_device, pick_dtype, picture_suffixes, read, read_tags, why
+from degrade import enlarge, to_image, to_tensor
 from metrics import LPIPS, METRICS
-from sanasr import (
-    SanaSR,
-    adapters_off,
-    build_prompt,
-    fingerprint,
-    inject_lora,
-    load_lora,
-    lora_parameters,
-    one_step,
-    save_lora,
-    sigma,
+from metrics.score import evaluate, folder_pairs, mean
+from objective import (
+    LAMBDA,
+    PROTOCOLS,
+    Conditions,
+    Latents,
+    complete,
+    in_autocast,
+    in_float32,
+    load_lpips,
+    losses,
+    prior,
 )
+from photos import Pairs, digest, find_tags, match_lq, photo_tags, scan, split, validation_pairs
+from pictures import bicubic, read_rgb, whole, why
+from runs import (
+    DTYPES,
+    Signals,
+    average,
+    batches,
+    dtype_name,
+    from_first,
+    load_model,
+    load_state,
+    outlive_signals,
+    peak_memory,
+    pick_device,
+    pick_dtype,
+    ranks,
+    save_state,
+    workers,
+    write_atomically,
+    write_csv,
+)
+from sanasr import build_prompt, fingerprint, inject_lora, load_lora, lora_parameters, one_step, save_lora
 
-LAMBDA = {"mse": 1.0, "lpips": 2.0, "align": 1.0, "cons": 1.0}
-PROTOCOLS = {"hq": (900, (70, 650)), "lq": (999, (20, 980))}  # τ, and the range of t, both ends included
 EMA = 0.999
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def mse(x, target):
-    """‖x̂ − x_H‖² per value, on pictures in [-1, 1] that are not clamped."""
-    return F.mse_loss(x, target)
-
-
-def align_loss(q, q_target, eps=1e-6):
-    """Frozen-prior alignment (Eq. 5): the divergence of two Gaussians per sample and channel, B,C,h,w -> scalar.
-
-        1/(2BC) Σ [ log((s_H+ε)/(s_ẑ+ε)) + (s_ẑ + (μ_ẑ−μ_H)²)/(s_H+ε) − 1 ]
-
-    μ and s: spatial mean and population variance of the prior's answers to ẑ (q) and to z_H (q_target), both noised
-    by the same t and ε.
-    """
-    var, mean = torch.var_mean(q, (2, 3), correction=0)                        # B,C
-    var_t, mean_t = torch.var_mean(q_target, (2, 3), correction=0)
-    ratio = (var + (mean - mean_t).square()) / (var_t + eps)
-    return 0.5 * (torch.log((var_t + eps) / (var + eps)) + ratio - 1).mean()
-
-
-def consistency_loss(f, q):
-    """Adapter consistency (Eq. 6): mean squared difference of the adapted and the frozen network's answers."""
-    return F.mse_loss(f, q)
-
-
-def noised(z, t, noise):
-    """z̃ = (1−σ_t)·z + σ_t·ε for z, noise: B,C,h,w and t: B."""
-    s = sigma(t).view(-1, 1, 1, 1)
-    return (1 - s) * z + s * noise
-
-
-def losses(f, f0, vae, batch, tau, lpips=None, terms=LAMBDA):
-    """The terms of Algorithm 1 for one batch, each a scalar, as {name: value} of those named in `terms`.
-
-    f, f0:  (z, t, c, m) -> prediction, the adapted and the frozen network, float32 outside (see `in_float32`)
-    vae:    a `Latents`
-    batch:  x_L, x_H: B,3,H,W in [-1, 1]; c: B,T,Dt and m: B,T; t: B; noise: B,C,H/32,W/32
-    Gradients flow through ẑ into every term, through f0 as well; f0's weights do not move and z_H's side is a target.
-    """
-    x_h, c, m, t = batch["x_H"], batch["c"], batch["m"], batch["t"]
-    with torch.no_grad():
-        z_l, z_h = vae.encode(batch["x_L"]), vae.encode(x_h)
-    z = one_step(f, z_l, torch.full_like(t, tau), c, m)
-    x = vae.decode(z)
-    values = {"mse": mse(x, x_h)}
-    if "lpips" in terms:
-        values["lpips"] = lpips(x, x_h).mean()
-    if "align" in terms or "cons" in terms:
-        z_noised = noised(z, t, batch["noise"])
-        q = f0(z_noised, t, c, m)
-    if "align" in terms:
-        with torch.no_grad():
-            q_h = f0(noised(z_h, t, batch["noise"]), t, c, m)
-        values["align"] = align_loss(q, q_h)
-    if "cons" in terms:
-        values["cons"] = consistency_loss(f(z_noised, t, c, m), q)
-    return values
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The frozen networks, as the losses see them
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def in_float32(dit):
-    """dit as a function with float32 latents outside, whatever dtype its weights have."""
-    dtype = next(dit.parameters()).dtype
-    return lambda z, t, c, m: dit(z.to(dtype), t, c.to(dtype), m).float()
-
-
-def prior(dit):
-    """f0: the same network with its adapters off."""
-    f = in_float32(dit)
-
-    def f0(*args):
-        with adapters_off(dit):
-            return f(*args)
-    return f0
-
-
-class Latents:
-    """The DC-AE between pictures and scaled latents, float32 outside."""
-
-    def __init__(self, vae, scale):
-        self.vae, self.scale, self.dtype = vae, scale, next(vae.parameters()).dtype
-
-    def encode(self, x):
-        return self.vae.encode(x.to(self.dtype)).float() * self.scale
-
-    def decode(self, z):
-        return self.vae.decode((z / self.scale).to(self.dtype)).float()
-
-
-def in_autocast(lpips, device, dtype):
-    """lpips with its convolutions in dtype: in bfloat16 VGG16's, most of a step's work, take half the time."""
-    def f(x, y):
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return lpips(x, y)
-    return f
-
-
-class Conditions:
-    """Prompts -> text states, from the disk where `SanaSR.encode_prompt` keeps them; the latest stay in memory."""
-
-    def __init__(self, model):
-        self.model, self.one = model, lru_cache(64)(self._one)
-
-    def _one(self, prompt):
-        return tuple(x[0].clone() for x in self.model.encode_prompt(prompt))  # no longer inference-mode tensors
-
-    def prepare(self, prompts, chunk=64):
-        """Encodes what the disk does not have yet; the text encoder is loaded once a chunk, and only if needed."""
-        for i in tqdm(range(0, len(prompts), chunk), "encoding prompts", leave=False, disable=len(prompts) <= chunk):
-            self.model.encode_prompt(prompts[i:i + chunk])
-
-    def __call__(self, prompts):
-        """-> c: B,T,Dt and m: B,T, padded on the right to the longest, the padding masked."""
-        pairs = [self.one(prompt) for prompt in prompts]
-        pad = torch.nn.utils.rnn.pad_sequence
-        return pad([c for c, _ in pairs], batch_first=True), pad([m for _, m in pairs], batch_first=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Photos
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Photo(NamedTuple):
-    """A file that was read once from end to end; size and time tell later whether it is still the same."""
-    path: str
-    bytes: int
-    mtime_ns: int
-    sha256: str
-    width: int
-    height: int
-
-
-def inspect(path):
-    """Path -> Photo, or None where the file is no picture that can be decoded."""
-    try:
-        stat, data = path.stat(), path.read_bytes()
-        rgb = read(BytesIO(data)).rgb
-    except Exception:  # on broken files the decoders raise anything
-        return None
-    return Photo(str(path), stat.st_size, stat.st_mtime_ns, hashlib.sha256(data).hexdigest(), *rgb.size)
-
-
-def scan(folders, crop, index, workers):
-    """All different photos of at least crop x crop below the folders, in the order of their hashes, and the report.
-
-    index: a JSON file that remembers what was read, so that a second scan reads only new files.
-    Raises SystemExit where a folder is missing or nothing is left.
-    """
-    known = {}
-    if index.is_file():
-        known = {row[0]: Photo(*row) for row in json.loads(index.read_text())}
-    suffixes, paths = picture_suffixes(Image.OPEN), []
-    for folder in map(Path, folders):
-        if not folder.is_dir():
-            sys.exit(f"error: --data {folder}: no such folder")
-        paths += [p for p in folder.rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith(".")]
-    paths = sorted({p.resolve() for p in paths if p.is_file()})
-
-    def look(path):
-        old, stat = known.get(str(path)), path.stat()
-        return old if old and (old.bytes, old.mtime_ns) == (stat.st_size, stat.st_mtime_ns) else inspect(path)
-
-    with ThreadPoolExecutor(max(workers, 1)) as pool:  # decoding and hashing leave the interpreter lock
-        found = list(tqdm(pool.map(look, paths), "reading photos", len(paths), leave=False, disable=len(paths) < 100))
-    readable = [p for p in found if p]
-    write_atomically(index, lambda f: f.write(json.dumps(readable).encode()))
-    distinct = sorted({p.sha256: p for p in reversed(readable)}.values(), key=lambda p: p.sha256)
-    photos = [p for p in distinct if min(p.width, p.height) >= crop]
-    report = (f"{len(photos)} photos of {len(paths)} files; skipped: {len(readable) - len(distinct)} duplicates, "
-              f"{len(paths) - len(readable)} unreadable, {len(distinct) - len(photos)} smaller than {crop} pixels")
-    if not photos:
-        sys.exit(f"error: --data {' '.join(map(str, folders))}: {report}")
-    return photos, report
-
-
-def bare_name(path):
-    """What a photo and its real LR picture share: the file name without suffix and without _HR, _LR, _LR4."""
-    return re.sub(r"_(HR|LR\d?)$", "", Path(path).stem, flags=re.IGNORECASE)
-
-
-def match_lq(photos, folder):
-    """{path of a photo: path of its LR picture in `folder`}. Raises SystemExit for a pair that is not 1 : 4."""
-    suffixes = picture_suffixes(Image.OPEN)
-    by_name = {bare_name(p): p for p in sorted(Path(folder).rglob("*")) if p.suffix.lower() in suffixes}
-    pairs = {p.path: by_name[bare_name(p.path)] for p in photos if bare_name(p.path) in by_name}
-    if not pairs:
-        sys.exit(f"error: --lq {folder}: no picture there has the name of a photo")
-    for photo in photos:
-        if photo.path in pairs:
-            with Image.open(pairs[photo.path]) as image:
-                if (image.width * SCALE, image.height * SCALE) != (photo.width, photo.height):
-                    sys.exit(f"error: {pairs[photo.path]} is {image.width}x{image.height}, but {photo.path} is "
-                             f"{photo.width}x{photo.height}, not {SCALE} times that")
-            pairs[photo.path] = str(pairs[photo.path])
-    return pairs
-
-
-class Pairs(Dataset):
-    """Sample n of the endless stream of training pairs: photo `order[n]` of epoch n // len(photos).
-
-    A sample is a function of (seed, epoch, photo): the same for any number of workers, ranks and restarts. It also
-    carries what Algorithm 1 draws for it, t and ε.
-    """
-
-    def __init__(self, photos, prompts, crop, latent, t_range, seed, lq=None, usm=False, mild=0.0):
-        self.photos, self.prompts, self.lq, self.mild = photos, prompts, lq or {}, mild
-        self.crop, self.latent, self.t_range, self.seed, self.usm = crop, latent, t_range, seed, usm
-        self.epoch = None, None
-
-    def place(self, n):
-        """n -> (epoch, index of the photo): every epoch takes each photo once, in an order of its own."""
-        epoch, position = divmod(n, len(self.photos))
-        if self.epoch[0] != epoch:
-            self.epoch = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.photos))
-        return epoch, int(self.epoch[1][position])
-
-    def __getitem__(self, n):
-        epoch, i = self.place(n)
-        rng = np.random.default_rng((self.seed, epoch, i))
-        photo, crop = self.photos[i], self.crop
-        left, top = (int(rng.integers((size - crop) // SCALE + 1)) * SCALE for size in (photo.width, photo.height))
-        flip = rng.random() < 0.5
-        hr, lr = crop_pair(photo.path, self.lq.get(photo.path), left, top, crop)
-        if flip:
-            hr, lr = hr.flip(-1), None if lr is None else lr.flip(-1)
-        x_l, x_h = pair(sharpen(hr) if self.usm else hr, rng, lr, self.mild)
-        low, high = self.t_range
-        return {"x_L": x_l, "x_H": x_h, "t": np.float32(rng.integers(low, high, endpoint=True)),
-                "noise": rng.standard_normal(self.latent, dtype=np.float32),
-                "prompt": self.prompts[i], "name": photo.path}
-
-
-def crop_pair(path, lq_path, left, top, crop):
-    """(hr, lr): 3,crop,crop in [0, 1] and the same part of the real LR picture, or None without one."""
-    box = left, top, left + crop, top + crop
-    try:
-        hr = to_tensor(read(path).rgb.crop(box))
-        lr = to_tensor(read(lq_path).rgb.crop([v // SCALE for v in box])) if lq_path else None
-    except Exception as error:  # it could be read when the run began; of a loader only the last line is shown
-        raise OSError(f"{path} (or its LR picture) can no longer be read: {why(error)}") from error
-    return hr, lr
-
-
-def validation_pairs(photos, lq, crop, seed, folder, mild=0.0):
-    """[(name, LR image, HR image)] of the photos' central crops, the same in every run; also written to `folder`."""
-    pairs = []
-    for i, photo in enumerate(photos):
-        left, top = ((size - crop) // 2 // SCALE * SCALE for size in (photo.width, photo.height))
-        hr, lr = crop_pair(photo.path, lq.get(photo.path), left, top, crop)
-        lr = degrade(hr, (seed, 2 ** 32 - 1, i), mild=mild) if lr is None else lr  # an epoch that no training reaches
-        name = f"{i:02d}_{bare_name(photo.path)}.png"
-        pairs.append((name, to_image(lr), to_image(hr)))
-    for kind, k in (("lr", 1), ("hr", 2)) if folder else ():
-        (folder / kind).mkdir(parents=True, exist_ok=True)
-        for row in pairs:
-            write_atomically(folder / kind / row[0], lambda f, image=row[k]: image.save(f, "PNG"))
-    return pairs
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def find_tags(kind, protocol, photos, lq, cache):
-    """The tags of each training photo, "tag, tag, …": none, those of a CSV file, or what RAM (DAPE) finds.
-
-    They describe x_H in the hq protocol, x_L in the lq protocol: there the whole photo's LR picture, enlarged, made by
-    the degradation seeded with its hash where no real one exists. Tagged once: `cache` is a CSV file as well.
-    """
-    if kind == "none":
-        return [""] * len(photos)
-    if kind not in ("ram", "dape"):
-        tags = read_tags(kind)
-        names = [Path(p.path).name for p in photos]
-        if missing := sum(name not in tags for name in names):
-            print(f"--tags {kind}: {missing} of {len(names)} photos have no line there and get no tags")
-        return [tags.get(name, "") for name in names]
-    known = {}
-    if cache.is_file():
-        with open(cache, newline="", encoding="utf-8") as f:
-            known = {row["sha256"]: row["tags"] for row in csv.DictReader(f)}
-    if any(p.sha256 not in known for p in photos):
-        tagger = open_tagger(kind)
-        if not tagger:
-            return [""] * len(photos)
-        for photo in tqdm(photos, "tagging", leave=False):
-            if photo.sha256 not in known:
-                known[photo.sha256] = tagger(x_h_or_x_l(photo, lq.get(photo.path), protocol))
-        rows = [{"image": Path(p.path).name, "tags": known[p.sha256], "sha256": p.sha256} for p in photos]
-        write_csv(cache, ["image", "tags", "sha256"], rows)
-    return [known[p.sha256] for p in photos]
-
-
-def x_h_or_x_l(photo, lq_path, protocol):
-    """The picture that the tags of a training photo come from."""
-    image = read(photo.path).rgb
-    if protocol == "hq":
-        return image
-    if lq_path:
-        return to_image(enlarge(read(lq_path).rgb) / 2 + 0.5)
-    hr = to_tensor(image.crop((0, 0, image.width // SCALE * SCALE, image.height // SCALE * SCALE)))
-    return to_image(enlarge(degrade(hr, int(photo.sha256[:16], 16))) / 2 + 0.5)
-
-
-def tag_images(lrs, kind):
-    """The tags of the validation pictures: what the tagger finds in their x_L, none without a tagger."""
-    if kind not in ("ram", "dape"):
-        return [""] * len(lrs)
-    tagger = open_tagger(kind)
-    return [tagger(to_image(enlarge(lr) / 2 + 0.5)) if tagger else "" for lr in lrs]
-
-
-def open_tagger(kind):
-    """A function from a picture to "tag, tag, …"; None where the tagger's weights cannot be had, which a line on
-    stderr says. Raises SystemExit for a broken file of weights."""
-    import tagger
-    try:
-        net = tagger.open_tagger(kind)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: --tags {kind}: {why(error)}")
-    return net and (lambda image: tagger.joined(net.tags(image)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files of a run
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def write_atomically(path, save):
-    """save(f) into a file beside `path` that then takes its name. Raises SystemExit, with the old file unharmed."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as f:
-            save(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
-        sys.exit(f"error: {path} cannot be written ({why(error, temporary)}); what was there before is unharmed")
-
-
-def write_csv(path, columns, rows):
-    """Dicts as a CSV file with these columns; numbers with six digits, what a row lacks is empty."""
-    def save(f):
-        text = StringIO(newline="")
-        out = csv.DictWriter(text, columns)
-        out.writeheader()
-        out.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-        f.write(text.getvalue().encode())
-    write_atomically(path, save)
-
+# --- The files of a run ---
 
 COLUMNS = ["step", "epoch", "loss", *LAMBDA, "grad_norm", "images_per_s", "memory_gb", "val_lpips", "val_psnr"]
 
@@ -480,7 +131,7 @@ class Run:
 
     def save(self, state, model, adapter, metadata):
         """The state first, then what it can make again: a crash in between loses nothing."""
-        write_atomically(self.folder / "state.pt", partial(torch.save, state))
+        save_state(self.folder / "state.pt", state)
         for path in (self.folder / "adapter.safetensors",
                      self.folder / "checkpoints" / f"{state['step']:06d}.safetensors"):
             try:
@@ -489,84 +140,7 @@ class Run:
                 sys.exit(f"error: {path} cannot be written ({why(error, path)}); {self.folder}/state.pt is whole")
 
 
-def load_state(folder):
-    """The resumable state of a run. Raises SystemExit in one line."""
-    try:
-        return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        sys.exit(f"error: {folder}/state.pt: there is nothing to resume; check --name or leave out --resume")
-    except Exception as error:  # a damaged archive raises anything
-        sys.exit(f"error: {folder}/state.pt cannot be read ({why(error)}); start anew under another --name")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Several processes, and being stopped
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def ranks():
-    """(rank, number of ranks), with or without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def from_first(make):
-    """make() on the first rank, its result on all."""
-    if ranks()[1] == 1:
-        return make()
-    box = [make() if ranks()[0] == 0 else None]
-    dist.broadcast_object_list(box)
-    return box[0]
-
-
-def average(tensors):
-    """Replaces each tensor by its mean over all ranks, in one message."""
-    if ranks()[1] > 1:
-        flat = torch.cat([t.flatten() for t in tensors])
-        dist.all_reduce(flat)
-        for t, mean in zip(tensors, (flat / ranks()[1]).split([t.numel() for t in tensors]), strict=True):
-            t.copy_(mean.view_as(t))
-
-
-class Signals:
-    """Ctrl-C and SIGTERM set `caught`, for the loop to stop after the step; a second one interrupts at once."""
-
-    def __enter__(self):
-        self.caught = 0
-        self.before = {s: signal.signal(s, self) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __call__(self, number, frame):
-        if self.caught:
-            raise KeyboardInterrupt
-        self.caught = number
-
-    def __exit__(self, *exception):
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
-
-
-def outlive_signals(worker):
-    """Ctrl-C and a SIGTERM to the whole group reach the loader's workers too; they go on until the run ends them.
-
-    One that died while it held a lock, or half of a batch was handed over, would leave the run waiting for ever. But
-    SIGTERM is also how Python ends the workers of a run that failed, hence the alarm: 5 s later they are gone.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
-
-
-def batches(loader, signals):
-    """The loader's batches; where a signal ended a worker that had just begun, they end, which is no error."""
-    try:
-        yield from loader
-    except RuntimeError:
-        if not signals.caught:
-            raise
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Validation and the choice of a checkpoint
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Validation, and the choice of a checkpoint ---
 
 
 @torch.no_grad()
@@ -606,25 +180,23 @@ def past_knee(run, patience):
 
 
 def select(args):
-    """Ranks the checkpoints of a run by the mean of one metric and copies the best to best.safetensors.
+    """Rank the checkpoints of a run by the mean of one metric and copy the best to best.safetensors.
 
-    The evaluator restores and scores, by default the run's validation pictures; `--lq DIR --data DIR` names others.
+    Scored are the run's validation pictures; `--lq DIR --data DIR` names others.
     """
-    settings = load_state(args.run)["settings"]
+    settings = load_state(args.run / "state.pt")["settings"]
     lr, hr = (args.lq, args.data[0]) if args.lq and args.data else (args.run / "val" / "lr", args.run / "val" / "hr")
     tagger = settings["tags"] if settings["tags"] in ("ram", "dape") else "none"
-    paths = sorted((args.run / "checkpoints").glob("*.safetensors"))
     scores = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for path in tqdm(paths, "scoring checkpoints"):
-            table = Path(scratch) / f"{path.stem}.csv"
-            with redirect_stdout(StringIO()):
-                evaluator.main([str(a) for a in (
-                    lr, "--hr", hr, "--metrics", args.select, "--csv", table, "--out", f"{scratch}/{path.stem}/",
-                    "--model", settings["model"], "--adapter", path, "--suffix", settings["suffix"], "--tagger", tagger,
-                    "--device", args.device.type, "--dtype", args.dtype)])
-            with open(table, newline="") as f:
-                scores[path] = next(float(row[args.select]) for row in csv.DictReader(f) if row["image"] == "mean")
+    try:
+        pairs = folder_pairs(lr, hr)
+        prompts = find_tags(tagger, [p.name for p in pairs], lambda i: bicubic(read_rgb(pairs[i].lr)), args.device)
+        for path in tqdm(sorted((args.run / "checkpoints").glob("*.safetensors")), "scoring checkpoints"):
+            model = load_model(settings["model"], args.device, DTYPES[args.dtype], path, "auto")
+            rows = evaluate(model, pairs, [args.select], device=args.device, prompts=prompts)
+            scores[path] = mean(rows)[args.select]
+    except (ValueError, weights.Unavailable) as error:
+        sys.exit(f"error: --select: {whole(error)}")
     order = sorted(scores, key=scores.get, reverse=METRICS[args.select].better == "higher")
     write_csv(args.run / "select.csv", ["checkpoint", args.select],
               [{"checkpoint": path.name, args.select: scores[path]} for path in order])
@@ -635,42 +207,7 @@ def select(args):
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def load_model(args):
-    """The prior without an adapter. Raises SystemExit in one line."""
-    try:
-        model = SanaSR.from_pretrained(args.model, args.device, DTYPES[args.dtype], adapter=False)
-    except (OSError, ValueError, weights.Unavailable) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    for part in (model.vae, model.dit):
-        part.requires_grad_(False)
-    model.dit.checkpointing = model.vae.decoder.checkpointing = args.checkpointing
-    return model
-
-
-def load_lpips(net):
-    """(LPIPS, its network): VGG16 as in the paper, or AlexNet, which is carried along, where that cannot be had."""
-    if net == "vgg":
-        try:
-            return LPIPS.from_pretrained("vgg"), "vgg"
-        except weights.Unavailable as error:
-            print(f"note: the LPIPS loss uses AlexNet: {why(error)}", file=sys.stderr)
-    return LPIPS.from_pretrained("alex"), "alex"
-
-
-def complete(args, model):
-    """Fills in the settings that depend on the model. Raises SystemExit for a crop that does not fit it."""
-    embedded = args.model == "embedded"
-    args.crop = args.crop or model.dit.config["sample_size"] * model.vae.factor
-    if args.crop % model.vae.factor or args.crop < MIN_SIZE:
-        sys.exit(f"error: --crop {args.crop}: it must be a multiple of {model.vae.factor} and at least {MIN_SIZE}")
-    args.timestep = float(PROTOCOLS[args.protocol][0] if args.timestep is None else args.timestep)
-    args.tags = args.tags or ("none" if embedded else "ram")
-    args.lpips = args.lpips or ("alex" if embedded else "vgg")
+# --- Training ---
 
 
 @contextmanager
@@ -706,7 +243,10 @@ def train(args, state=None):
     torch.backends.cudnn.deterministic = True
 
     # the networks, of which only the adapter learns
-    model = load_model(args)
+    model = load_model(args.model, device, DTYPES[args.dtype], adapter=False)
+    for part in (model.vae, model.dit):
+        part.requires_grad_(False)
+    model.dit.checkpointing = model.vae.decoder.checkpointing = args.checkpointing
     complete(args, model)
     judge = LPIPS.from_pretrained("alex").to(device)
     terms = {name: factor for name, factor in LAMBDA.items() if not getattr(args, f"no_{name}", False)}
@@ -729,18 +269,18 @@ def train(args, state=None):
     # the photos, their prompts, the validation set
     def look_at_data():
         photos, report = scan(args.data, args.crop, args.run / "data.json", args.workers)
-        held = min(args.val, len(photos) // 2)
-        lq = match_lq(photos, args.lq) if args.lq else {}
-        tags = find_tags(args.tags, args.protocol, photos[held:], lq, args.run / "tags.csv")
-        pairs = validation_pairs(photos[:held], lq, args.crop, args.seed, args.run / "val", args.mild)
+        photos, held = split(photos)
+        lq = match_lq(photos + held, args.lq) if args.lq else {}
+        tags = photo_tags(args.tags, args.protocol, photos, lq, args.run / "tags.csv")
+        pairs = validation_pairs(held[:args.val], lq, args.crop, args.seed, args.run / "val", args.mild)
         # of x_L, as at test time: the reference must not leak into the validation
-        val_tags = tag_images([lr for _, lr, _ in pairs], args.tags if any(tags) else "none")
-        return photos[held:], lq, tags, pairs, val_tags, report
+        tagger = args.tags if args.tags in ("ram", "dape") and tags else "none"
+        val_tags = find_tags(tagger, [name for name, *_ in pairs], lambda i: bicubic(pairs[i][1])) or [[]] * len(pairs)
+        return photos, lq, tags, pairs, val_tags, f"{report}; {len(held)} held out, {len(pairs)} for validation"
     photos, lq, tags, pairs, val_tags, report = from_first(look_at_data)
-    if args.tags in ("ram", "dape") and not any(tags):  # the tagger's weights cannot be had
-        args.tags = "none"
-    prompts, val_prompts = ([build_prompt(re.split(r"\s*,\s*", line), args.suffix) for line in lines]
-                            for lines in (tags, val_tags))
+    if tags is None:  # the tagger's weights cannot be had
+        args.tags, tags = "none", [[]] * len(photos)
+    prompts, val_prompts = ([build_prompt(line, args.suffix) for line in lines] for lines in (tags, val_tags))
     conditions = Conditions(model)
     from_first(lambda: conditions.prepare(sorted({*prompts, *val_prompts})))
 
@@ -749,9 +289,8 @@ def train(args, state=None):
     optimizer = torch.optim.AdamW(masters, args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0 ** 12, enabled=args.dtype == "fp16")
     step, rows = 0, []
-    digest = hashlib.sha256("".join(p.sha256 for p in photos).encode()).hexdigest()
     settings = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS} | {
-        "global_batch": args.batch * world, "photos_sha256": digest}
+        "global_batch": args.batch * world, "photos_sha256": digest(photos)}
     if state:
         for key, what in (("photos_sha256", "the photos"), ("global_batch", "--batch times the number of processes")):
             if state["settings"][key] != settings[key]:
@@ -772,7 +311,7 @@ def train(args, state=None):
                                     "lr", "clip", "usm", "mild", "seed", "dtype", "photos_sha256")}}.items()}
 
     low, high = PROTOCOLS[args.protocol][1]
-    say(f"{report}; {len(pairs)} held out for validation" + (f"; {len(lq)} have real LR pictures" if args.lq else ""))
+    say(report + (f"; {len(lq)} have real LR pictures" if args.lq else ""))
     say(f"{args.model}: {sum(m.numel() for m in masters) / 1e6:.2f} M trained parameters (rank {args.rank}, "
         f"{args.lora_targets}); τ {args.timestep:g}, t {low} to {high}; losses {' '.join(terms)}, LPIPS {args.lpips}")
     say(f"effective batch {args.batch} × {world} = {args.batch * world} crops of {args.crop}; {args.dtype} on "
@@ -865,9 +404,7 @@ def train(args, state=None):
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The command ---
 
 NOT_SETTINGS = ("run", "name", "device", "resume", "select")
 # what a resumed run may be given anew: how long and how it runs, but not what it computes
@@ -922,7 +459,7 @@ def parse(argv=None):
     args = p.parse_args(argv)
     args.run = Path("runs") / args.name  # a path as a name stays that path
     if args.resume:
-        state = load_state(args.run)
+        state = load_state(args.run / "state.pt")
         saved = {k: v for k, v in state["settings"].items() if hasattr(args, k)}
         p.set_defaults(**saved)
         args = p.parse_args(argv)
@@ -944,9 +481,8 @@ def parse(argv=None):
         if getattr(args, option) < 1:
             p.error(f"--{option} must be positive, not {getattr(args, option)}")
     args.device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
-    args.dtype = next(name for name, dtype in DTYPES.items() if dtype == pick_dtype(args.dtype, args.device))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    args.workers = min(args.workers, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    args.dtype = dtype_name(pick_dtype(args.dtype, args.device))
+    args.workers = workers(args.workers)
     if state:
         changed = [k for k in saved if k not in CHANGEABLE and getattr(args, k) != saved[k]]
         if changed:

@@ -35,7 +35,6 @@ def set_backend(name):
     return before
 
 
-@torch.compiler.assume_constant_result
 def device_obstacle(kind, index=None):
     """Why Triton cannot run on a device of this kind ("cuda", "cpu", ...), in words, or None where it can."""
     if triton is None:
@@ -48,6 +47,10 @@ def device_obstacle(kind, index=None):
         return "the kernels are built and checked for NVIDIA GPUs only"
     major, minor = torch.cuda.get_device_capability(index)
     return None if major >= 8 else f"the GPU's compute capability {major}.{minor} is below 8.0"
+
+
+# torch.compiler.assume_constant_result sets this mark as well, but imports torch._dynamo for it, which takes seconds
+device_obstacle._dynamo_marked_constant = True
 
 
 def use_triton(tensor, backend=None, obstacle=None):

@@ -10,7 +10,8 @@ from html import escape
 from PIL import Image
 
 from metrics import METRICS
-from metrics.score import atomically, crop, mean, shown
+from metrics.score import crop, mean, shown
+from pictures import read_rgb, write_bytes
 
 SIDE = 1280  # larger pictures are shown smaller
 
@@ -82,8 +83,8 @@ def worst_first(rows, pairs):
     return sorted(zip(rows, pairs, strict=True), key=lambda item: sign * item[0][by]), by
 
 
-def write_report(rows, pairs, path, read, protocol="full", title="Super-resolution report", note=""):
-    """Writes the HTML file `path` for the `rows` that `score` gave for `pairs`. read(path) -> PIL image in RGB.
+def write_report(rows, pairs, path, protocol="full", title="Super-resolution report", note=""):
+    """Write the HTML file `path` for the `rows` that `score.evaluate` gave for `pairs`.
 
     note: goes below the title. An input (Pair.lr) is shown enlarged by bicubic interpolation to the result's size.
     """
@@ -103,10 +104,10 @@ def write_report(rows, pairs, path, read, protocol="full", title="Super-resoluti
                 f"<figcaption>{kind}</figcaption></figure>")
 
     def section(i, row, pair):
-        sr = read(pair.sr)
-        figures = [figure("bicubic", read(pair.lr).resize(sr.size, Image.Resampling.BICUBIC))] if pair.lr else []
+        sr = read_rgb(pair.sr)
+        figures = [figure("bicubic", read_rgb(pair.lr).resize(sr.size, Image.Resampling.BICUBIC))] if pair.lr else []
         figures.append(figure("result", sr))
-        figures += [figure("reference", read(pair.hr))] if pair.hr else []
+        figures += [figure("reference", read_rgb(pair.hr))] if pair.hr else []
         numbers = "".join(f"<div><dt>{n}</dt><dd>{shown(n, row[n])}</dd></div>" for n in names)
         return (f'<section id="i{i}"{data(row)}><h2>{escape(row["image"])}</h2><dl>{numbers}</dl>'
                 f'<div class="row">{"".join(figures)}</div></section>')
@@ -123,7 +124,7 @@ def write_report(rows, pairs, path, read, protocol="full", title="Super-resoluti
     extent = "whole images" if protocol == "full" else "central 256×256 crops"
     note = (f"{note + ': ' if note else ''}{len(rows)} pictures, {extent}, worst first by the marked metric. "
             "Click a picture to lay two over each other.")
-    atomically(path, f"""<!doctype html>
+    write_bytes(path, f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{escape(title)}</title>
 <style>:root {{ --columns: {columns} }}{STYLE}</style>

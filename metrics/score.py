@@ -1,6 +1,5 @@
 """Scores folders of pictures: pairs by file name, one protocol, a table, a CSV. eval.py is its command."""
-import csv
-import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ import torch
 
 import weights
 from metrics import ALL, METRICS, load
+from pictures import find_inputs, read_picture, read_rgb, restored
+from runs import write_csv
 
 PATCH = 256  # side of the central crop of the protocol `patch`
 DECIMALS = {"psnr": 3, "niqe": 3, "musiq": 3}  # in tables; 4 for the others, 6 in a CSV
@@ -18,18 +19,18 @@ DECIMALS = {"psnr": 3, "niqe": 3, "musiq": 3}  # in tables; 4 for the others, 6 
 
 @dataclass(frozen=True)
 class Pair:
-    """One picture to score. hr: its reference, lr: what it was made from (for the report); None where there is none."""
+    """One picture to score. sr: the result, lr: what it is made from, hr: its reference; None where there is none."""
     name: str
-    sr: Path
+    sr: Path | None
     hr: Path | None = None
     lr: Path | None = None
 
 
 def partners(names, folder, files):
     """The file of `files` that belongs to each of `names`: of the same name, else of the same stem, with or without
-    the `_x4` that eval.py appends. Raises ValueError that names what is missing or ambiguous."""
+    the `_x4` (`_x1`, `_x2`) that eval.py appends. Raises ValueError that names what is missing or ambiguous."""
     def stem(name):
-        return Path(name).stem.removesuffix("_x4")
+        return re.sub(r"_x[124]$", "", Path(name).stem)
     by_name, by_stem = {f.name: f for f in files}, {}
     for f in files:
         by_stem.setdefault(stem(f.name), []).append(f)
@@ -47,6 +48,14 @@ def partners(names, folder, files):
         twice = next(f for f in found if found.count(f) > 1)
         raise ValueError(f"{folder}: {twice.name} is the partner of several pictures")
     return found
+
+
+def folder_pairs(lr, hr):
+    """[Pair] of the pictures in folder `lr`, to be restored, with their partners in folder `hr`. Raises ValueError."""
+    inputs = find_inputs([lr])
+    names = [p.name for p in inputs]
+    return [Pair(name, None, reference, path)
+            for name, reference, path in zip(names, partners(names, hr, find_inputs([hr])), inputs, strict=True)]
 
 
 def pick(text, has_reference):
@@ -75,18 +84,22 @@ def crop(image, protocol):
 
 def check(pair, sr, hr, protocol):
     """Raises ValueError where the two PIL images of a pair cannot be compared."""
+    result = pair.sr or f"the result of {pair.lr}"
     if hr and sr.size != hr.size:
-        raise ValueError(f"{pair.sr} is {sr.width}×{sr.height} but its reference {pair.hr} is {hr.width}×{hr.height}")
+        raise ValueError(f"{result} is {sr.width}×{sr.height} but its reference {pair.hr} is {hr.width}×{hr.height}")
     if protocol == "patch" and min(sr.size) < PATCH:
-        raise ValueError(f"{pair.sr} is {sr.width}×{sr.height}, too small for --protocol patch ({PATCH}×{PATCH})")
+        raise ValueError(f"{result} is {sr.width}×{sr.height}, too small for --protocol patch ({PATCH}×{PATCH})")
 
 
-def score(pairs, names, protocol, device, read, progress=iter):
-    """The metrics `names` of every pair: a list of {"image": name, metric: float, …}, in the order of `pairs`.
+def evaluate(model, pairs, names, *, protocol="full", device="cpu", prompts=None, color_fix="none", scale=4,
+             progress=iter, **options):
+    """Restore the input of every pair with `model` and score the results: [{"image": name, metric: float, …}, …].
 
-    read(path) -> PIL image in RGB. progress: wraps the iteration, as tqdm does. A metric whose weights cannot be had
-    is left out with a line on stderr. Raises ValueError for pairs that do not fit, weights.Unavailable where no metric
-    is left.
+    model: anything with restore(image, prompt, scale=…, **options); None scores the pictures `Pair.sr` that exist.
+    pairs: [Pair], with `lr` to restore or `sr` to score. names: of metrics, see `pick`. prompts: one for each pair.
+    options: go to model.restore. progress: wraps the iteration, as tqdm does.
+    A metric whose weights cannot be had is left out with a line on stderr. Raises ValueError for pairs that do not fit
+    or cannot be read, weights.Unavailable where no metric is left.
     """
     functions, reason = {}, None
     for name in names:
@@ -98,8 +111,12 @@ def score(pairs, names, protocol, device, read, progress=iter):
     if not functions:
         raise reason
     rows = []
-    for pair in progress(pairs):
-        sr, hr = read(pair.sr), read(pair.hr) if pair.hr else None
+    for pair, prompt in zip(progress(pairs), prompts or [""] * len(pairs), strict=True):
+        if model is None:
+            sr = read_rgb(pair.sr)
+        else:
+            sr = restored(model, read_picture(pair.lr), prompt, color_fix, scale, **options).convert("RGB")
+        hr = read_rgb(pair.hr) if pair.hr else None
         check(pair, sr, hr, protocol)
         x, y = (torch.from_numpy(np.array(crop(t, protocol))).permute(2, 0, 1)[None].float() / 255 if t else None
                 for t in (sr, hr))
@@ -108,7 +125,7 @@ def score(pairs, names, protocol, device, read, progress=iter):
             try:
                 row[name] = function(x, y).item()
             except ValueError as error:
-                raise ValueError(f"{pair.sr}: {error}; leave {name} out of --metrics") from error
+                raise ValueError(f"{pair.sr or pair.lr}: {error}; leave {name} out of --metrics") from error
         rows.append(row)
     return rows
 
@@ -137,25 +154,7 @@ def print_table(rows, note=""):
         print(note)
 
 
-def atomically(path, text):
-    """Writes a text file whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_text(text, "utf-8", newline="")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_csv(rows, path, note=""):
+def write_scores(rows, path, note=""):
     """image, metrics with 6 decimals; the last row is the mean. A note stands in every row, in a last column `note`."""
-    class Lines(list):
-        write = list.append
-    lines = Lines()
-    table = csv.writer(lines, lineterminator="\n")
-    notes = [note] if note else []
-    table.writerow([*rows[0], *(["note"] if note else [])])
-    table.writerows([r["image"], *(f"{v:.6f}" for v in list(r.values())[1:]), *notes] for r in [*rows, mean(rows)])
-    atomically(path, "".join(lines))
+    extra = {"note": note} if note else {}
+    write_csv(path, [*rows[0], *extra], [row | extra for row in [*rows, mean(rows)]], ".6f")

@@ -1,4 +1,4 @@
-"""The two tables of weights/ablation.py, on the tiny model and two small pairs."""
+"""The two tables of lab/ablation.py, on the tiny model and two small pairs."""
 import csv
 import json
 
@@ -9,9 +9,10 @@ from PIL import Image
 
 import eval as evaluator
 import train
-from eval import bicubic
-from sanasr import SanaSR
-from weights import ablation
+from lab import ablation
+from pictures import bicubic
+from runs import Signals
+from sanasr import SanaSR, open_weights
 
 
 def save_photo(path, side, seed):
@@ -22,7 +23,7 @@ def save_photo(path, side, seed):
 
 @pytest.fixture
 def run(tmp_path, tiny_model, monkeypatch):
-    """run(options…) makes the tables in out/; run.calls lists what it ran of eval.py and train.py."""
+    """run(options…) makes the tables in out/; run.calls lists the rows it scored and its runs of train.py."""
     monkeypatch.chdir(tmp_path)
     lr = tmp_path / "lr"
     lr.mkdir()
@@ -36,11 +37,16 @@ def run(tmp_path, tiny_model, monkeypatch):
         return ablation.main(["--lr", "lr", "--hr", "hr", "--model", str(tiny_model), "--metrics", "psnr,ssim",
                               "--out", "out", "--device", "cpu", "--limit", "2", *options])
     start.calls = []
-    for module in (evaluator, train):
-        def spy(argv, main=module.main, name=module.__name__):
-            start.calls.append((name, argv))
-            return main(argv)
-        monkeypatch.setattr(module, "main", spy)
+
+    def train_main(argv, really=train.main):
+        start.calls.append(("train", argv))
+        return really(argv)
+
+    def score(model, pairs, path, *rest, really=ablation.score, **options):
+        start.calls.append(("score", path.stem))
+        return really(model, pairs, path, *rest, **options)
+    monkeypatch.setattr(train, "main", train_main)
+    monkeypatch.setattr(ablation, "score", score)
     return start
 
 
@@ -67,12 +73,12 @@ def test_both_tables_are_complete_and_nothing_is_made_twice(run, capsys, tmp_pat
     assert len({row["psnr"] for row in rows(tmp_path / "out" / "ablations.csv").values()}) > 5  # the options matter
     for name, key, value in (("tau-600", "timestep", "600.0"), ("lq", "protocol", "lq"), ("tags", "tags", "file"),
                              ("no-suffix", "suffix", "none"), ("attn+ffn", "lora_targets", "attn+ffn")):
-        with ablation.safe_open(tmp_path / "out" / "ablations" / name / "adapter.safetensors", "pt") as file:
+        with open_weights(tmp_path / "out" / "ablations" / name / "adapter.safetensors") as file:
             assert file.metadata()[key] == value
     seen = len(run.calls)
     (tmp_path / "out" / "ablations" / "no-cons.csv").unlink()
     assert run(*TRAIN) == 0
-    assert [name for name, _ in run.calls[seen:]] == ["train", "eval"] and "--no-cons" in run.calls[seen][1]
+    assert [name for name, _ in run.calls[seen:]] == ["train", "score"] and "--no-cons" in run.calls[seen][1]
     assert capsys.readouterr().out == text  # the adapter was there: only its row was made again
 
 
@@ -108,7 +114,7 @@ def test_an_interrupted_training_goes_on(run, monkeypatch, tmp_path, capsys):
             self.caught, self.before = 2, {}
             return self
         with monkeypatch.context() as patch:
-            patch.setattr(train.Signals, "__enter__", stop_after_one)
+            patch.setattr(Signals, "__enter__", stop_after_one)
             return inner(argv)
     with monkeypatch.context() as patch:
         patch.setattr(train, "main", interrupted)

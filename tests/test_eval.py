@@ -14,6 +14,7 @@ from PIL import Image, ImageCms
 from tiny import tiny_model
 
 import eval as evaluate
+import pictures
 import tagger
 import weights
 
@@ -24,17 +25,17 @@ class Nearest:
     """Stands for the model: every pixel four times each way, so that what eval.py does around it shows exactly."""
     stages = {"encode": 1.0, "decode": 2.0}
 
-    def restore(self, image, prompt, **options):
+    def restore(self, image, prompt, scale, progress, **options):
         assert image.mode == "RGB"
         self.seen = {"prompt": prompt, **options}
-        return image.resize((4 * image.width, 4 * image.height), Image.Resampling.NEAREST)
+        return image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST)
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
     """run(*arguments) -> exit code, stdout, stderr of eval.py in an empty folder, with the model `Nearest`."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "load_model", lambda args: Nearest())
+    monkeypatch.setattr(evaluate, "load_model", lambda *args: Nearest())
 
     def call(*arguments):
         try:
@@ -100,7 +101,7 @@ def test_every_kind_of_picture(run, name):
         assert result.size == (28, 20)
         assert result.mode == mode
         if not name.lower().endswith((".jpg", ".jpeg", ".webp")):  # lossless: the pixels are what they were
-            expected = evaluate.read(name)
+            expected = pictures.read(name)
             got = np.asarray(result.convert("RGB"))[::4, ::4]
             assert np.array_equal(got, np.asarray(expected.rgb))
     assert f"{name}  7×5 → 28×20  ms: encode 1  decode 2  total" in out
@@ -109,14 +110,14 @@ def test_every_kind_of_picture(run, name):
 @pytest.mark.parametrize("name", ["16bit.png", "16bit.tiff", "float.tiff"])
 def test_more_than_8_bits_are_scaled_not_clipped(tmp_path, name):
     PICTURES[name][0].save(tmp_path / name)
-    assert np.array_equal(np.asarray(evaluate.read(tmp_path / name).rgb)[..., 0], noise(5, 7))
+    assert np.array_equal(np.asarray(pictures.read(tmp_path / name).rgb)[..., 0], noise(5, 7))
 
 
 @pytest.mark.parametrize("channels", [3, 4])
 def test_16_bit_colour_and_alpha(tmp_path, channels):
     x = noise(5, 7, channels)
     (tmp_path / "deep.png").write_bytes(png_16(x.astype(np.uint16) * 257))
-    picture = evaluate.read(tmp_path / "deep.png")
+    picture = pictures.read(tmp_path / "deep.png")
     assert np.array_equal(np.asarray(picture.rgb), x[..., :3])
     assert (picture.alpha is None) if channels == 3 else np.array_equal(np.asarray(picture.alpha), x[..., 3])
 
@@ -129,9 +130,9 @@ def test_alpha_is_enlarged_and_kept(run):
     assert run("alpha.png", "--compare")[0] == 0
     with Image.open("results/alpha_x4.png") as result, Image.open("results/alpha_x4_bicubic.png") as yardstick:
         for got in (result, yardstick):
-            assert np.array_equal(np.asarray(got.getchannel("A")), np.asarray(evaluate.bicubic(alpha)))
+            assert np.array_equal(np.asarray(got.getchannel("A")), np.asarray(pictures.bicubic(alpha)))
         assert np.array_equal(np.asarray(result.convert("RGB"))[::4, ::4], np.asarray(RGB))
-        assert np.array_equal(np.asarray(yardstick.convert("RGB")), np.asarray(evaluate.bicubic(RGB)))
+        assert np.array_equal(np.asarray(yardstick.convert("RGB")), np.asarray(pictures.bicubic(RGB)))
 
 
 def test_transparent_palette_colour_becomes_alpha(run):
@@ -156,7 +157,7 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "x.png", exif=exif)
-    assert np.array_equal(np.asarray(evaluate.read(tmp_path / "x.png").rgb), upright)
+    assert np.array_equal(np.asarray(pictures.read(tmp_path / "x.png").rgb), upright)
 
 
 def test_first_frame_of_an_animation(run):
@@ -189,7 +190,7 @@ def test_the_smallest_pictures(run, size):
 
 def test_adain_takes_over_mean_and_deviation():
     x, reference = (torch.from_numpy(noise(3, 40, 50, seed=s)).float() / 255 for s in (0, 1))
-    fixed = evaluate.adain(x * 0.3 + 0.1, reference)
+    fixed = pictures.adain(x * 0.3 + 0.1, reference)
     assert torch.allclose(fixed.mean((1, 2)), reference.mean((1, 2)), atol=1e-4)
     assert torch.allclose(fixed.std((1, 2)), reference.std((1, 2)), atol=1e-3)
 
@@ -201,17 +202,17 @@ def test_low_frequencies_are_those_of_the_dilated_kernel():
     for step in (1, 2, 4, 8, 16):
         padded = torch.nn.functional.pad(expected, (step,) * 4, mode="replicate")
         expected = torch.nn.functional.conv2d(padded, kernel, dilation=step, groups=3)
-    assert torch.allclose(evaluate.low_frequencies(x), expected[0], atol=1e-6)
+    assert torch.allclose(pictures.low_frequencies(x), expected[0], atol=1e-6)
 
 
 def test_wavelet_moves_the_colour_and_keeps_the_detail():
     reference = Image.fromarray(noise(64, 64, 3))
     tinted = Image.fromarray((np.asarray(reference) * 0.5 + 100).astype(np.uint8))
-    fixed = np.asarray(evaluate.fix_colours(tinted, reference, "wavelet"), float)
+    fixed = np.asarray(pictures.fix_colours(tinted, reference, "wavelet"), float)
     detail = np.asarray(tinted, float)
     assert abs(fixed.mean((0, 1)) - np.asarray(reference).mean((0, 1))).max() < 1.5
     assert np.corrcoef((fixed - fixed.mean()).ravel(), (detail - detail.mean()).ravel())[0, 1] > 0.98
-    assert evaluate.fix_colours(tinted, reference, "none") is tinted
+    assert pictures.fix_colours(tinted, reference, "none") is tinted
 
 
 # --- writing and planning ---
@@ -224,7 +225,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(OSError, match="No space"):
-        evaluate.write(RGB, target)
+        pictures.write(RGB, target)
     assert target.read_bytes() == b"the older result"
     assert os.listdir(tmp_path) == ["x.png"]
 
@@ -358,7 +359,7 @@ def test_running_out_of_memory_names_the_tile(run, monkeypatch):
 def test_options_reach_the_model(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     model = Nearest()
-    monkeypatch.setattr(evaluate, "load_model", lambda args: model)
+    monkeypatch.setattr(evaluate, "load_model", lambda *args: model)
     RGB.save("a.png")
     Path("how.txt").write_text("Enhance: \n")
     assert evaluate.main(["a.png", "--prompt", "a wall", "--suffix", "main", "--timestep", "999", "--tile", "512",
@@ -366,7 +367,7 @@ def test_options_reach_the_model(monkeypatch, tmp_path):
     assert model.seen == {"prompt": "a wall", "suffix": "main", "timestep": 999.0, "tile": 512,
                           "instruction": "Enhance: "}
     assert evaluate.main(["a.png"]) == 0
-    assert model.seen == {"prompt": "", "suffix": "appendix", "timestep": None, "tile": None, "instruction": ""}
+    assert model.seen == {"prompt": "", "suffix": None, "timestep": None, "tile": None, "instruction": None}
 
 
 # --- tags ---
@@ -387,7 +388,7 @@ class Tags:
 
 def test_all_is_tagged_and_the_tagger_gone_before_the_model_is_loaded(run, monkeypatch):
     model, order = Nearest(), []
-    def load(args):
+    def load(*args):
         order.append(Tags.alive)
         return model
     monkeypatch.setattr(evaluate, "load_model", load)
@@ -403,7 +404,7 @@ def test_all_is_tagged_and_the_tagger_gone_before_the_model_is_loaded(run, monke
 
 def test_tags_from_a_file(run, monkeypatch):
     model = Nearest()
-    monkeypatch.setattr(evaluate, "load_model", lambda args: model)
+    monkeypatch.setattr(evaluate, "load_model", lambda *args: model)
     RGB.save("a.png")
     Path("tags.csv").write_text('image,tags\nelsewhere/a.png,"a wall, red"\n')
     assert run("a.png", "--tagger", "tags.csv")[0] == 0 and model.seen["prompt"] == "a wall, red"
@@ -431,7 +432,7 @@ def test_broken_weights_of_the_tagger_are_one_line(run, monkeypatch, tmp_path):
 
 def test_prompts_from_the_references_are_marked(run, monkeypatch):
     model = Nearest()
-    monkeypatch.setattr(evaluate, "load_model", lambda args: model)
+    monkeypatch.setattr(evaluate, "load_model", lambda *args: model)
     monkeypatch.setattr(tagger.Tagger, "from_pretrained", lambda *_: Tags())
     os.mkdir("hr")
     RGB.save("a.png")

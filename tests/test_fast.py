@@ -187,10 +187,10 @@ def test_eval_restores_by_the_rewrites_unless_told_otherwise(tmp_path, monkeypat
     monkeypatch.setenv("SANASR_CACHE", str(tmp_path / "cache"))
     model, source = tiny_model(tmp_path / "model"), tmp_path / "in.png"
     Image.effect_noise((16, 24), 80).convert("RGB").save(source)
-    calls = []
-    monkeypatch.setattr(fast, "optimise", lambda model, really=fast.optimise: calls.append(model) or really(model))
+    calls, really = [], fast.optimise
+    monkeypatch.setattr(fast, "optimise", lambda model, **how: calls.append(model) or really(model, **how))
     pictures = []
-    for options in ([], ["--plain"]):
+    for options in ([], ["--fast", "off"]):
         out = tmp_path / f"{len(options)}.png"
         argv = [str(source), "--model", str(model), "--out", str(out), "--device", "cpu", *options]
         assert command.main(argv) == 0 and len(calls) == 1

@@ -289,11 +289,11 @@ def test_unavailable_weights_are_skipped(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *a, **k: None)
     pictures(tmp_path / "sr", 1)
     pairs = [score.Pair("0.png", tmp_path / "sr/0.png")]
-    rows = score.score(pairs, ["musiq", "niqe"], "full", "cpu", Image.open)
+    rows = score.evaluate(None, pairs, ["musiq", "niqe"])
     assert list(rows[0]) == ["image", "niqe"]
     assert "skipped musiq" in (said := capsys.readouterr().err) and "musiq-koniq.pth" in said and said.count("\n") == 1
     with pytest.raises(weights.Unavailable):
-        score.score(pairs, ["musiq"], "full", "cpu", Image.open)
+        score.evaluate(None, pairs, ["musiq"])
 
 
 # --- folders ---
@@ -350,7 +350,7 @@ def test_eval_restores_then_scores(tmp_path, monkeypatch, tiny_model, capsys):
 def test_report_escapes_names(tmp_path):
     pictures(tmp_path, 1)
     pairs = [score.Pair("<b>&.png", tmp_path / "0.png")]
-    report.write_report([{"image": "<b>&.png", "niqe": 3.0}], pairs, tmp_path / "r.html", Image.open, note="<i>")
+    report.write_report([{"image": "<b>&.png", "niqe": 3.0}], pairs, tmp_path / "r.html", note="<i>")
     page = (tmp_path / "r.html").read_text()
     assert "<b>" not in page and "&lt;b&gt;&amp;.png" in page and "<i>" not in page
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from lab import pretrain
 from metrics import LPIPS
 from sanasr import DCAE, Gemma2, GemmaTokenizer, LinearDiT, SanaSR
-from weights import pretrain
 
 
 def test_the_carried_model_fits_into_40_megabytes():

@@ -7,7 +7,7 @@ from conftest import DATA
 from torch.utils.flop_counter import FlopCounterMode
 
 import eval as evaluate
-from metrics.profile import count_macs, parameters, stages
+from lab.profile import count_macs, parameters, stages
 from sanasr import DCAE, Gemma2, LinearDiT, inject_lora
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 import eval as evaluate
 from degrade import to_tensor
-from metrics.stability import STRENGTHS, degraded, stability
+from lab.stability import STRENGTHS, degraded, stability
 
 
 class Identity(nn.Module):

@@ -1,9 +1,9 @@
 """Makes two tables: what each stage of the method does, and what each part of its training is worth.
 
-    python -m weights.ablation --lr lr/ --hr hr/ --tags tags.csv                         # stages of the carried model
-    python -m weights.ablation --lr lr/ --hr hr/ --tags tags.csv --data ./hq --steps 300 \\
+    python -m lab.ablation --lr lr/ --hr hr/ --tags tags.csv                         # stages of the carried model
+    python -m lab.ablation --lr lr/ --hr hr/ --tags tags.csv --data ./hq --steps 300 \\
         --train-args "--rank 16 --lr 2e-4"                                               # and the ablations
-    python -m weights.ablation … --only method no-align --limit 10                       # some rows, ten pairs
+    python -m lab.ablation … --only method no-align --limit 10                       # some rows, ten pairs
 
 Stages: one model, cut open. D(E(x_H)) is the ceiling, since all results pass the decoder; D(E(x_L)) shows what the
 autoencoder does by itself; what the update adds is the prior's without the adapter, and the method's with it.
@@ -19,27 +19,25 @@ on. A row of 128² pairs takes 4 s of CPU time a pair, most of it the metrics, a
 import argparse
 import csv
 import json
-import os
 import shlex
 import sys
-import tempfile
 from contextlib import redirect_stdout
-from io import StringIO
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from tqdm import tqdm
 
-import eval as evaluator
 import metrics
 import train
 import weights
 from degrade import to_image, to_tensor
-from eval import bicubic, find_inputs, pick_device, pick_dtype, read_rgb, write
-from metrics.score import partners, pick, shown
-from sanasr import SanaSR, fingerprint, tiled
+from metrics.score import evaluate, folder_pairs, pick, shown, write_scores
+from photos import find_tags
+from pictures import bicubic, whole, write_bytes
+from runs import load_model, pick_device, pick_dtype, write_csv
+from sanasr import conditioning, fingerprint, open_weights, tiled
 
 STAGES = {
     "bicubic": "bicubic enlargement, x_L",
@@ -74,52 +72,74 @@ def reconstruct(model, image):
     return to_image(x[0, :, :image.height, :image.width].float().cpu() / 2 + 0.5)
 
 
-def evaluate(arguments, path, args):
-    """Runs eval.py with these arguments and keeps its scores in `path`; they appear only when all is well."""
-    with tempfile.TemporaryDirectory() as scratch:
-        part = Path(scratch) / "scores.csv"
-        common = ["--hr", args.scratch / "hr", "--metrics", args.metrics, "--device", args.device, "--csv", part]
-        if "--sr" not in arguments:
-            arguments = [*args.pairs, "--out", f"{scratch}/", "--model", args.model, *arguments]
-        with redirect_stdout(StringIO()):
-            code = evaluator.main([str(a) for a in (*arguments, *common)])
-        if code:
-            sys.exit(f"error: {path.stem}: not all pictures could be restored")
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(part.read_bytes())
-        os.replace(temporary, path)
+class Reconstruction:
+    """In the place of a model, its autoencoder alone: restore() gives D(E(x_L))."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def restore(self, image, prompt, scale):
+        return reconstruct(self.model, bicubic(image, scale))
+
+
+class Ceiling(Reconstruction):
+    """restore() gives D(E(x)) of the picture itself: x_H, where the pairs name it as the input."""
+
+    def restore(self, image, prompt, scale):
+        return reconstruct(self.model, image)
+
+
+class Bicubic:
+    """In the place of a model: x_L."""
+
+    def restore(self, image, prompt, scale):
+        return bicubic(image, scale)
+
+
+def score(model, pairs, path, args, tags=None, **options):
+    """Restore and score `pairs` with `model`, and write the rows to `path`. tags: a file, or None for no tags."""
+    prompts = find_tags(tags or "none", [pair.name for pair in pairs], None)
+    try:
+        rows = evaluate(model, pairs, args.metrics, device=args.device, prompts=prompts, **options,
+                        progress=lambda x: tqdm(x, path.stem, unit="img", leave=False, disable=None))
+    except (ValueError, weights.Unavailable) as error:
+        sys.exit(f"error: {path.stem}: {whole(error)}")
+    write_scores(rows, path)
+
+
+def restorer(args, adapter):
+    """The model as eval.py restores with it."""
+    return load_model(args.model, args.device, pick_dtype("auto", args.device), adapter, "auto")
 
 
 def stage(name, path, args, model):
-    """Makes one row of the table of stages."""
-    if name in ("bicubic", "ceiling", "autoencoder"):
-        with tempfile.TemporaryDirectory() as folder:
-            for lr, hr in tqdm(args.pairs.items(), name, unit="img", leave=False, disable=None):
-                image = read_rgb(hr) if name == "ceiling" else bicubic(read_rgb(lr))
-                write(image if name == "bicubic" else reconstruct(model, image), Path(folder) / f"{lr.stem}.png")
-            return evaluate(["--sr", folder], path, args)
-    options = ["--adapter", "none"] if name == "prior" else ["--adapter", args.adapter] if args.adapter else []
-    options += ["--tagger", args.tags] if name == "full-tags" else []
-    suffix = "none" if name == "full-no-suffix" else model.metadata.get("suffix", "appendix")
-    evaluate([*options, "--timestep", model.timestep, "--suffix", suffix], path, args)
+    """Make one row of the table of stages."""
+    if name == "bicubic":
+        return score(Bicubic(), args.pairs, path, args)
+    if name == "autoencoder":
+        return score(Reconstruction(model), args.pairs, path, args)
+    if name == "ceiling":
+        return score(Ceiling(model), [replace(pair, lr=pair.hr) for pair in args.pairs], path, args)
+    score(restorer(args, "none" if name == "prior" else args.adapter), args.pairs, path, args,
+          args.tags if name == "full-tags" else None, timestep=model.timestep,
+          suffix="none" if name == "full-no-suffix" else conditioning(model.metadata)["suffix"])
 
 
 def variant(name, path, args, model):
-    """Makes one row of the table of ablations: trains an adapter, or goes on with it, and evaluates it."""
+    """Make one row of the table of ablations: train an adapter, or go on with it, and evaluate it."""
     folder = path.with_suffix("").resolve()
     options = [args.tags if option == "FILE" else option for option in VARIANTS[name][1]]
     resume = ["--resume"] if (folder / "state.pt").exists() else []
     with open(f"{folder}.log", "a", encoding="utf-8") as log, redirect_stdout(log):
         code = train.main([str(a) for a in (
             "--data", *args.data, "--model", args.model, "--steps", args.steps, "--name", folder,
-            "--device", args.device, *shlex.split(args.train_args), *options, *resume)])
+            "--device", args.device.type, *shlex.split(args.train_args), *options, *resume)])
     if code:
         raise KeyboardInterrupt
     adapter = folder / "adapter.safetensors"
-    with safe_open(adapter, "pt") as file:
+    with open_weights(adapter) as file:
         trained = file.metadata()
-    tagger = args.tags if args.tags and trained["tags"] == "file" else "none"
-    evaluate(["--adapter", adapter, "--suffix", trained["suffix"], "--tagger", tagger], path, args)
+    score(restorer(args, adapter), args.pairs, path, args, args.tags if trained["tags"] == "file" else None)
 
 
 def keep_settings(folder, settings):
@@ -130,9 +150,7 @@ def keep_settings(folder, settings):
     if changed := [k for k, v in settings.items() if old.get(k) is not None and v is not None and v != old[k]]:
         sys.exit(f"error: {folder} holds rows that were made with another {', '.join(changed)}: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(old | {k: v for k, v in settings.items() if v is not None}, indent=1))
-    os.replace(temporary, path)
+    write_bytes(path, json.dumps(old | {k: v for k, v in settings.items() if v is not None}, indent=1))
 
 
 def tabulate(folder, words):
@@ -144,10 +162,7 @@ def tabulate(folder, words):
                 row = next(row for row in csv.DictReader(f) if row.pop("image") == "mean")
             rows.append({"name": name, "what": what} | row)
     columns = [m for m in metrics.METRICS if any(m in row for row in rows)]
-    with open(folder.with_suffix(".csv"), "w", newline="", encoding="utf-8") as f:
-        table = csv.DictWriter(f, ["name", "what", *columns])
-        table.writeheader()
-        table.writerows(rows)
+    write_csv(folder.with_suffix(".csv"), ["name", "what", *columns], rows)
     arrows = {m: "↑" if metrics.METRICS[m].better == "higher" else "↓" for m in columns}
     lines = [[folder.name, *(f"{m.upper()} {arrows[m]}" for m in columns)], ["---"] * (len(columns) + 1)]
     lines += [[row["what"], *(shown(m, float(row[m])) if m in row else "" for m in columns)] for row in rows]
@@ -155,7 +170,7 @@ def tabulate(folder, words):
 
 
 def available(names, device):
-    """Those of the metrics whose weights can be had, joined; a line on stderr names the others."""
+    """Those of the metrics whose weights can be had; a line on stderr names the others."""
     found = []
     for name in pick(names, True):
         try:
@@ -163,7 +178,7 @@ def available(names, device):
             found.append(name)
         except weights.Unavailable as error:
             print(f"skipped {name}: {error}", file=sys.stderr)
-    return ",".join(found) or sys.exit("error: --metrics: none of them can be had here")
+    return found or sys.exit("error: --metrics: none of them can be had here")
 
 
 def parse(argv=None):
@@ -175,7 +190,7 @@ def parse(argv=None):
     add("--model", default="embedded", metavar="NAME|FOLDER", help="see `python -m weights`")
     add("--adapter", metavar="FILE", help="of the stages (default: the model's own)")
     add("--tags", metavar="FILE.csv", help="tags of the low-quality photos and of --data, columns image and tags (see "
-        "`python -m weights.pretrain tags`); without it the rows with tags are left out")
+        "`python -m lab.pretrain tags`); without it the rows with tags are left out")
     add("--data", nargs="+", metavar="DIR", help="photos to train on; without them no ablations")
     add("--steps", type=int, default=300, help="of each training")
     add("--train-args", default="", metavar="OPTIONS", help="of train.py, for every training")
@@ -186,13 +201,12 @@ def parse(argv=None):
     add("--out", type=Path, default=Path("runs/ablation"), metavar="DIR")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     args = parser.parse_args(argv)
-    args.device = pick_device(args.device).type
+    args.device = pick_device(args.device)
     for path in filter(None, (args.lr, args.hr, args.adapter, args.tags, *(args.data or ()))):
         if not Path(path).exists():
             parser.error(f"{path}: no such file or folder")
     try:
-        photos = find_inputs([args.lr])[:args.limit]
-        args.pairs = dict(zip(photos, partners([p.name for p in photos], args.hr, find_inputs([args.hr])), strict=True))
+        args.pairs = folder_pairs(args.lr, args.hr)[:args.limit]
         args.metrics = available(args.metrics, args.device)
     except ValueError as error:
         parser.error(str(error))
@@ -201,16 +215,13 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
-    try:
-        dtype = pick_dtype("auto", torch.device(args.device))
-        model = SanaSR.from_pretrained(args.model, args.device, dtype, args.adapter)
-    except (OSError, ValueError, weights.Unavailable) as error:
-        sys.exit(f"error: {evaluator.whole(error)}")
+    model = load_model(args.model, args.device, pick_dtype("auto", args.device), args.adapter)
     own = args.adapter or model.folder / "adapter.safetensors"
     if not Path(own).exists():
         print(f"note: {args.model} has no adapter of its own: the method's stages are the prior's", file=sys.stderr)
     common = {"lr": Path(args.lr).resolve(), "hr": Path(args.hr).resolve(), "pairs": len(args.pairs),
-              "metrics": args.metrics, "model": [fingerprint(model.folder / p) for p in ("vae", "transformer")],
+              "metrics": ",".join(args.metrics),
+              "model": [fingerprint(model.folder / part) for part in ("vae", "transformer")],
               "tags": args.tags and weights.sha256(Path(args.tags))}
     tables = [("stages", STAGES, stage, {"adapter": weights.sha256(Path(own)) if Path(own).exists() else "none"})]
     if args.data:
@@ -222,17 +233,12 @@ def main(argv=None):
         todo += [(make, name, args.out / title, words) for name in words if name in (args.only or words)
                  and (args.tags or name not in ("tags", "full-tags"))]
     try:
-        with tempfile.TemporaryDirectory() as scratch:
-            args.scratch = Path(scratch)
-            (args.scratch / "hr").mkdir()
-            for path in args.pairs.values():
-                (args.scratch / "hr" / path.name).symlink_to(path.resolve())
-            bar = tqdm(todo, unit="row")
-            for make, name, folder, words in bar:
-                bar.set_postfix_str(name)
-                if not (folder / f"{name}.csv").exists():
-                    make(name, folder / f"{name}.csv", args, model)
-                    tabulate(folder, words)
+        bar = tqdm(todo, unit="row")
+        for make, name, folder, words in bar:
+            bar.set_postfix_str(name)
+            if not (folder / f"{name}.csv").exists():
+                make(name, folder / f"{name}.csv", args, model)
+                tabulate(folder, words)
     except KeyboardInterrupt:
         print("interrupted; the same line goes on", file=sys.stderr)
         return 130

@@ -1,13 +1,13 @@
 """Train the small SANA-SR that the repository carries, from photos alone: autoencoder, prior, adapter, the method.
 
-    python -m weights.pretrain autoencoder --data ./hq        # Ctrl-C saves, the same line goes on
-    python -m weights.pretrain decoder --data ./hq
-    python -m weights.pretrain prior --data ./hq
-    python -m weights.pretrain export                         # runs/pretrain -> weights/embedded, in fp16
-    python -m weights.pretrain adapter --data ./hq            # the adapter's warm start, on the exported prior
-    python -m weights.pretrain tags --data ./hq --to hq.csv   # simple tags, for train.py --tags and eval.py --tagger
+    python -m lab.pretrain autoencoder --data ./hq        # Ctrl-C saves, the same line goes on
+    python -m lab.pretrain decoder --data ./hq
+    python -m lab.pretrain prior --data ./hq
+    python -m lab.pretrain export                         # runs/pretrain -> weights/embedded, in fp16
+    python -m lab.pretrain adapter --data ./hq            # the adapter's warm start, on the exported prior
+    python -m lab.pretrain tags --data ./hq --to hq.csv   # simple tags, for train.py --tags and eval.py --tagger
     python train.py --data ./hq --tags hq.csv --init runs/pretrain/adapter.safetensors --lora-targets attn+ffn --rank 16
-    python -m weights.pretrain export --adapter runs/NAME/adapter.safetensors
+    python -m lab.pretrain export --adapter runs/NAME/adapter.safetensors
 
 Stages (each saves as it goes under --out, continues from what it saved, on a CPU or a GPU alike):
     autoencoder   DC-AE, 32× per side, on clean photos: a linear coder by least squares, then L1 + LPIPS (AlexNet)
@@ -16,16 +16,14 @@ Stages (each saves as it goes under --out, continues from what it saved, on a CP
     prior         LinearDiT by flow matching on its latents, jointly with a small Gemma-2 that reads the photos' tags;
                   the tokenizer is a byte-fallback BPE trained on RAM's list of tags
     adapter       the LoRA by least squares in latent space, a hundred times cheaper a step than train.py
-Needs a folder of photos (searched recursively). Every 16th file, chosen by the hash of its name, is held out and never
-trained on; validation is on those. Tags come from the file names (`inet_n01494475_hammerhead.webp`: hammerhead) and
-from the photos' main colours.
+Needs a folder of photos (searched recursively). One file in 16, chosen by its hash (`photos.held_out`), is held out and
+never trained on; validation is on those. Tags come from the file names (`inet_n01494475_hammerhead.webp`: hammerhead)
+and from the photos' main colours.
 """
 import argparse
 import copy
 import csv
-import hashlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -42,7 +40,13 @@ from torch import nn
 from tqdm import tqdm
 
 import degrade
+import runs
+import weights
 from metrics import DISTS, LPIPS
+from photos import held_out, photo_paths
+from pictures import read
+from runs import save_state as save
+from runs import write_csv
 from sanasr import (
     DCAE,
     Gemma2,
@@ -79,45 +83,41 @@ TEXT_ENCODER = dict(
     vocab_size=2048, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=32,
 )
-HERE = Path(__file__).resolve().parent
+HERE = weights.HERE
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Photos
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def held_out(path):
-    """Whether a photo belongs to the validation part: decided by its file name alone, so it never changes."""
-    return hashlib.sha256(path.name.encode()).digest()[0] % 16 == 0
-
-
-def photo_paths(folders):
-    """All pictures in the folders, at any depth, sorted."""
-    suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-    return sorted(p for d in folders for p in Path(d).rglob("*") if p.suffix.lower() in suffixes)
-
-
 class Photos:
-    """All photos of the folders in memory as uint8 H,W,3, as (train, validation) by `held_out`.
+    """All photos of the folders in memory as uint8 H,W,3, as (train, validation) by `photos.held_out`.
 
     Photos smaller than the crop are left out, or with `mirror` continued by their mirror image.
     """
 
     def __init__(self, folders, crop, mirror=False):
-        self.train, self.val, small = [], [], 0
+        found, small, bad = [], 0, 0  # (SHA-256 of the file, path, image)
         for path in tqdm(photo_paths(folders), desc="reading photos", unit="", leave=False):
-            image = np.asarray(Image.open(path).convert("RGB"))
+            try:
+                image = np.asarray(read(path).rgb)
+            except Exception:  # on broken files the decoders raise anything
+                bad += 1
+                continue
             lacking = [max(0, crop - side) for side in image.shape[:2]]
             if any(lacking):
                 small += 1
                 if not mirror or max(lacking) > min(image.shape[:2]):
                     continue
                 image = np.pad(image, [(n // 2, n - n // 2) for n in lacking] + [(0, 0)], mode="symmetric")
-            (self.val if held_out(path) else self.train).append((path, image))
+            found.append((weights.sha256(path), path, image))
+        held = held_out(sha256 for sha256, *_ in found)
+        self.train = [(path, image) for sha256, path, image in found if sha256 not in held]
+        self.val = [(path, image) for sha256, path, image in found if sha256 in held]
         if not self.train or not self.val:
             sys.exit(f"error: {', '.join(map(str, folders))}: too few photos of at least {crop} pixels per side")
         print(f"{len(self.train)} photos to train on, {len(self.val)} held out, {small} smaller than {crop} "
-              f"({'mirrored' if mirror else 'left out'})")
+              f"({'mirrored' if mirror else 'left out'})" + (f", {bad} unreadable" if bad else ""))
 
     def crops(self, n, size, rng):
         """n random crops with flips of random training photos: n,3,size,size in [-1, 1]."""
@@ -155,17 +155,10 @@ def learning_rate(step, steps, peak, warmup=200):
     return peak * min(1, (step + 1) / warmup, max(0.05, (steps - step) / (0.25 * steps)))
 
 
-def save(path, state):
-    """Write to a temporary name, then rename: a crash leaves the previous state."""
-    torch.save(state, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
-
-
 def load_state(path, device="cpu"):
     """A state that `fit` saved; ends the program with one line where there is none."""
-    if not Path(path).exists():
-        sys.exit(f"error: {path}: not there yet; run the stage `{Path(path).stem}` first")
-    return torch.load(path, map_location=device, weights_only=True)
+    return runs.load_state(Path(path), f"not there yet; run the stage `{Path(path).stem}` first",
+                           "delete it to start the stage anew", device)
 
 
 def fit(name, model, loss_fn, validate, args, steps, lr, weight_decay=0.01):
@@ -543,11 +536,9 @@ def train_adapter(photos, args):
 
 def write_tags(args):
     """Write the `tags` of all photos of the folders as a CSV file with the columns image and tags."""
-    rows = [(path.name, ", ".join(tags(path, np.asarray(Image.open(path).convert("RGB")))))
+    rows = [{"image": path.name, "tags": ", ".join(tags(path, np.asarray(read(path).rgb)))}
             for path in tqdm(photo_paths(args.data), desc="tags", leave=False)]
-    with open(f"{args.to}.tmp", "w", newline="", encoding="utf-8") as f:
-        csv.writer(f).writerows([("image", "tags"), *rows])
-    os.replace(f"{args.to}.tmp", args.to)
+    write_csv(args.to, ["image", "tags"], rows)
     print(f"wrote {args.to}: {len(rows)} pictures")
 
 

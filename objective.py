@@ -1,0 +1,172 @@
+"""The training objective, which train.py and prune.py share: Algorithm 1's losses and the frozen networks around them.
+
+    values = losses(f, f0, vae, batch, tau, lpips)      {"mse": …, "lpips": …, "align": …, "cons": …}
+    f, f0 = in_float32(dit), prior(dit)                 the adapted and the frozen network
+    vae = Latents(model.vae, model.scaling_factor)      pictures <-> scaled latents
+    conditions = Conditions(model)                      prompts -> text states and masks
+"""
+from __future__ import annotations
+
+import sys
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import weights
+from metrics import LPIPS
+from pictures import why
+from sanasr import adapters_off, one_step, sigma
+
+LAMBDA = {"mse": 1.0, "lpips": 2.0, "align": 1.0, "cons": 1.0}
+PROTOCOLS = {"hq": (900, (70, 650)), "lq": (999, (20, 980))}  # τ, and the range of t, both ends included
+
+# --- Losses ---
+
+
+def mse(x, target):
+    """‖x̂ − x_H‖² per value, on pictures in [-1, 1] that are not clamped."""
+    return F.mse_loss(x, target)
+
+
+def align_loss(q, q_target, eps=1e-6):
+    """Frozen-prior alignment (Eq. 5): the divergence of two Gaussians per sample and channel, B,C,h,w -> scalar.
+
+        1/(2BC) Σ [ log((s_H+ε)/(s_ẑ+ε)) + (s_ẑ + (μ_ẑ−μ_H)²)/(s_H+ε) − 1 ]
+
+    μ and s: spatial mean and population variance of the prior's answers to ẑ (q) and to z_H (q_target), both noised
+    by the same t and ε.
+    """
+    var, mean = torch.var_mean(q, (2, 3), correction=0)                        # B,C
+    var_t, mean_t = torch.var_mean(q_target, (2, 3), correction=0)
+    ratio = (var + (mean - mean_t).square()) / (var_t + eps)
+    return 0.5 * (torch.log((var_t + eps) / (var + eps)) + ratio - 1).mean()
+
+
+def consistency_loss(f, q):
+    """Adapter consistency (Eq. 6): mean squared difference of the adapted and the frozen network's answers."""
+    return F.mse_loss(f, q)
+
+
+def noised(z, t, noise):
+    """z̃ = (1−σ_t)·z + σ_t·ε for z, noise: B,C,h,w and t: B."""
+    s = sigma(t).view(-1, 1, 1, 1)
+    return (1 - s) * z + s * noise
+
+
+def losses(f, f0, vae, batch, tau, lpips=None, terms=LAMBDA):
+    """The terms of Algorithm 1 for one batch, each a scalar, as {name: value} of those named in `terms`.
+
+    f, f0:  (z, t, c, m) -> prediction, the adapted and the frozen network, float32 outside (see `in_float32`)
+    vae:    a `Latents`
+    batch:  x_L, x_H: B,3,H,W in [-1, 1]; c: B,T,Dt and m: B,T; t: B; noise: B,C,H/32,W/32
+    Gradients flow through ẑ into every term, through f0 as well; f0's weights do not move and z_H's side is a target.
+    """
+    x_h, c, m, t = batch["x_H"], batch["c"], batch["m"], batch["t"]
+    with torch.no_grad():
+        z_l, z_h = vae.encode(batch["x_L"]), vae.encode(x_h)
+    z = one_step(f, z_l, torch.full_like(t, tau), c, m)
+    x = vae.decode(z)
+    values = {"mse": mse(x, x_h)}
+    if "lpips" in terms:
+        values["lpips"] = lpips(x, x_h).mean()
+    if "align" in terms or "cons" in terms:
+        z_noised = noised(z, t, batch["noise"])
+        q = f0(z_noised, t, c, m)
+    if "align" in terms:
+        with torch.no_grad():
+            q_h = f0(noised(z_h, t, batch["noise"]), t, c, m)
+        values["align"] = align_loss(q, q_h)
+    if "cons" in terms:
+        values["cons"] = consistency_loss(f(z_noised, t, c, m), q)
+    return values
+
+
+# --- The frozen networks, as the losses see them ---
+
+
+def in_float32(dit):
+    """dit as a function with float32 latents outside, whatever dtype its weights have."""
+    dtype = next(dit.parameters()).dtype
+    return lambda z, t, c, m: dit(z.to(dtype), t, c.to(dtype), m).float()
+
+
+def prior(dit):
+    """f0: the same network with its adapters off."""
+    f = in_float32(dit)
+
+    def f0(*args):
+        with adapters_off(dit):
+            return f(*args)
+    return f0
+
+
+class Latents:
+    """The DC-AE between pictures and scaled latents, float32 outside."""
+
+    def __init__(self, vae, scale):
+        self.vae, self.scale, self.dtype = vae, scale, next(vae.parameters()).dtype
+
+    def encode(self, x):
+        return self.vae.encode(x.to(self.dtype)).float() * self.scale
+
+    def decode(self, z):
+        return self.vae.decode((z / self.scale).to(self.dtype)).float()
+
+
+def load_lpips(net):
+    """(LPIPS, its network): VGG16 as in the paper, or AlexNet, which is carried along, where that cannot be had."""
+    if net == "vgg":
+        try:
+            return LPIPS.from_pretrained("vgg"), "vgg"
+        except weights.Unavailable as error:
+            print(f"note: the LPIPS loss uses AlexNet: {why(error)}", file=sys.stderr)
+    return LPIPS.from_pretrained("alex"), "alex"
+
+
+def in_autocast(lpips, device, dtype):
+    """lpips with its convolutions in dtype: VGG16's are most of a step's work and take half the time in bfloat16."""
+    def f(x, y):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return lpips(x, y)
+    return f
+
+
+class Conditions:
+    """Prompts -> text states, from the disk where `SanaSR.encode_prompt` keeps them; the latest stay in memory."""
+
+    def __init__(self, model):
+        self.model, self.one = model, lru_cache(64)(self._one)
+
+    def _one(self, prompt):
+        return tuple(x[0].clone() for x in self.model.encode_prompt(prompt))  # no longer inference-mode tensors
+
+    def prepare(self, prompts, chunk=64):
+        """Encode what the disk does not have yet; the text encoder is loaded once a chunk, and only if needed."""
+        for i in tqdm(range(0, len(prompts), chunk), "encoding prompts", leave=False, disable=len(prompts) <= chunk):
+            self.model.encode_prompt(prompts[i:i + chunk])
+
+    def __call__(self, prompts):
+        """-> c: B,T,Dt and m: B,T, padded on the right to the longest, the padding masked."""
+        pairs = [self.one(prompt) for prompt in prompts]
+        pad = torch.nn.utils.rnn.pad_sequence
+        return pad([c for c, _ in pairs], batch_first=True), pad([m for _, m in pairs], batch_first=True)
+
+
+# --- Settings that depend on the model ---
+
+
+def complete(args, model):
+    """Fill in crop, timestep, tags and lpips of train.py's or prune.py's arguments where they are None.
+
+    Raises SystemExit for a crop that does not fit the model.
+    """
+    from degrade import MIN_SIZE
+    embedded = args.model == "embedded"
+    args.crop = args.crop or model.dit.config["sample_size"] * model.vae.factor
+    if args.crop % model.vae.factor or args.crop < MIN_SIZE:
+        sys.exit(f"error: --crop {args.crop}: it must be a multiple of {model.vae.factor} and at least {MIN_SIZE}")
+    args.timestep = float(PROTOCOLS[args.protocol][0] if args.timestep is None else args.timestep)
+    args.tags = args.tags or ("none" if embedded else "ram")
+    args.lpips = args.lpips or ("alex" if embedded else "vgg")

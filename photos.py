@@ -1,0 +1,303 @@
+"""Photos to train on: scanning folders, real LR pairs, the hold-out rule, training pairs, tags.
+
+    photos, report = scan(["./hq"], crop=512, index="runs/x/data.json", workers=4)
+    photos, held = split(photos)                       the held-out ones are never trained on
+    Pairs(photos, prompts, …)[n]                       sample n of the endless stream of training pairs
+    find_tags("ram", photos, picture)                  the tags of each photo, for its prompt
+"""
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+import weights
+from degrade import SCALE, degrade, pair, sharpen, to_image, to_tensor
+from pictures import bicubic, picture_suffixes, png, read, whole, why, write_bytes
+from runs import write_csv
+from sanasr import clean_tags
+
+# --- Finding photos ---
+
+
+class Photo(NamedTuple):
+    """A file that was read once from end to end; size and time tell later whether it is still the same."""
+    path: str
+    bytes: int
+    mtime_ns: int
+    sha256: str
+    width: int
+    height: int
+
+
+def inspect(path):
+    """Path -> Photo, or None where the file is no picture that can be decoded."""
+    try:
+        stat, data = path.stat(), path.read_bytes()
+        rgb = read(BytesIO(data)).rgb
+    except Exception:  # on broken files the decoders raise anything
+        return None
+    return Photo(str(path), stat.st_size, stat.st_mtime_ns, hashlib.sha256(data).hexdigest(), *rgb.size)
+
+
+def photo_paths(folders):
+    """All files below the folders with a picture's suffix, hidden ones left out, each once, sorted.
+
+    Raises SystemExit for a folder that is missing.
+    """
+    suffixes, paths = picture_suffixes(Image.OPEN), set()
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            sys.exit(f"error: --data {folder}: no such folder")
+        paths |= {p.resolve() for p in folder.rglob("*")
+                  if p.suffix.lower() in suffixes and not p.name.startswith(".") and p.is_file()}
+    return sorted(paths)
+
+
+def scan(folders, crop, index, workers):
+    """All different photos of at least crop x crop below the folders, in the order of their hashes, and the report.
+
+    index: a JSON file that remembers what was read, so that a second scan reads only new files.
+    Raises SystemExit where a folder is missing or nothing is left.
+    """
+    known = {}
+    if index.is_file():
+        known = {row[0]: Photo(*row) for row in json.loads(index.read_text())}
+    paths = photo_paths(folders)
+
+    def look(path):
+        old, stat = known.get(str(path)), path.stat()
+        return old if old and (old.bytes, old.mtime_ns) == (stat.st_size, stat.st_mtime_ns) else inspect(path)
+
+    with ThreadPoolExecutor(max(workers, 1)) as pool:  # decoding and hashing leave the interpreter lock
+        found = list(tqdm(pool.map(look, paths), "reading photos", len(paths), leave=False, disable=len(paths) < 100))
+    readable = [p for p in found if p]
+    write_bytes(index, json.dumps(readable))
+    distinct = sorted({p.sha256: p for p in reversed(readable)}.values(), key=lambda p: p.sha256)
+    photos = [p for p in distinct if min(p.width, p.height) >= crop]
+    report = (f"{len(photos)} photos of {len(paths)} files; skipped: {len(readable) - len(distinct)} duplicates, "
+              f"{len(paths) - len(readable)} unreadable, {len(distinct) - len(photos)} smaller than {crop} pixels")
+    if not photos:
+        sys.exit(f"error: --data {' '.join(map(str, folders))}: {report}")
+    return photos, report
+
+
+# --- The hold-out rule, the same for every stage of training and pruning ---
+
+
+def held_out(hashes):
+    """The SHA-256 digests, of the photos' digests in hexadecimal, that are never trained on: those that begin with 0.
+
+    That is one photo in 16, whatever its name, folder or neighbours. A set so small that this holds out none (or all)
+    holds out its smallest digests instead: one in 16, at least one. A single photo is not held out.
+    """
+    hashes = set(hashes)
+    held = {h for h in hashes if h.startswith("0")}
+    if 0 < len(held) < len(hashes):
+        return held
+    return set(sorted(hashes)[:max(1, len(hashes) // 16)]) if len(hashes) > 1 else set()
+
+
+def split(photos):
+    """[Photo] -> (those to train on, those held out), both in the order given."""
+    held = held_out(p.sha256 for p in photos)
+    return [p for p in photos if p.sha256 not in held], [p for p in photos if p.sha256 in held]
+
+
+def digest(photos):
+    """One hash for a list of photos, in their order."""
+    return hashlib.sha256("".join(p.sha256 for p in photos).encode()).hexdigest()
+
+
+# --- Real LR pictures ---
+
+
+def bare_name(path):
+    """What a photo and its real LR picture share: the file name without suffix and without _HR, _LR, _LR4."""
+    return re.sub(r"_(HR|LR\d?)$", "", Path(path).stem, flags=re.IGNORECASE)
+
+
+def match_lq(photos, folder):
+    """{path of a photo: path of its LR picture in `folder`}. Raises SystemExit for a pair that is not 1 : 4."""
+    suffixes = picture_suffixes(Image.OPEN)
+    by_name = {bare_name(p): p for p in sorted(Path(folder).rglob("*")) if p.suffix.lower() in suffixes}
+    pairs = {p.path: by_name[bare_name(p.path)] for p in photos if bare_name(p.path) in by_name}
+    if not pairs:
+        sys.exit(f"error: --lq {folder}: no picture there has the name of a photo")
+    for photo in photos:
+        if photo.path in pairs:
+            with Image.open(pairs[photo.path]) as image:
+                if (image.width * SCALE, image.height * SCALE) != (photo.width, photo.height):
+                    sys.exit(f"error: {pairs[photo.path]} is {image.width}x{image.height}, but {photo.path} is "
+                             f"{photo.width}x{photo.height}, not {SCALE} times that")
+            pairs[photo.path] = str(pairs[photo.path])
+    return pairs
+
+
+# --- Training and validation pairs ---
+
+
+class Pairs(Dataset):
+    """Sample n of the endless stream of training pairs: photo `order[n]` of epoch n // len(photos).
+
+    A sample is a function of (seed, epoch, photo): the same for any number of workers, ranks and restarts. It also
+    carries what Algorithm 1 draws for it, t and ε.
+    """
+
+    def __init__(self, photos, prompts, crop, latent, t_range, seed, lq=None, usm=False, mild=0.0):
+        self.photos, self.prompts, self.lq, self.mild = photos, prompts, lq or {}, mild
+        self.crop, self.latent, self.t_range, self.seed, self.usm = crop, latent, t_range, seed, usm
+        self.epoch = None, None
+
+    def place(self, n):
+        """n -> (epoch, index of the photo): every epoch takes each photo once, in an order of its own."""
+        epoch, position = divmod(n, len(self.photos))
+        if self.epoch[0] != epoch:
+            self.epoch = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.photos))
+        return epoch, int(self.epoch[1][position])
+
+    def __getitem__(self, n):
+        epoch, i = self.place(n)
+        rng = np.random.default_rng((self.seed, epoch, i))
+        photo, crop = self.photos[i], self.crop
+        left, top = (int(rng.integers((size - crop) // SCALE + 1)) * SCALE for size in (photo.width, photo.height))
+        flip = rng.random() < 0.5
+        hr, lr = crop_pair(photo.path, self.lq.get(photo.path), left, top, crop)
+        if flip:
+            hr, lr = hr.flip(-1), None if lr is None else lr.flip(-1)
+        x_l, x_h = pair(sharpen(hr) if self.usm else hr, rng, lr, self.mild)
+        low, high = self.t_range
+        return {"x_L": x_l, "x_H": x_h, "t": np.float32(rng.integers(low, high, endpoint=True)),
+                "noise": rng.standard_normal(self.latent, dtype=np.float32),
+                "prompt": self.prompts[i], "name": photo.path}
+
+
+def crop_pair(path, lq_path, left, top, crop):
+    """(hr, lr): 3,crop,crop in [0, 1] and the same part of the real LR picture, or None without one."""
+    box = left, top, left + crop, top + crop
+    try:
+        hr = to_tensor(read(path).rgb.crop(box))
+        lr = to_tensor(read(lq_path).rgb.crop([v // SCALE for v in box])) if lq_path else None
+    except Exception as error:  # it could be read when the run began; of a loader only the last line is shown
+        raise OSError(f"{path} (or its LR picture) can no longer be read: {why(error)}") from error
+    return hr, lr
+
+
+def validation_pairs(photos, lq, crop, seed, folder, mild=0.0):
+    """[(name, LR image, HR image)] of the photos' central crops, the same in every run; also written to `folder`."""
+    pairs = []
+    for i, photo in enumerate(photos):
+        left, top = ((size - crop) // 2 // SCALE * SCALE for size in (photo.width, photo.height))
+        hr, lr = crop_pair(photo.path, lq.get(photo.path), left, top, crop)
+        lr = degrade(hr, (seed, 2 ** 32 - 1, i), mild=mild) if lr is None else lr  # an epoch that no training reaches
+        pairs.append((f"{i:02d}_{bare_name(photo.path)}.png", to_image(lr), to_image(hr)))
+    if folder:
+        for name, lr, hr in pairs:
+            write_bytes(folder / "lr" / name, png(lr))
+            write_bytes(folder / "hr" / name, png(hr))
+    return pairs
+
+
+# --- Tags ---
+
+
+def read_tags(path):
+    """{file name: [tags]} of a CSV file with the columns image and tags, words of degradation left out.
+
+    Raises SystemExit in one line.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as f:
+            rows = csv.DictReader(f)
+            if not {"image", "tags"} <= set(rows.fieldnames or ()):
+                sys.exit(f"error: {path}: the first line must name the columns image and tags")
+            return {Path(row["image"]).name: clean_tags(split_tags(row["tags"])) for row in rows}
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"error: {path}: {why(error, path)}")
+
+
+def split_tags(line):
+    """"tree, road" -> ["tree", "road"]."""
+    return [tag.strip() for tag in (line or "").split(",") if tag.strip()]
+
+
+def find_tags(kind, names, picture, device=None):
+    """[[tags of a picture], …] for pictures called `names`; None where the tagger's weights cannot be had.
+
+    kind: none, ram, dape, or a CSV file. picture(i): the RGB picture i that a tagger looks at, or None for no tags.
+    device: the tagger's, by default a GPU where there is one. The tagger is gone when this returns.
+    Raises SystemExit in one line, for broken weights of the tagger too.
+    """
+    if kind == "none":
+        return [[] for _ in names]
+    if kind not in ("ram", "dape"):
+        tags = read_tags(kind)
+        return [tags.get(Path(name).name, []) for name in names]
+    if not names:
+        return []
+    from tagger import open_tagger
+    try:
+        tagger = open_tagger(kind, device)
+        if not tagger:
+            return None
+        seen = (picture(i) for i in tqdm(range(len(names)), "tagging", unit="img", disable=None))
+        return [tagger.tags(image) if image else [] for image in seen]
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {whole(error)}")
+
+
+def photo_tags(kind, protocol, photos, lq, cache):
+    """The tags of each training photo, [[tag, …], …]; None where the tagger's weights cannot be had.
+
+    They describe x_H in the hq protocol and x_L in the lq protocol: the whole photo's LR picture, enlarged; where no
+    real one exists it is made by the degradation seeded with the photo's hash.
+    cache: a CSV file of what a tagger found before, by photo, tagger and the picture it looked at.
+    """
+    names = [Path(p.path).name for p in photos]
+    if kind not in ("ram", "dape"):
+        tags = find_tags(kind, names, None)
+        if missing := sum(not line for line in tags) if kind != "none" else 0:
+            print(f"--tags {kind}: {missing} of {len(names)} photos have no line there and get no tags")
+        return tags
+
+    def seen(photo):  # which picture the tagger looks at
+        if protocol == "hq":
+            return "x_H"
+        return f"x_L {weights.sha256(lq[photo.path])}" if photo.path in lq else "x_L"
+    keys, known = [(p.sha256, kind, seen(p)) for p in photos], {}
+    if cache.is_file():
+        with open(cache, newline="", encoding="utf-8") as f:
+            known = {(row["sha256"], row.get("tagger"), row.get("picture")): row for row in csv.DictReader(f)}
+    new = [i for i, key in enumerate(keys) if key not in known]
+    if new:
+        found = find_tags(kind, [names[i] for i in new],
+                          lambda n: x_h_or_x_l(photos[new[n]], lq.get(photos[new[n]].path), protocol))
+        if found is None:
+            return None
+        columns = ["image", "tags", "sha256", "tagger", "picture"]
+        for i, tags in zip(new, found, strict=True):
+            known[keys[i]] = dict(zip(columns, (names[i], ", ".join(tags), *keys[i]), strict=True))
+        write_csv(cache, columns, [row for key, row in known.items() if key[1]])  # no tagger: of an older version
+    return [split_tags(known[key]["tags"]) for key in keys]
+
+
+def x_h_or_x_l(photo, lq_path, protocol):
+    """The picture that the tags of a training photo come from."""
+    image = read(photo.path).rgb
+    if protocol == "hq":
+        return image
+    if lq_path:
+        return bicubic(read(lq_path).rgb, SCALE)
+    hr = to_tensor(image.crop((0, 0, image.width // SCALE * SCALE, image.height // SCALE * SCALE)))
+    return bicubic(to_image(degrade(hr, int(photo.sha256[:16], 16))), SCALE)

@@ -1,0 +1,273 @@
+"""Pictures: reading, enlarging, colour correction, writing; and the one atomic write that every file goes through.
+
+    picture = read("photo.jpg")             8-bit RGB, upright, with its alpha, colour profile and EXIF beside it
+    x_l = bicubic(picture.rgb, 4)           what the networks restore
+    result = picture.finish(result, 4)      alpha and grey are put back
+    write(result, path, picture)            the whole file or none
+"""
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import sys
+import time
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# --- Errors in one line ---
+
+
+def whole(error):
+    """An exception in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def why(error, path=""):
+    """An exception in one line, without the file name `path`, which the message around it already has."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return whole(error).replace(f" {str(path)!r}", "").replace(f" '{os.path.realpath(path)}'", "")
+
+
+# --- The atomic write ---
+
+
+@contextlib.contextmanager
+def atomically(path):
+    """A context that yields a temporary path beside `path`, which takes its name when the block ends without error.
+
+    The file is flushed to the disk before it is renamed, and the folder after: a crash leaves either the old file or
+    the new one. The temporary name is unique. It is removed when the block fails. Temporary files of the same target
+    that a killed process left are removed as well. Missing folders are made. Raises OSError.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(path)
+    temporary = path.with_name(f".{path.name[:80]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, path)
+        if os.name == "posix":  # elsewhere a folder cannot be opened
+            _flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush(path):
+    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    except OSError:  # some network file systems cannot flush a folder
+        if not os.path.isdir(path):
+            raise
+    finally:
+        os.close(handle)
+
+
+def _remove_stale(path):
+    """Remove the temporary files of `path` whose process is gone and that nobody wrote to for a minute.
+
+    The minute protects a process on another machine that shares the folder.
+    """
+    prefix = f".{path.name[:80]}."
+    for name in os.listdir(path.parent):
+        owner = name.removeprefix(prefix).split(".")
+        if not name.startswith(prefix) or len(owner) != 3 or owner[2] != "tmp" or not owner[0].isdecimal():
+            continue
+        with contextlib.suppress(OSError):
+            if not _runs(int(owner[0])) and time.time() - (path.parent / name).stat().st_mtime > 60:
+                (path.parent / name).unlink()
+
+
+def _runs(pid):
+    """Whether a process of this number runs here; True where that cannot be told."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it belongs to another user
+        return True
+    return True
+
+
+def write_bytes(path, content):
+    """Write `content`, bytes or a str in UTF-8, to `path`, see `atomically`."""
+    with atomically(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+# --- Pictures in ---
+
+NO_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow knows these formats by name but decodes none of them
+
+
+def picture_suffixes(table):
+    """The lower-case suffixes of the formats in `table`: Image.OPEN for reading, Image.SAVE for writing."""
+    return {s for s, f in Image.registered_extensions().items() if f in table and f not in NO_PICTURES}
+
+
+def find_inputs(paths):
+    """The files that `paths` name, each once, folders sorted by name. Raises SystemExit for an empty folder."""
+    files = {}
+    known = picture_suffixes(Image.OPEN)
+    for path in map(Path, paths):
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir()
+                            if p.suffix.lower() in known and not p.name.startswith(".") and p.is_file())
+            if not inside:
+                sys.exit(f"error: {path}: no pictures in this folder")
+        for p in inside:
+            files.setdefault(os.path.realpath(p), p)
+    return list(files.values())
+
+
+@dataclass
+class Picture:
+    """A decoded input: what the networks see, and what must be put back afterwards."""
+    rgb: Image.Image           # 8 bits, upright
+    alpha: Image.Image | None  # mode L, the same size
+    grey: bool
+    icc: bytes | None          # the colour profile that `rgb` is still in
+
+    @property
+    def mode(self):
+        return ("LA" if self.alpha else "L") if self.grey else ("RGBA" if self.alpha else "RGB")
+
+    def finish(self, image, scale=4):
+        """`image`, an RGB result of `scale` times the size, with this picture's alpha, and grey if this is grey."""
+        if self.alpha:
+            image = image.copy()
+            image.putalpha(bicubic(self.alpha, scale))
+        return image if image.mode == self.mode else image.convert(self.mode)
+
+
+def to_8_bit(image):
+    """Modes of more than 8 bits, which Pillow's own conversion would clip: I;16… and I (0…65535), F (0…1 or 0…255)."""
+    x = np.asarray(image, np.float64)
+    if not np.isfinite(x).all():
+        raise ValueError("it has pixels that are not finite numbers")
+    scale = 65535 if image.mode.startswith("I") else 1 if x.max() <= 1 else 255
+    if x.max() > 65535:
+        raise ValueError("it has pixel values of more than 16 bits")
+    return Image.fromarray((x / scale * 255).clip(0, 255).round().astype(np.uint8))
+
+
+def read(path):
+    """Decode `path`, a file name or a file object. Raises whatever Pillow does: OSError, ValueError, SyntaxError…"""
+    with Image.open(path) as image:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+    if 0 in image.size:
+        raise ValueError("it has no pixels")
+    icc = image.info.get("icc_profile")
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = to_8_bit(image)
+    elif image.mode == "LAB":  # Pillow converts it by profile only
+        from PIL import ImageCms
+        image = ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"),
+                                          outputMode="RGB")
+    grey = image.mode in ("1", "L", "LA", "La")
+    if image.mode not in ("L", "LA", "P", "PA", "RGB", "RGBA"):
+        icc = None  # CMYK, YCbCr, …: the profile does not describe the RGB made of it
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Picture(image.convert("RGB"), image.getchannel("A"), grey, icc)
+    return Picture(image.convert("RGB"), None, grey, icc)
+
+
+def read_picture(path):
+    """`read`, but every error is a ValueError that names the file."""
+    try:
+        return read(path)
+    except Exception as error:  # on broken files the decoders raise anything
+        raise ValueError(f"{path}: not a picture that can be read ({why(error, path)})") from error
+
+
+def read_rgb(path):
+    """The picture `path` in RGB. Raises ValueError that names it."""
+    return read_picture(path).rgb
+
+
+def bicubic(image, scale=4):
+    """`image` enlarged `scale` times by Pillow's BICUBIC: the x_L that the networks restore."""
+    return image.resize((scale * image.width, scale * image.height), Image.Resampling.BICUBIC)
+
+
+# --- Colour correction: the result takes over the colours of the enlarged input, as in StableSR (arXiv 2305.07015) ---
+
+COLOUR_FIXES = ("none", "adain", "wavelet")
+
+
+def adain(result, reference):
+    """Give each channel of `result` the mean and the deviation of `reference`. Both float32, 3,H,W."""
+    import torch
+
+    def moments(x):
+        deviation, mean = torch.std_mean(x.double().flatten(1), 1, correction=0)
+        return mean[:, None, None].float(), (deviation[:, None, None].square() + 1e-5).sqrt().float()
+    (mean, deviation), (mean_ref, deviation_ref) = moments(result), moments(reference)
+    return (result - mean) / deviation * deviation_ref + mean_ref
+
+
+def low_frequencies(x, levels=5):
+    """The channels x: 3,H,W smoothed by (1 2 1)/4 in both directions at steps 1, 2, 4, 8, 16."""
+    import torch
+    for step in (2 ** i for i in range(levels)):
+        for dim in (1, 2):
+            n = x.shape[dim]
+            around = x.index_select(dim, torch.arange(-step, n + step).clamp(0, n - 1))  # edges replicated
+            x = around.narrow(dim, 0, n) / 4 + around.narrow(dim, step, n) / 2 + around.narrow(dim, 2 * step, n) / 4
+    return x
+
+
+def wavelet(result, reference):
+    """The high frequencies of `result` on the low ones of `reference`. Both float32, 3,H,W."""
+    return result - low_frequencies(result) + low_frequencies(reference)
+
+
+def fix_colours(result, reference, how):
+    """`result` with the colours of `reference`, 8-bit RGB pictures of one size; how: none, adain or wavelet."""
+    if how == "none":
+        return result
+    import torch
+    planes = [torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 for image in (result, reference)]
+    fixed = {"adain": adain, "wavelet": wavelet}[how](*planes)
+    return Image.fromarray((fixed * 255).round_().clamp_(0, 255).byte().permute(1, 2, 0).numpy())
+
+
+def restored(model, picture, prompt="", color_fix="none", scale=4, **options):
+    """What `model` makes of a `Picture`: a picture of `scale` times the size and of the same mode.
+
+    model: anything with restore(image, prompt, scale=…, **options) -> RGB picture.
+    """
+    result = model.restore(picture.rgb, prompt, scale=scale, **options)
+    return picture.finish(fix_colours(result, bicubic(picture.rgb, scale), color_fix), scale)
+
+
+# --- Pictures out ---
+
+
+def write(image, path, icc=None):
+    """Write `image` in the format of the suffix of `path` (PNG for an unknown one), see `atomically`."""
+    suffix = path.suffix.lower()
+    options = {"quality": 95} if suffix in (".jpg", ".jpeg", ".webp") else {}
+    with atomically(path) as temporary, open(temporary, "wb") as f:
+        image.save(f, Image.registered_extensions().get(suffix, "PNG"), icc_profile=icc, **options)
+
+
+def png(image):
+    """`image` as the bytes of a PNG file."""
+    f = BytesIO()
+    image.save(f, "PNG")
+    return f.getvalue()

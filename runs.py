@@ -1,0 +1,202 @@
+"""What the commands share: device and dtype, loading a model, state that can be resumed, signals, ranks, tables."""
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import signal
+import sys
+from functools import partial
+from io import StringIO
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from pictures import atomically, whole, why, write_bytes
+
+# --- Device, dtype, model ---
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device for cpu, cuda, mps or auto (the best there is). Raises SystemExit for one that is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(n for n in there if there[n])
+    if not there[name]:
+        sys.exit(f"error: --device {name}: PyTorch {torch.__version__} finds none here; use --device cpu")
+    return torch.device(name, local_rank % torch.cuda.device_count()) if name == "cuda" else torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype for fp32, bf16, fp16 or auto: bf16 on a GPU that computes in it, else fp32."""
+    if name == "auto":
+        native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # older cards emulate it
+        name = "bf16" if native else "fp32"
+    return DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """fp32, bf16 or fp16."""
+    return next(name for name, d in DTYPES.items() if d == dtype)
+
+
+def workers(wanted):
+    """Loader processes for this rank: `wanted`, but never more than its share of the cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(wanted, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def load_model(name, device, dtype, adapter=None, fast="off"):
+    """SanaSR of a name or folder; adapter: a file, None for the model's own, False or "none" for the bare prior.
+
+    fast: "on" applies the rewrites of fast.py (on a GPU with CUDA graphs), "auto" on a CPU only.
+    Raises SystemExit in one line.
+    """
+    import weights
+    from sanasr import SanaSR
+    adapter = False if adapter == "none" else adapter
+    if adapter and not Path(adapter).is_file():
+        sys.exit(f"error: --adapter {adapter}: no such file")
+    try:
+        model = SanaSR.from_pretrained(name, device, dtype, adapter)
+    except (OSError, ValueError, weights.Unavailable) as error:
+        sys.exit(f"error: {whole(error)}")
+    if fast == "on" or (fast == "auto" and device.type == "cpu"):
+        import fast as rewrites
+        if device.type == "cpu":
+            rewrites.keep_memory()
+        rewrites.optimise(model, graphs=device.type == "cuda")
+    return model
+
+
+def cpu_name():
+    """The processor's name, as precise as the system tells it."""
+    try:
+        info = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines())
+        info = {key.strip(): value.strip() for key, value in info.items()}
+        return f"{info['model name']} (family {info['cpu family']} model {info['model']})"
+    except (OSError, KeyError, ValueError):
+        return platform.processor() or platform.machine()
+
+
+def peak_memory(device):
+    """Gigabytes: of GPU memory since the last reset, else of the whole process since its start; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+# --- Files of a run ---
+
+
+def write_atomically(path, save):
+    """save(f) into a binary file, see `pictures.atomically`. Raises SystemExit, with the old file unharmed."""
+    try:
+        with atomically(path) as temporary, open(temporary, "wb") as f:
+            save(f)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        sys.exit(f"error: {path} cannot be written ({why(error)}); what was there before is unharmed")
+
+
+def save_state(path, state):
+    """Write a state that `load_state` reads. Raises SystemExit, with the old file unharmed."""
+    write_atomically(path, partial(torch.save, state))
+
+
+def load_state(path, missing="there is nothing to resume; check --name or leave out --resume",
+               damaged="start anew under another --name", device="cpu"):
+    """A state that `save_state` wrote. Raises SystemExit in one line, which tells what to do: `missing`, `damaged`."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        sys.exit(f"error: {path}: {missing}")
+    except Exception as error:  # a damaged archive raises anything
+        sys.exit(f"error: {path} cannot be read ({why(error)}); {damaged}")
+
+
+def write_csv(path, columns, rows, digits=".6g"):
+    """Write dicts as a CSV file with these columns; `digits` formats the floats; cells that a row lacks are empty.
+
+    The file is written atomically. Raises OSError.
+    """
+    text = StringIO(newline="")
+    out = csv.DictWriter(text, columns, lineterminator="\n")
+    out.writeheader()
+    out.writerows({k: format(v, digits) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    write_bytes(path, text.getvalue())
+
+
+# --- Several processes ---
+
+
+def ranks():
+    """(rank, number of ranks), with or without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def from_first(make):
+    """make() on the first rank, its result on all."""
+    if ranks()[1] == 1:
+        return make()
+    box = [make() if ranks()[0] == 0 else None]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def average(tensors):
+    """Replace each tensor by its mean over all ranks, in one message."""
+    if ranks()[1] > 1:
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, mean in zip(tensors, (flat / ranks()[1]).split([t.numel() for t in tensors]), strict=True):
+            t.copy_(mean.view_as(t))
+
+
+# --- Signals ---
+
+
+class Signals:
+    """A context in which Ctrl-C and SIGTERM set `caught`, for the loop to stop after its step.
+
+    A second signal raises KeyboardInterrupt at once.
+    """
+
+    def __enter__(self):
+        self.caught = 0
+        self.before = {s: signal.signal(s, self) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __call__(self, number, frame):
+        if self.caught:
+            raise KeyboardInterrupt
+        self.caught = number
+
+    def __exit__(self, *exception):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+
+def outlive_signals(worker):
+    """worker_init_fn of a DataLoader: its workers ignore Ctrl-C and survive SIGTERM until the run ends them.
+
+    A signal to the process group reaches the workers, too. A worker killed while holding a lock or mid-transfer would
+    hang the run. Python also ends the workers of a failed run by SIGTERM, so a worker exits 5 s after one.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
+
+
+def batches(loader, signals):
+    """The loader's batches. A signal may end a worker that has just started: then the batches end without an error."""
+    try:
+        yield from loader
+    except RuntimeError:
+        if not signals.caught:
+            raise

@@ -1,0 +1,76 @@
+"""The layout: no import of this project runs upward or in a circle, and importing a module does nothing else."""
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = [  # each module may import, at the top or within a function, what stands in a line above its own
+    ["kernels.dispatch", "weights", "pictures"],
+    ["kernels.linear_attention", "kernels.mix_ffn", "kernels.rms_norm", "kernels.winograd"],
+    ["kernels"],
+    ["sanasr", "degrade"],
+    ["tagger", "fast", "linearsr"],
+    ["runs"],
+    ["photos", "metrics.perceptual", "metrics.iqa"],
+    ["metrics.classic"],
+    ["metrics"],
+    ["metrics.score", "objective"],
+    ["metrics.report", "lab.profile", "lab.stability"],
+    ["eval", "train"],
+    ["prune", "bench", "kernels.bench", "weights.__main__", "examples.comparison"],
+    ["lab"],
+    ["lab.pretrain", "lab.ablation", "lab.gpu", "lab.faults"],
+]
+PLACE = {name: i for i, names in enumerate(LAYERS) for name in names}
+
+
+def modules():
+    """{module: its file} of the whole project but the tests."""
+    files = [p for p in ROOT.rglob("*.py") if p.relative_to(ROOT).parts[0] not in ("tests", ".venv")
+             and not any(part.startswith(".") for part in p.relative_to(ROOT).parts)]
+    return {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in files}
+
+
+def imports(name, path, known):
+    """The project's modules that a file imports anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return (found & set(known)) - {name}
+
+
+def test_no_import_runs_upward_or_in_a_circle():
+    known = modules()
+    assert set(known) <= set(PLACE), f"give these a line in LAYERS: {sorted(set(known) - set(PLACE))}"
+    wrong = [f"{name} imports {other}" for name, path in known.items() for other in imports(name, path, known)
+             if PLACE[other] >= PLACE[name]]
+    assert not wrong, wrong
+
+
+def test_imports_are_found(tmp_path):
+    (tmp_path / "x.py").write_text("import eval\ndef f():\n    from metrics import score\n    import metrics.report as r\n")
+    assert imports("x", tmp_path / "x.py", modules()) == {"eval", "metrics", "metrics.score", "metrics.report"}
+
+
+@pytest.mark.parametrize("name", ["sanasr", "runs", "photos", "objective", "fast", "eval", "train", "prune"])
+def test_importing_has_no_side_effect(name, tmp_path):
+    """Nothing is printed or written, no thread count, seed, signal handler or allocator setting changes."""
+    code = f"""
+import signal, torch
+def state():
+    flags = torch.backends.cudnn.deterministic, torch.backends.cuda.matmul.allow_tf32, torch.get_default_dtype()
+    return torch.get_num_threads(), torch.initial_seed(), signal.getsignal(signal.SIGINT), flags
+before = state()
+import {name}
+assert state() == before, (before, state())"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"})
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", ""), run.stderr
+    assert not list(tmp_path.iterdir())
