@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import sys
 import time
 from copy import deepcopy
@@ -33,10 +32,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fast
+from pictures import write_bytes
+from runs import DTYPES, cpu_name
 from sanasr import DCAE, LinearDiT, SanaSR, one_step, tiled
 
 CONFIGS = Path(__file__).parent / "tests" / "data" / "official_configs"
-DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 
 
 def seeded(cls, config, dtype, device):
@@ -183,15 +183,6 @@ def measure(variants, x, runs, tile, clock, device):
                  peak=peaks.get((name, stage)), error=errors[name, stage]) for (name, stage), t in times.items()]
 
 
-def cpu_name():
-    try:
-        info = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines())
-        info = {key.strip(): value.strip() for key, value in info.items()}
-        return f"{info['model name']} (family {info['cpu family']} model {info['model']})"
-    except (OSError, KeyError, ValueError):
-        return platform.processor() or platform.machine()
-
-
 def show(rows, variants):
     first = next(iter(variants))
     base = {row["stage"]: row["p50"] for row in rows if row["variant"] == first}
@@ -216,7 +207,7 @@ def main():
     parser.add_argument("--batch", type=int, default=1, help="pictures at a time (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=3, help="timed calls of each variant (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
     parser.add_argument("--blocks", type=int, metavar="N", help="keep N blocks of the transformer, as pruning does")
     parser.add_argument("--variants", default="plain,fast", metavar="LIST", help="of ours: plain, fast, and on CUDA "
@@ -311,7 +302,7 @@ def main():
     print(f"one large matrix product: {peak / 1e9:.1f} GMAC/s")
     show(rows, variants)
     if args.json:
-        args.json.write_text(json.dumps(setup | dict(peak_gmac_per_s=peak / 1e9, rows=rows), indent=1) + "\n")
+        write_bytes(args.json, json.dumps(setup | dict(peak_gmac_per_s=peak / 1e9, rows=rows), indent=1) + "\n")
 
 
 if __name__ == "__main__":

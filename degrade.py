@@ -86,7 +86,7 @@ def _half_below_one(rng, low, high):
 
 
 def random_kernel(rng, sigma):
-    """Draws (description, kernel) of an order's blur."""
+    """Draw (description, kernel) of an order's blur."""
     size = int(2 * rng.integers(3, 11) + 1)                                # odd, 7..21
     if rng.random() < SINC:
         return f"sinc {size}", sinc_kernel(size, rng.uniform(math.pi / (3 if size < 13 else 5), math.pi))
@@ -153,7 +153,7 @@ def degrade(hr, rng, trace=None, mild=0.0):
 
     hr: (3, H, W) float32 in [0, 1], H and W multiples of 4 and at least 80. rng: a numpy Generator, or what seeds one:
     an int, or a tuple such as (seed, epoch, index). trace: a list that receives (what was done, image) of each stage.
-    mild: the share of photos that get one blur, one resize and a fine JPEG only (ours), as what good cameras lose.
+    mild: the share of photos that get only one blur, one resize and a fine JPEG (not in Real-ESRGAN).
     Returns (3, H/4, W/4) float32 in [0, 1] of 8-bit values, a function of hr and rng alone.
     """
     height, width = hr.shape[-2:]
@@ -210,7 +210,7 @@ def degrade(hr, rng, trace=None, mild=0.0):
     return (x.clamp(0, 1) * 255).round() / 255
 
 
-# Around it
+# Tensors and pictures; training pairs
 
 def to_image(x):
     """(3, H, W) in [0, 1], clamped and rounded to 8 bits -> PIL image."""

@@ -31,7 +31,6 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from photos import find_tags
 from pictures import COLOUR_FIXES, bicubic, find_inputs, picture_suffixes, read, read_rgb, restored, whole, why, write
 from runs import DTYPES, load_model, peak_memory, pick_device, pick_dtype
 
@@ -85,7 +84,7 @@ def plan(inputs, out=None, scale=4):
 
 
 class Skipped(Exception):
-    """This picture cannot be restored, others may; the message says why."""
+    """This picture cannot be restored; the others are. The message says why."""
 
 
 def tile_bar():
@@ -134,9 +133,10 @@ def restore(job, model, args, tags=(), progress=None):
             raise Skipped(f"{width}×{height} needs more memory than there is; try a smaller --tile") from error
         raise
     try:
-        write(result, job.target, picture.icc)
+        metadata = () if args.no_metadata else (picture.icc, picture.exif)
+        write(result, job.target, *metadata)
         if args.compare:
-            write(picture.finish(bicubic(picture.rgb, args.scale), args.scale), job.compare, picture.icc)
+            write(picture.finish(bicubic(picture.rgb, args.scale), args.scale), job.compare, *metadata)
     except (OSError, ValueError) as error:
         raise Skipped(f"{job.target} cannot be written ({why(error, job.target)})") from error
     return {"image": job.source.name, "from": f"{width}×{height}", "to": f"{args.scale * width}×{args.scale * height}",
@@ -164,6 +164,9 @@ def input_tags(jobs, args, references):
             return bicubic(read_rgb(jobs[i].source), args.scale)
         except (MemoryError, ValueError):  # restore() will say what is wrong with it
             return None
+    if args.tagger == "none":
+        return {}
+    from photos import find_tags
     found = find_tags(args.tagger, [job.source.name for job in jobs], picture, args.device)
     return dict(zip(jobs, found, strict=True)) if found else {}
 
@@ -174,8 +177,10 @@ LEAK = "prompts from the references"  # marks scores that --prompt-from hr helpe
 
 
 def find_pairs(args, jobs):
-    """What is to be scored: Pairs of the results of `jobs`, or of the pictures in --sr, with their partners in --hr.
-    With --sr, the inputs are only shown in the report. Raises SystemExit."""
+    """[Pair] to score: the results of `jobs`, or the pictures in --sr, with their partners in --hr.
+
+    With --sr, the inputs are only shown in the report. Raises SystemExit.
+    """
     from metrics.score import Pair, partners
     if args.sr:
         results = [p for p in find_inputs([args.sr]) if not re.search(r"_x[124]_bicubic$", p.stem)]  # of --compare
@@ -198,7 +203,7 @@ def find_pairs(args, jobs):
 
 
 def score(pairs, args, note=""):
-    """Scores `pairs`, prints the table and writes --csv and --report, each with `note`. Raises SystemExit."""
+    """Score `pairs`, print the table and write --csv and --report, each with `note`. Raises SystemExit."""
     import weights
     from metrics.report import write_report
     from metrics.score import evaluate, print_table, write_scores
@@ -218,7 +223,7 @@ def score(pairs, args, note=""):
 # --- measurements ---
 
 def profile(model, args):
-    """Prints parameters, MACs and latency by stage. Raises SystemExit."""
+    """Print parameters, MACs and latency by stage. Raises SystemExit."""
     from lab.profile import print_profile, profile
     where = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else (
         f"{args.device.type}, {torch.get_num_threads()} threads")
@@ -231,7 +236,7 @@ def profile(model, args):
 
 
 def stability(model, inputs, args):
-    """Prints how much the pictures `inputs` and their latents change under degradations. Raises SystemExit."""
+    """Print how much the pictures `inputs` and their latents change under degradations. Raises SystemExit."""
     from lab.stability import print_stability, stability
     try:
         changes = stability(model.vae, map(read_rgb, tqdm(inputs, unit="img", disable=None)), args.seed)
@@ -273,6 +278,7 @@ def parse(argv=None):
     add("--fast", choices=["auto", "on", "off"], default="auto", help="the rewrites of fast.py: the same result up to "
         "rounding, sooner; on a GPU with CUDA graphs (auto: on a CPU only)")
     add("--color-fix", choices=COLOUR_FIXES, default="none", help="colours of the enlarged input")
+    add("--no-metadata", action="store_true", help="results without the input's EXIF and colour profile")
     add("--compare", action="store_true", help="write the bicubic enlargement beside the result")
     add = parser.add_argument_group("scores").add_argument
     add("--hr", metavar="DIR", help="references, matched by file name")
@@ -323,7 +329,7 @@ def main(argv=None):
     args.device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
     args.dtype = pick_dtype(args.dtype, args.device)
     torch.manual_seed(args.seed)
-    warnings.filterwarnings("ignore", module="PIL")  # on odd files; what matters is raised
+    warnings.filterwarnings("ignore", module="PIL")  # about odd files; errors are raised
     if args.sr:
         score(find_pairs(args, []), args)
         return 0
@@ -336,7 +342,7 @@ def main(argv=None):
         return 0
     jobs = plan(inputs, args.out, args.scale)
     pairs = find_pairs(args, jobs) if args.score else []
-    if ranks > 1:  # only to leave together: torchrun ends the others as soon as one rank fails
+    if ranks > 1:  # so that all ranks end together: torchrun ends the others as soon as one rank fails
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
     tags = input_tags(jobs[rank::ranks], args, {pair.sr: pair.hr for pair in pairs})
     model = load_model(args.model, args.device, args.dtype, args.adapter, args.fast)

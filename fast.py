@@ -1,25 +1,25 @@
-"""The same numbers sooner: exact rewrites of a loaded model, for inference.
+"""Faster inference: rewrites of a loaded model, equal up to rounding.
 
     model = fast.optimise(SanaSR.from_pretrained("sana-600m-512"))      # in place, and returned
 
-`sanasr.py` stays the readable path; what stands here replaces its modules by others that compute the same function of
-the same weights (float32: within 1e-4; bfloat16: to its rounding; see tests/test_fast.py) with fewer multiplications
-or fewer bytes, from public PyTorch operators and `kernels`. What each gives: `python bench.py --rewrites`.
+`sanasr.py` is the readable path. The modules here replace its modules. They compute the same function of the same
+weights with fewer multiplications or fewer bytes moved. Results differ by rounding: by less than 1e-4 in float32, in
+bfloat16 by its own rounding (tests/test_fast.py). What each rewrite gains: `python bench.py --rewrites`.
 
-    winograd     3×3 = a quarter of the multiplications, in bfloat16 four ninths (on a CPU, where channels are many)
-    up           nearest ×2, then 3×3 = nine products per small pixel, of differences, instead of 36; where it is 3×3
-                 and channel-to-space, the shortcut is a tap of the 3×3
-    down         the space-to-channel shortcut is a tap of the strided convolution
-    norm         RMSNorm, gain, bias and residual strip by strip (on a GPU one kernel): memory once; SiLU in place
-    dit          text keys and values and the timestep's modulation kept from call to call; AdaLN as one layer_norm
+    winograd     3×3 convolutions with a quarter of the multiplications, in bfloat16 four ninths (on a CPU, where there
+                 are many channels), see kernels/winograd.py
+    up           nearest ×2 and 3×3: nine products per small pixel, of differences, instead of 36; for 3×3 and
+                 channel-to-space, the shortcut becomes a tap of the 3×3
+    down         the space-to-channel shortcut becomes a tap of the strided convolution
+    norm         RMSNorm, gain, bias and residual in one pass over memory, strip by strip (on a GPU in one kernel)
+    dit          text keys and values and the timestep's modulation are kept between calls; AdaLN is one layer_norm
 
-With graphs=True, on CUDA only, each of encoder, transformer and decoder is one CUDA graph besides. "Within 1e-4" there
-wants torch.backends.cudnn.allow_tf32 = False.
+With graphs=True, on CUDA only, encoder, transformer and decoder also become one CUDA graph each. For errors below 1e-4
+on a GPU set torch.backends.cudnn.allow_tf32 = False.
 
-The blocks of the low resolutions stay as they are: one QKV product, the 1×1 within heads as batched matrix products,
-and hidden channels a few at a time so that they stay in cache gave 1 % of the whole together.
+The blocks of the low resolutions are not rewritten: three attempts there gained 1 % of the whole together.
 
-Trap: the modules work in place on their own intermediates. No gradients, no adapters: merge them first.
+Trap: the modules work in place on their own intermediates. There are no gradients. Adapters must be merged first.
 """
 from __future__ import annotations
 
@@ -34,13 +34,12 @@ import torch.nn.functional as F
 
 import kernels
 import sanasr
+from kernels import winograd
 from kernels.rms_norm import add_rms_norm_reference_, rms_norm_
 from sanasr import to_picture, to_tokens
 
-STRIP = 64 * 1024  # values that a strip of elementwise work holds: 256 KB in float32, within a core's L2 cache
-TILES = 256  # 4×4 tiles in a strip of Winograd's convolution: rows enough for matrix products, few enough for the L3
-FEW = 16  # fewer tiles than this are convolved directly
-TOKENS = 2048  # tokens in a strip of an up block: rows enough that the one more it needs counts little
+STRIP = 64 * 1024  # values in a strip of elementwise work: 256 KB in float32, within a core's L2 cache
+TOKENS = 2048  # tokens in a strip of an up block: many rows, so that the one extra row it needs costs little
 
 
 def merged(*linears):
@@ -64,12 +63,12 @@ def frozen(x):
 
 
 def rows_of(x):
-    """B,C,H,W -> B·H·W,C, a view: RuntimeError where x is not channels-last, since a copy could not be written to."""
+    """B,C,H,W -> B·H·W,C as a view, to be written to. Raises RuntimeError where x is not channels-last."""
     return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
 
 
 def strips(y):
-    """Cuts y (B,C,H,W) into rows that stay in cache: yields (slice of the B·H·W rows, those rows)."""
+    """Cut y (B,C,H,W) into strips that stay in cache: yields (slice of the B·H·W rows, those rows)."""
     y = rows_of(y.contiguous(memory_format=torch.channels_last))
     count = max(1, STRIP // y.shape[1]) if y.device.type == "cpu" else len(y)
     for start in range(0, len(y), count):
@@ -78,7 +77,7 @@ def strips(y):
 
 
 def add_norm_(x, parts, norm):
-    """x + norm(y) written over x (B,C,H,W), y as `strips` gives it: whole to a GPU's one kernel."""
+    """x + norm(y), written over x (B,C,H,W). parts: y as `strips` yields it; on a GPU one strip, for one kernel."""
     x_rows, add = rows_of(x), kernels.add_rms_norm_ if x.is_cuda else add_rms_norm_reference_
     for at, y in parts:
         add(x_rows[at], y, norm.weight, norm.bias, norm.eps)
@@ -86,7 +85,7 @@ def add_norm_(x, parts, norm):
 
 
 class Norm(nn.Module):
-    """RMSNorm with a bias, strip by strip, over its input. For a CPU: on a GPU the plain one is a kernel."""
+    """RMSNorm with a bias, strip by strip, written over its input. For a CPU; on a GPU the plain one is one kernel."""
 
     def __init__(self, plain):
         super().__init__()
@@ -103,122 +102,20 @@ class Norm(nn.Module):
 
 
 class Winograd(nn.Module):
-    """A 3×3 convolution by Winograd's F(m×m, 3×3), with fewer multiplications (arXiv 1509.09308).
-
-    Tiles of (m+2)×(m+2) values that overlap by two give m×m results each: Y = Aᵀ[(G g Gᵀ) ⊙ (Bᵀ d B)]A. Summed over
-    channels, ⊙ is (m+2)² products of matrices, tiles × C by C × C'. B and A hold small integers: `spread` and `gather`
-    apply them. In float32 m = 4, a quarter of the multiplications. It would magnify a rounding to bfloat16 tenfold, so
-    there m = 2, four ninths of them and four times a rounding's error: a network of nothing else is up to 1.5 times as
-    far from float32 as the plain path is.
-    For few tiles, where reading the weights ((m+2)²/9 of their memory) costs more than they save, and for sides that
-    are no multiples of m it stays the convolution it was.
-    """
-
-    G = {2: torch.tensor([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]]).double() / 2,
-         4: torch.tensor([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]).double() / 24}
+    """A 3×3 convolution by `kernels.winograd`; sizes for which the direct convolution is faster use that."""
 
     def __init__(self, plain):
         super().__init__()
-        w = plain.weight.float().permute(2, 3, 1, 0)  # 3,3,C,C'
-        self.size = 4 if plain.weight.dtype == torch.float32 else 2  # m
-        both = torch.kron(self.G[self.size], self.G[self.size]).float()  # (m+2)²,9
-        self.weight = frozen((both @ w.flatten(2).flatten(0, 1)).unflatten(1, w.shape[2:]).to(plain.weight.dtype))
         self.direct, self.bias = plain, plain.bias
-
-    @staticmethod
-    def spread(d, v):
-        """v = Bᵀ d for m + 2 arrays each; v is also where intermediate results lie."""
-        add, sub = torch.add, torch.sub
-        if len(d) == 4:
-            (d0, d1, d2, d3), (v0, v1, v2, v3) = d, v
-            sub(d0, d2, out=v0)
-            add(d1, d2, out=v1)
-            sub(d2, d1, out=v2)
-            sub(d1, d3, out=v3)
-            return
-        (d0, d1, d2, d3, d4, d5), (v0, v1, v2, v3, v4, v5) = d, v
-        add(d4, d2, alpha=-4, out=v1)
-        add(d3, d1, alpha=-4, out=v2)
-        v1 += v2  # d4 − 4·d2 + (d3 − 4·d1)
-        add(v1, v2, alpha=-2, out=v2)  # d4 − 4·d2 − (d3 − 4·d1)
-        sub(d4, d2, out=v3)
-        sub(d3, d1, out=v4)
-        sub(d0, d2, out=v0)
-        add(v3, v0, alpha=4, out=v0)  # 4·d0 − 5·d2 + d4
-        sub(d5, d3, out=v5)
-        v5.sub_(v4, alpha=4)  # 4·d1 − 5·d3 + d5
-        v3.add_(v4, alpha=2)  # d4 − d2 + 2·(d3 − d1)
-        add(v3, v4, alpha=-4, out=v4)  # d4 − d2 − 2·(d3 − d1)
-
-    @staticmethod
-    def gather(m, y):
-        """y = Aᵀ m, m + 2 arrays to m; what it is given is overwritten."""
-        add, sub = torch.add, torch.sub
-        if len(m) == 4:
-            (m0, m1, m2, m3), (y0, y1) = m, y
-            sub(m1, m2, out=y1)
-            y1 -= m3
-            m1 += m2
-            add(m0, m1, out=y0)
-            return
-        (m0, m1, m2, m3, m4, m5), (y0, y1, y2, y3) = m, y
-        m1 += m2
-        add(m1, m2, alpha=-2, out=m2)  # m1 − m2
-        m3 += m4
-        add(m3, m4, alpha=-2, out=m4)  # m3 − m4
-        m0 += m1
-        m5 += m2
-        add(m0, m3, out=y0)
-        add(m2, m4, alpha=2, out=y1)
-        add(m1, m3, alpha=4, out=y2)
-        add(m5, m4, alpha=8, out=y3)
+        self.weight = frozen(winograd.transform(plain.weight))  # (m+2)²,C,C'
+        self.size = winograd.size_of(plain.weight.dtype)  # m
 
     def strips(self, x):
-        """Yields the results like the function `strips`; they hold until the next strip is asked for."""
-        (batch, channels, height, width), out, size = x.shape, self.weight.shape[2], self.size
-        down, across, side = height // size, width // size, size + 2
-        if height % size or width % size or batch * down * across < FEW:
-            yield from strips(self.direct(x))
-            return
-        x, tiles = x.permute(0, 2, 3, 1), TILES * 4 // size
-        pictures = min(batch, max(1, tiles // (down * across)))
-        most = min(down, max(1, tiles // across))  # rows of tiles in a strip
-        sizes = [(size * most + 2) * side * channels, most * side**2 * channels, most * side**2 * out,
-                 most * size * side * out, most * size**2 * out]
-        memory = [torch.empty(pictures * across * n, dtype=x.dtype) for n in sizes]
-        # column m·k + p − 1 of the picture is d[…, p, k, :]: from here to the last step all runs are long
-        padded = torch.zeros(pictures, size * most + 2, size, across + 1, channels, dtype=x.dtype)
-        for b in range(0, batch, pictures):
-            n = min(pictures, batch - b)
-            for r in range(0, down, most):
-                rows = min(most, down - r)
-                shapes = ((n, size * rows + 2, side, across, channels), (side, side, n, rows, across, channels),
-                          (side, side, n, rows, across, out), (size, side, n, rows, across, out),
-                          (n, rows, size, across, size, out))
-                t, v, m, z, y = (a[:math.prod(shape)].view(shape) for a, shape in zip(memory, shapes, strict=True))
-                d = padded[:n, :size * rows + 2]
-                first, last = max(size * r - 1, 0), min(size * (r + rows) + 1, height)
-                if first > size * r - 1:
-                    d[:, 0] = 0
-                if last < size * (r + rows) + 1:
-                    d[:, -1] = 0
-                inside = d[:, first - (size * r - 1):last - (size * r - 1)]
-                inside[:, :, 0, 1:] = x[b:b + n, first:last, size - 1::size]
-                for p in range(1, size):
-                    inside[:, :, p, :-1] = x[b:b + n, first:last, p - 1::size]
-                self.spread([d[:, :, j % size, j // size:j // size + across] for j in range(side)], t.unbind(2))
-                self.spread([t[:, j:j + size * (rows - 1) + 1:size].permute(2, 0, 1, 3, 4) for j in range(side)], v)
-                torch.bmm(v.flatten(2, 4).flatten(0, 1), self.weight, out=m.flatten(2, 4).flatten(0, 1))
-                if self.bias is not None:
-                    m[1, 1] += self.bias  # Aᵀ has nothing but ones in this column: the bias of all m² results
-                self.gather(m, z)
-                self.gather(z.unbind(1), y.permute(4, 2, 0, 1, 3, 5))
-                y = y.flatten(0, 4)
-                start = (b * height + size * r) * width
-                yield slice(start, start + len(y)), y
+        """Yields the results like the function `strips`. A strip is valid until the next one is asked for."""
+        return strips(self.direct(x)) if winograd.obstacle(x, self.size) else winograd.strips(x, self.weight, self.bias)
 
     def forward(self, x, finish=lambda part: part):  # B,C,H,W
-        """finish: what is done to every strip of the result (n,C') while it lies in cache."""
+        """finish: is applied to every strip of the result (n,C') while it is in cache."""
         y = torch.empty(len(x), self.weight.shape[2], *x.shape[2:], dtype=x.dtype, memory_format=torch.channels_last)
         rows = rows_of(y)
         for at, part in self.strips(x):
@@ -227,7 +124,7 @@ class Winograd(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """x + RMSNorm(conv(SiLU(conv x))), over x."""
+    """x + RMSNorm(conv(SiLU(conv x))), written over x."""
 
     def __init__(self, plain):
         super().__init__()
@@ -241,7 +138,7 @@ class ResBlock(nn.Module):
 
 
 def down_block(plain):
-    """The strided convolution of a DownBlock that holds its shortcut, too.
+    """The strided convolution of a DownBlock, with the shortcut added to its weights.
 
     Channel o of the shortcut is the mean of `group` adjacent channels 4c + 2dy + dx of the space-to-channel picture,
     and that is pixel (2i + dy, 2j + dx) of channel c: tap (1 + dy, 1 + dx) of the convolution.
@@ -258,12 +155,13 @@ def down_block(plain):
 
 
 class UpBlock(nn.Module):
-    """Nearest ×2 and 3×3 as nine products per small pixel for its four large ones (of 36), and the shortcut.
+    """Nearest ×2, 3×3 convolution and the shortcut, with nine products per small pixel instead of 36.
 
     In one direction, with taps w0, w1, w2 and S = w0 + w1 + w2, and the differences D[i] = x[i] − x[i−1]:
         y[2i]   = w0·x[i−1] + (w1 + w2)·x[i] = S·x[i] − w0·D[i]
         y[2i+1] = (w0 + w1)·x[i] + w2·x[i+1] = S·x[i] + w2·D[i+1]
-    In two, x, its differences in either direction and those in both take C × C', C × 2C', C × 2C' and C × 4C'.
+    In two directions these are products of x (C × C'), of its differences in one direction (C × 2C' each) and of its
+    differences in both (C × 4C').
     """
 
     TAPS = torch.tensor([[1., 1, 1], [-1, 0, 0], [0, 0, 1]])  # S, −w0, w2
@@ -305,14 +203,14 @@ class UpBlock(nn.Module):
 
 
 def differences(x):
-    """H,W,C -> H,W + 1,C: every column less the one before it, with zeros around the picture."""
+    """H,W,C -> H,W + 1,C: every column minus the one before it, with zeros around the picture."""
     return F.pad(x, (0, 0, 0, 1)) - F.pad(x, (0, 0, 1, 0))
 
 
-def winograd(plain):
-    """A Winograd of a 3×3 convolution where that is faster: on a CPU, with channels enough to pay for the tiles.
+def fast_convolution(plain):
+    """A Winograd in place of a 3×3 convolution where that is faster: on a CPU, for many channels.
 
-    In bfloat16, where the products are the smaller part of it, only for the wider ones.
+    In bfloat16 the products take a smaller part of the time, so it needs more channels to pay.
     """
     weight = plain.weight
     fits = (plain.kernel_size, plain.stride, plain.padding, plain.groups) == ((3, 3), (1, 1), (1, 1), 1)
@@ -325,7 +223,7 @@ def norm(plain):
 
 
 def up_block(plain):
-    """An UpBlock, or where the plain one is 3×3 + channel-to-space, that with the shortcut as one more middle tap."""
+    """A fast UpBlock; for 3×3 + channel-to-space, that convolution with the shortcut added to its middle tap."""
     if plain.nearest:
         return UpBlock(plain) if plain.repeats in (0, 1, 2, 4) else plain
     conv = plain.conv
@@ -338,7 +236,7 @@ def up_block(plain):
 
 
 REWRITES = {  # name -> the rules (class, its replacement) that make it up
-    "winograd": [(nn.Conv2d, winograd)],
+    "winograd": [(nn.Conv2d, fast_convolution)],
     "up": [(sanasr.UpBlock, up_block)],
     "down": [(sanasr.DownBlock, down_block)],
     "norm": [(sanasr.ResBlock, ResBlock), (sanasr.RMSNorm, norm)],
@@ -358,9 +256,9 @@ def optimise_vae(vae, rewrites=tuple(REWRITES), graphs=False):
         for name, child in module.named_children():
             for kind, make in rules:
                 if type(child) is kind and not (kind is sanasr.RMSNorm and not isinstance(module, sanasr.Decoder)):
-                    child = make(child)  # the norms inside of blocks are the blocks' matter
+                    child = make(child)  # each block rewrites its own norms
                     setattr(module, name, child)
-            if not isinstance(child, Winograd):  # that holds the convolution it replaces
+            if not isinstance(child, Winograd):  # a Winograd holds the convolution it replaces
                 walk(child)
 
     walk(vae)
@@ -375,10 +273,10 @@ def optimise_vae(vae, rewrites=tuple(REWRITES), graphs=False):
 
 
 class FastDiT(nn.Module):
-    """sanasr.LinearDiT, called in the same way; what depends on the prompt or the timestep alone is kept.
+    """sanasr.LinearDiT, called in the same way, which keeps what depends on the prompt and the timestep alone.
 
-    Kept for the last (t, c, mask), compared by value: per block the keys and values of the text, B,n,T,d each, and the
-    six modulation vectors, B,1,D.
+    For the last (t, c, mask), compared by value, it keeps for each block the keys and values of the text (B,n,T,d each)
+    and the six modulation vectors (B,1,D).
     """
 
     def __init__(self, plain, graphs=False):
@@ -393,7 +291,7 @@ class FastDiT(nn.Module):
             del a.to_q, a.to_k, a.to_v
 
     def prepare(self, t, c, mask):
-        """Keep what does not depend on the picture: (text bias, per block (k, v, modulation), the last one)."""
+        """Keep what does not depend on the picture: text bias, (k, v, modulation) of each block, output modulation."""
         if self.kept is not None and all(a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
                                          for a, b in zip(self.kept[0], (t, c, mask), strict=True)):
             return
@@ -409,7 +307,7 @@ class FastDiT(nn.Module):
         bias = ((1 - mask.to(c.dtype)) * -10000)[:, None, None]  # B,1,1,T
         self.kept = [x.clone() for x in (t, c, mask)], (bias, blocks, (1 + scale, shift))
         if self.graph:
-            self.graph.forget()  # it reads the tensors kept before
+            self.graph.forget()  # the graph reads the old tensors
 
     def forward(self, z, t, c, mask):
         """z: B,C,h,w; t: B; c: B,T,Dt; mask: B,T -> B,C,h,w, as sanasr.LinearDiT.forward."""
@@ -435,24 +333,26 @@ class FastDiT(nn.Module):
 
 
 def modulated(x, gain, shift, eps):
-    """layer_norm(x) · gain + shift. x: B,N,D; gain, shift: B,1,D. For one picture that is layer_norm's own affine."""
+    """layer_norm(x) · gain + shift. x: B,N,D; gain, shift: B,1,D. For B = 1 it is one layer_norm call."""
     if len(gain) == 1:
         return F.layer_norm(x, x.shape[2:], gain.flatten(), shift.flatten(), eps)
     return torch.addcmul(shift, F.layer_norm(x, x.shape[2:], eps=eps), gain)
 
 
 def optimise_dit(dit, graphs=False):
-    """A FastDiT of a sanasr.LinearDiT, which is used up. Raises ValueError where it carries unmerged adapters.
+    """A FastDiT of a sanasr.LinearDiT, which is changed and must not be used again.
 
-    graphs: CUDA graphs, see `Graphed`; a new prompt takes a new one, some three calls' time.
+    graphs: CUDA graphs, see `Graphed`. A new prompt captures a new graph, which takes about three calls' time.
+    Raises ValueError where the transformer carries unmerged adapters.
     """
     return FastDiT(dit, graphs).requires_grad_(False)
 
 
 class Graphed:
-    """f(x) as one CUDA graph: all of its kernels by a single launch. Captured for the first x and for every new shape.
+    """f(x) as one CUDA graph: one launch for all kernels. It is captured for the first x and for every new shape.
 
-    Trap: f must not wait for the GPU; what it reads besides x must stay where it was at the capture, or `forget`.
+    Trap: f must not synchronise with the GPU. Tensors that f reads besides x must keep their memory; otherwise call
+    `forget`.
     """
 
     def __init__(self, f):
@@ -469,14 +369,14 @@ class Graphed:
             self.capture(x)
         self.x.copy_(x)
         self.graph.replay()
-        return self.y.clone()  # the next replay writes over y
+        return self.y.clone()  # the next replay overwrites y
 
     def capture(self, x):
         x, graph = x.clone(), torch.cuda.CUDAGraph()
         with torch.cuda.device(x.device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # what operators do at their first calls only is no part of the graph
+            with torch.cuda.stream(side):  # warm up first, so that one-time initialisation is not captured
                 for _ in range(2):
                     self.f(x)
             torch.cuda.current_stream().wait_stream(side)
@@ -486,9 +386,9 @@ class Graphed:
 
 
 def keep_memory():
-    """Let glibc keep what tensors leave for the next ones; by default large ones are new pages, zeroed by the kernel.
+    """Let glibc reuse the memory of freed tensors. By default large tensors get new pages, which the kernel zeroes.
 
-    For the whole process, which then gives nothing back before it ends. Where there is no glibc nothing happens.
+    This holds for the whole process, which then returns no memory before it ends. Without glibc nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
@@ -499,7 +399,7 @@ def keep_memory():
 def optimise(model, graphs=False):
     """Rewrite a sanasr.SanaSR in place, and return it. Raises ValueError where its adapter is not merged.
 
-    graphs: CUDA graphs, one each for encoder, transformer and decoder, for the last size of picture and prompt seen.
+    graphs: one CUDA graph each for encoder, transformer and decoder, for the last picture size and prompt.
     """
     model.dit = optimise_dit(model.dit, graphs)
     model.vae = optimise_vae(model.vae, graphs=graphs)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 import weights
 from metrics import LPIPS
 from pictures import why
-from sanasr import adapters_off, one_step, sigma
+from sanasr import adapters_off, conditioning, one_step, sigma
 
 LAMBDA = {"mse": 1.0, "lpips": 2.0, "align": 1.0, "cons": 1.0}
 PROTOCOLS = {"hq": (900, (70, 650)), "lq": (999, (20, 980))}  # τ, and the range of t, both ends included
@@ -157,9 +157,10 @@ class Conditions:
 # --- Settings that depend on the model ---
 
 
-def complete(args, model):
-    """Fill in crop, timestep, tags and lpips of train.py's or prune.py's arguments where they are None.
+def complete(args, model, metadata=None):
+    """Fill in crop, timestep, suffix, tags and lpips of train.py's or prune.py's arguments where they are None.
 
+    metadata: of the adapter whose training goes on in other hands, as in prune.py: its words go before the defaults.
     Raises SystemExit for a crop that does not fit the model.
     """
     from degrade import MIN_SIZE
@@ -167,6 +168,7 @@ def complete(args, model):
     args.crop = args.crop or model.dit.config["sample_size"] * model.vae.factor
     if args.crop % model.vae.factor or args.crop < MIN_SIZE:
         sys.exit(f"error: --crop {args.crop}: it must be a multiple of {model.vae.factor} and at least {MIN_SIZE}")
-    args.timestep = float(PROTOCOLS[args.protocol][0] if args.timestep is None else args.timestep)
+    how = conditioning(metadata or {}, args.suffix, args.timestep, default_timestep=PROTOCOLS[args.protocol][0])
+    args.suffix, args.timestep = how["suffix"], how["timestep"]
     args.tags = args.tags or ("none" if embedded else "ram")
     args.lpips = args.lpips or ("alex" if embedded else "vgg")

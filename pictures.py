@@ -3,7 +3,7 @@
     picture = read("photo.jpg")             8-bit RGB, upright, with its alpha, colour profile and EXIF beside it
     x_l = bicubic(picture.rgb, 4)           what the networks restore
     result = picture.finish(result, 4)      alpha and grey are put back
-    write(result, path, picture)            the whole file or none
+    write(result, path, picture.icc, picture.exif)
 """
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 # --- Errors in one line ---
 
@@ -139,6 +139,7 @@ class Picture:
     alpha: Image.Image | None  # mode L, the same size
     grey: bool
     icc: bytes | None          # the colour profile that `rgb` is still in
+    exif: bytes = b""          # without orientation, thumbnail and what describes the file rather than the photo
 
     @property
     def mode(self):
@@ -163,9 +164,35 @@ def to_8_bit(image):
     return Image.fromarray((x / scale * 255).clip(0, 255).round().astype(np.uint8))
 
 
+# EXIF tags that describe how the file stores its pixels: strips and tiles, sizes, compression, colour tables, profiles
+FILE_TAGS = {254, 255, *range(256, 270), *range(273, 282), 284, *range(288, 294), 301, 317, *range(318, 326), 330, 332,
+             *range(336, 344), 347, *range(512, 522), *range(529, 533), 700, 33723, 34377, 34675}
+SIZE_TAGS = (40962, 40963)  # of the Exif part: width and height
+
+
+def kept_exif(image):
+    """The EXIF of an opened image, as bytes for `write`; b"" where nothing is left or readable.
+
+    The orientation, the thumbnail and the tags that describe the file rather than the photo are dropped.
+    """
+    try:
+        exif = image.getexif()
+        kept = Image.Exif()
+        kept.endian = exif.endian
+        kept.update({tag: value for tag, value in exif.items() if tag not in FILE_TAGS})
+        for part in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
+            kept.pop(part, None)
+            if values := {k: v for k, v in exif.get_ifd(part).items() if k not in SIZE_TAGS}:
+                kept.get_ifd(part).update(values)
+        return kept.tobytes() if kept or kept._ifds else b""
+    except Exception:  # EXIF is often malformed; the picture is what counts
+        return b""
+
+
 def read(path):
     """Decode `path`, a file name or a file object. Raises whatever Pillow does: OSError, ValueError, SyntaxError…"""
     with Image.open(path) as image:
+        exif = kept_exif(image)  # first: load() closes a TIFF file, whose directories are read on demand
         image.load()
         image = ImageOps.exif_transpose(image)
     if 0 in image.size:
@@ -182,8 +209,8 @@ def read(path):
         icc = None  # CMYK, YCbCr, …: the profile does not describe the RGB made of it
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        return Picture(image.convert("RGB"), image.getchannel("A"), grey, icc)
-    return Picture(image.convert("RGB"), None, grey, icc)
+        return Picture(image.convert("RGB"), image.getchannel("A"), grey, icc, exif)
+    return Picture(image.convert("RGB"), None, grey, icc, exif)
 
 
 def read_picture(path):
@@ -258,10 +285,15 @@ def restored(model, picture, prompt="", color_fix="none", scale=4, **options):
 # --- Pictures out ---
 
 
-def write(image, path, icc=None):
-    """Write `image` in the format of the suffix of `path` (PNG for an unknown one), see `atomically`."""
+def write(image, path, icc=None, exif=b""):
+    """Write `image` in the format of the suffix of `path` (PNG for an unknown one), see `atomically`.
+
+    icc: a colour profile; exif: as `Picture.exif`. A JPEG cannot hold more than 64 kB of EXIF: it then gets none.
+    """
     suffix = path.suffix.lower()
     options = {"quality": 95} if suffix in (".jpg", ".jpeg", ".webp") else {}
+    if exif and not (suffix in (".jpg", ".jpeg") and len(exif) > 65533):
+        options["exif"] = exif
     with atomically(path) as temporary, open(temporary, "wb") as f:
         image.save(f, Image.registered_extensions().get(suffix, "PNG"), icc_profile=icc, **options)
 

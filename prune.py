@@ -12,13 +12,14 @@
     L_cal = ω(t)·(L_rec + L_align)                      ω(t) = 1 − log(t+1)/log(T+1), T = 1000     (Eq. 21, 22)
     F_i = 1/K Σ_k ω(t_k)·(∂L_cal/∂w_i)²                 over K = 400 samples, in float32           (Eq. 23)
     S_ℓ = Σ_{i in block ℓ} w_i² / (F_i + ε_p)           one score a block                          (Eq. 24)
-    keep the first and the last block, then by falling S what the budget holds                     (Eq. 11)
+    keep the first and the last block, then the blocks of highest S that fit the budget            (Eq. 11)
 
 Leaves in --out: transformer/ (fewer blocks, no adapter), vae/, text_encoder/ and tokenizer/ as they were,
 saliency.csv and saliency.png, calibration.pt (F: with --resume another score, ε_p or budget costs no calibration);
 --compare adds compare.csv and oracle.csv, --validate adds validation.csv, --heal the model healed/ beside the pruned.
 """
 import argparse
+import hashlib
 import math
 import os
 import shutil
@@ -53,7 +54,7 @@ from runs import (
     workers,
     write_csv,
 )
-from sanasr import LinearDiT, SanaSR, build_prompt, conditioning, fingerprint, save_module
+from sanasr import LinearDiT, SanaSR, build_prompt, fingerprint, save_module
 
 SALIENCIES = ("paper", "obd", "magnitude", "random", "tail")
 FROM_GRADIENTS = ("paper", "obd")  # the others need no calibration
@@ -77,8 +78,8 @@ def calibration_loss(f, f0, vae, batch, tau, lpips):
 class Fisher:
     """Accumulates Σ_k ω(t_k)·(∂L_cal/∂w)² for every parameter of the blocks, in float32.
 
-    The squares are taken as soon as the backward pass has a parameter's gradient, which is then freed: so there are
-    never more gradients than one block's. `sums`: {key: tensor}; `weight`: ω(t_k) of the sample under way.
+    A gradient is squared and freed as soon as the backward pass has it, so memory never holds more gradients than one
+    block's. `sums`: {key: tensor}; `weight`: ω(t_k) of the current sample.
     """
 
     def __init__(self, dit):
@@ -96,10 +97,10 @@ class Fisher:
 
 
 def calibrate(fisher, loss_of, samples, state, steps, save, every=50):
-    """Runs the calibration steps that `state` does not have yet. Returns the signal that stopped it, or 0.
+    """Run the calibration steps that `state` does not have yet. Returns the signal that stopped it, or 0.
 
-    loss_of: batch -> L_cal; samples(first, signals): the batches from number `first` on; state: {"step", …}, moved on;
-    save(): writes state and sums, called now and then, at the end and when interrupted.
+    loss_of: batch -> L_cal; samples(first, signals): the batches from number `first` on; state: {"step", …}, updated;
+    save(): writes state and sums; it is called every `every` steps, at the end and when interrupted.
     """
     first = state["step"]
     with Signals() as signals, tqdm(total=steps, initial=first, desc="calibrating", dynamic_ncols=True) as bar:
@@ -129,10 +130,10 @@ def calibrate(fisher, loss_of, samples, state, steps, save, every=50):
 
 @torch.no_grad()
 def block_scores(dit, kind, fisher=None, eps=1e-8, seed=0):
-    """One score a block, the larger the rather kept: a list of floats.
+    """One score for each block, a list of floats. Higher scores are kept first.
 
     paper: Σ w²/(F+ε_p) (Eq. 24); obd: ½ Σ F·w² (Optimal Brain Damage); magnitude: Σ w²; random: by the seed;
-    tail: the earlier the rather kept. fisher: {key within transformer_blocks: F}, for paper and obd.
+    tail: earlier blocks score higher. fisher: {key within transformer_blocks: F}, for paper and obd.
     """
     count = len(dit.transformer_blocks)
     if kind == "random":
@@ -153,7 +154,7 @@ def block_scores(dit, kind, fisher=None, eps=1e-8, seed=0):
 def choose(scores, size, fixed, budget):
     """Indices of the blocks to keep, ascending: first and last, then greedily by falling score (Eq. 11).
 
-    size: parameters of each block; all must be equal, for then greedy is the exact solution of the knapsack.
+    size: parameters of each block. All must be equal: greedy then solves the knapsack problem exactly.
     fixed: parameters outside the blocks; budget: of the whole transformer. Raises ValueError for a budget that does not
     hold two blocks, or holds all.
     """
@@ -196,7 +197,7 @@ def with_blocks(dit, kept):
 
 
 def link_parts(source, out):
-    """vae/, text_encoder/, tokenizer/ and scheduler/ of `source` into `out`: hard links, or copies."""
+    """Put vae/, text_encoder/, tokenizer/ and scheduler/ of `source` into `out`, as hard links or copies."""
     for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
         for path in sorted((source / part).glob("*")):
             with atomically(out / part / path.name) as temporary:
@@ -207,7 +208,7 @@ def link_parts(source, out):
 
 
 def chart(scores, kept, kind, note, width=860, height=360):
-    """A picture: one bar a block, kept ones blue, dropped ones grey; logarithmic where the scores vary widely."""
+    """A bar chart of the scores: kept blocks blue, dropped ones grey; logarithmic where the scores vary widely."""
     values = np.array(scores)
     log = values.min() > 0 and values.max() > 50 * values.min()
     up = np.log10(values) if log else values
@@ -236,7 +237,7 @@ def chart(scores, kept, kind, note, width=860, height=360):
 
 
 def write_model(args, model, scores, kept, provenance):
-    """The pruned model, its table and its picture. Raises SystemExit in one line."""
+    """Write the pruned model, saliency.csv and saliency.png. Raises SystemExit in one line."""
     rank = {i: n for n, i in enumerate(sorted(range(len(scores)), key=lambda i: -scores[i]), 1)}
     pruned = with_blocks(model.dit, kept)
     try:
@@ -256,15 +257,15 @@ def write_model(args, model, scores, kept, provenance):
 
 
 def rank_correlation(a, b):
-    """Spearman's ρ of two lists of numbers, equal ones in their order."""
+    """Spearman's ρ of two lists of numbers; equal numbers are ranked in their order."""
     ranks = [np.argsort(np.argsort(x, kind="stable"), kind="stable") for x in (a, b)]
     return float(np.corrcoef(*ranks)[0, 1])
 
 
 @torch.no_grad()
 def masked(dit, nonzero):
-    """A copy of `dit` that keeps its depth, but of the weights in the blocks the smallest are zero, so that `nonzero`
-    parameters are left in the whole transformer: unstructured magnitude pruning, all blocks under one threshold."""
+    """Unstructured magnitude pruning, one threshold for all blocks: a copy of `dit` with all its blocks, in which the
+    smallest weights of the blocks are zero, so that `nonzero` parameters of the whole transformer are left."""
     copy = with_blocks(dit, range(len(dit.transformer_blocks)))
     flat = torch.cat([p.flatten() for p in copy.transformer_blocks.parameters()])
     size = flat.abs()
@@ -283,7 +284,7 @@ def masked(dit, nonzero):
 
 @torch.no_grad()
 def mean_losses(calibration, networks, first, count, what):
-    """{name: mean L_cal over samples `first`, …} of {name: LinearDiT}; the same `count` samples for each."""
+    """{name: LinearDiT} -> {name: mean L_cal over the `count` samples from number `first` on}."""
     totals, args = dict.fromkeys(networks, 0.0), calibration.args
     with Signals() as signals, tqdm(total=count * len(networks), desc=what, dynamic_ncols=True) as bar:
         for batch in calibration.samples(first, first + count, signals):
@@ -299,7 +300,7 @@ def mean_losses(calibration, networks, first, count, what):
 
 
 def compare(args, calibration, dit, fisher, budget):
-    """The paper's Table 6 and what it lacks: every score beside the oracle, the true loss increase without each block.
+    """Compare every score with an oracle: the increase of the loss without each block. Extends the paper's Table 6.
 
     The loss is L_cal on `args.samples` samples that the calibration did not draw. Writes oracle.csv (block by block)
     and compare.csv (score by score: Spearman's ρ with the oracle over the blocks that may be dropped, the mean loss of
@@ -340,10 +341,10 @@ def compare(args, calibration, dit, fisher, budget):
 
 
 def heal(args, provenance):
-    """Trains an adapter on the pruned model for `args.heal` steps by train.py and merges it into --out/healed.
+    """Train an adapter on the pruned model for `args.heal` steps by train.py and merge it into --out/healed.
 
-    The paper does not do this. Returns train.py's exit code. The run lies in --out under the fingerprint of what it was
-    trained on, so that --resume goes on with it as long as the pruned model is the same.
+    The paper does not do this. Returns train.py's exit code. The run's name in --out contains the fingerprint of the
+    pruned model, so --resume continues it only for the same pruned model.
     """
     out = args.out.resolve()
     name = out / f"heal-{fingerprint(out / 'transformer')[:8]}"
@@ -362,7 +363,7 @@ def heal(args, provenance):
 
 
 def mean_scores(args, pairs, model, adapter=None):
-    """{metric: mean} of the model of that name or folder over `pairs`."""
+    """{metric: mean over `pairs`} of the model of that name or folder."""
     names = pick(args.metrics, True)
     tagger = args.tags if args.tags in ("ram", "dape") else "none"
     prompts = find_tags(tagger, [p.name for p in pairs], lambda i: bicubic(read_rgb(pairs[i].lr)), args.device)
@@ -373,16 +374,16 @@ def mean_scores(args, pairs, model, adapter=None):
 
 
 def relative_drop(metric, before, after):
-    """How much worse `after` is, as a part of `before`; negative where it is better."""
+    """How much worse `after` is, relative to `before`; negative where it is better."""
     worse = before - after if METRICS[metric].better == "higher" else after - before
     return worse / max(abs(before), 1e-12)
 
 
 def validate(args):
-    """Scores the pruned (and the healed) model against the unpruned: passed where no metric is over 3 % worse.
+    """Score the pruned (and the healed) model against the unpruned one. It passes if no metric is over 3 % worse.
 
-    On `--pairs LR HR`, else on central crops of the photos that were held out. Writes validation.csv. Returns the exit
-    code: 0 where the pruned model passes every metric.
+    Pictures: `--pairs LR HR`, else central crops of the held-out photos. Writes validation.csv. Returns the exit code:
+    0 where the pruned model passes every metric.
     """
     if args.pairs:
         lr, hr = args.pairs
@@ -432,7 +433,7 @@ def adapter_hash(args, folder):
 
 
 class Calibration:
-    """What a sample's loss is made of: photos, prompts and the networks around the one that is pruned."""
+    """All that L_cal of a sample needs: photos, prompts and the networks around the one that is pruned."""
 
     def __init__(self, args, model, prior):
         self.args, self.model = args, model
@@ -452,11 +453,12 @@ class Calibration:
         side = args.crop // model.vae.factor
         self.pairs = Pairs(photos, prompts, args.crop, (model.dit.config["in_channels"], side, side),
                            PROTOCOLS[args.protocol][1], args.seed, lq)
-        self.digest = digest(photos)
+        self.digests = {"photos_sha256": digest(photos), "lq_sha256": hash_of(
+            [weights.sha256(lq[p.path]) if p.path in lq else "" for p in photos]), "prompts_sha256": hash_of(prompts)}
         print(f"{report}; {args.model}, τ {args.timestep:g}, LPIPS {args.lpips}, {args.dtype} on {args.device}")
 
     def samples(self, first, last, signals):
-        """Batches of one sample, numbers `first` to `last` - 1; with "name", a list of one."""
+        """Yields batches of one sample, numbers `first` to `last` - 1; with "name", a list of one."""
         loader = DataLoader(self.pairs, batch_sampler=[[n] for n in range(first, last)], num_workers=self.args.workers,
                             worker_init_fn=outlive_signals)
         for batch in batches(loader, signals):
@@ -478,17 +480,22 @@ def find_photos(args):
     return photos, held[:args.val], lq, f"{report}; {len(held)} held out"
 
 
+def hash_of(texts):
+    """One SHA-256 for a list of texts."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+
+
 # what F depends on; the number of steps may grow
 FISHER_SETTINGS = ("model", "base_fingerprint", "adapter_sha256", "photos_sha256", "protocol", "timestep", "suffix",
-                   "lpips", "crop", "seed", "dtype")
+                   "lpips", "crop", "seed", "dtype", "tags", "prompts_sha256", "lq_sha256")
 
 
 def measure_fisher(args, model, calibration, settings):
-    """F over `args.steps` samples, going on from calibration.pt: {key: tensor}. Exits when it is interrupted."""
+    """F over `args.steps` samples, {key: tensor}; continues from calibration.pt. Exits when it is interrupted."""
     path, state, fisher = args.out / "calibration.pt", {"step": 0, "settings": settings}, Fisher(model.dit)
     if args.resume and path.exists():
         saved = load_state(path, damaged="delete it to calibrate anew")
-        if changed := [k for k in FISHER_SETTINGS if saved["settings"][k] != settings[k]]:
+        if changed := [k for k in FISHER_SETTINGS if saved["settings"].get(k) != settings[k]]:
             sys.exit(f"error: --resume: {', '.join(changed)} changed since {path} was begun; choose another --out")
         if saved["step"] > args.steps:
             sys.exit(f"error: --resume: {path} holds {saved['step']} steps already, more than --steps {args.steps}")
@@ -589,18 +596,16 @@ def find_budget(args, dit):
 
 
 def prune(args):
-    """The whole run, see the top of the file. Returns the exit code."""
+    """The whole run, as the module's docstring says. Returns the exit code."""
     torch.backends.cudnn.deterministic = True
     model, prior = load_networks(args)
     if args.out.resolve() == model.folder.resolve():
         sys.exit(f"error: --out {args.out} is the model itself")
     metadata = model.metadata
     args.protocol = args.protocol or metadata.get("protocol", "hq")
-    how = conditioning(metadata, args.suffix, args.timestep, default_timestep=PROTOCOLS[args.protocol][0])
-    args.suffix, args.timestep = how["suffix"], how["timestep"]
-    complete(args, model)
+    complete(args, model, metadata)
     budget = find_budget(args, model.dit)
-    try:  # what does not fit is said before hours of calibration
+    try:  # an impossible budget is reported before hours of calibration
         choose([0.0] * len(model.dit.transformer_blocks), *sizes(model.dit), budget)
     except ValueError as error:
         sys.exit(f"error: {error}")
@@ -612,7 +617,7 @@ def prune(args):
     if args.calibrates:
         calibration = Calibration(args, model, prior)
         settings |= {k: getattr(args, k) for k in FISHER_SETTINGS if hasattr(args, k)}
-        settings["photos_sha256"] = calibration.digest
+        settings |= calibration.digests | {"tags": args.tags if args.tags in ("none", "ram", "dape") else "file"}
         fisher = measure_fisher(args, model, calibration, settings)
     scores = block_scores(model.dit, args.saliency, fisher, args.eps_p, args.seed)
     kept = choose(scores, *sizes(model.dit), budget)

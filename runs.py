@@ -121,13 +121,13 @@ def load_state(path, missing="there is nothing to resume; check --name or leave 
         sys.exit(f"error: {path} cannot be read ({why(error)}); {damaged}")
 
 
-def write_csv(path, columns, rows, digits=".6g"):
+def write_csv(path, columns, rows, digits=".6g", end="\r\n"):
     """Write dicts as a CSV file with these columns; `digits` formats the floats; cells that a row lacks are empty.
 
     The file is written atomically. Raises OSError.
     """
     text = StringIO(newline="")
-    out = csv.DictWriter(text, columns, lineterminator="\n")
+    out = csv.DictWriter(text, columns, lineterminator=end)
     out.writeheader()
     out.writerows({k: format(v, digits) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     write_bytes(path, text.getvalue())

@@ -42,18 +42,17 @@ import kernels
 import weights
 from pictures import atomically, bicubic, write_bytes
 
-# --- Configs: the official config.json files, taken at their word ---
+# --- Configs: the official config.json files ---
 
-
-NULLABLE = {"out_channels", "attn_logit_softcapping", "sample_size"}  # numbers that may also be null
+NULLABLE = {"out_channels", "attn_logit_softcapping"}  # numbers that may also be null
 
 
 def read_config(name, config, defaults, neutral=None, ignored=()):
     """`config` completed by `defaults`; every other key must be known.
 
-    neutral: key -> the one value this code computes with; a list of that value is the same said for every stage.
-    ignored: keys that do not touch the computation, like all that start with "_".
-    Raises ValueError naming the key that this code does not honour, or the number that is none.
+    neutral: key -> the only value that this code supports; a list gives it stage by stage.
+    ignored: keys that do not affect the computation, as all keys that start with "_".
+    Raises ValueError naming a key that this code does not support, or a value that is not a number.
     """
     if not isinstance(config, dict):
         raise ValueError(f"{name} config: not an object of keys and values")
@@ -80,6 +79,9 @@ DCAE_DEFAULTS = dict(
     upsample_block_type="pixel_shuffle", downsample_block_type="pixel_unshuffle",
     encoder_out_shortcut=True, decoder_in_shortcut=True,
 )
+DCAE_BLOCKS = dict(  # the values that are known
+    encoder_block_types=("ResBlock", "EfficientViTBlock"), decoder_block_types=("ResBlock", "EfficientViTBlock"),
+    upsample_block_type=("pixel_shuffle", "interpolate"), downsample_block_type=("pixel_unshuffle", "Conv"))
 DCAE_NEUTRAL = dict(decoder_norm_types="rms_norm", decoder_act_fns="silu", decoder_conv_act_fn="relu")
 
 GEMMA2_DEFAULTS = dict(
@@ -101,7 +103,7 @@ DIT_DEFAULTS = dict(
     in_channels=32, out_channels=32, num_layers=20, num_attention_heads=70, attention_head_dim=32,
     num_cross_attention_heads=20, cross_attention_head_dim=112, cross_attention_dim=2240, caption_channels=2304,
     mlp_ratio=2.5, attention_bias=False, norm_eps=1e-6,
-    sample_size=16,  # side of the latents it was trained at; without positions it sets no more than train.py's crop
+    sample_size=16,  # side of the latents it was trained at; only train.py's default crop depends on it
 )
 DIT_NEUTRAL = dict(patch_size=1, norm_elementwise_affine=False, dropout=0.0, guidance_embeds=False, qk_norm=None,
                    interpolation_scale=None, timestep_scale=1.0)
@@ -111,19 +113,19 @@ DIT_IGNORED = {"guidance_embeds_scale"}
 
 
 def to_tokens(x):
-    """B,C,H,W -> B,H·W,C: a free view when x lies in memory channels-last, as everything here does."""
+    """B,C,H,W -> B,H·W,C: a view, without a copy, where x is channels-last, as everything here is."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def to_picture(x, height, width):
-    """B,H·W,C -> B,C,H,W, again without a copy."""
+    """B,H·W,C -> B,C,H,W: a view, without a copy."""
     return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
 def run(block, *args, checkpointing=False):
     """block(*args); with `checkpointing` its activations are recomputed in the backward pass, not stored.
 
-    Trap: by then `adapters_off` has been left, so the recomputation sets the adapters as they are now.
+    Trap: backward runs after `adapters_off` exits, so the scales that the forward pass used are restored for it.
     """
     if not (checkpointing and torch.is_grad_enabled()):
         return block(*args)
@@ -153,7 +155,7 @@ class Conv1x1(Linear):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight (+ bias) over the last axis, computed in float32."""
+    """x / rms(x) · weight (+ bias) over the last axis. The norm is taken in float32, the bias is added in x's dtype."""
 
     def __init__(self, channels, eps=1e-5, bias=False):
         super().__init__()
@@ -215,8 +217,8 @@ class QKVAggregation(nn.Module):
 class MultiscaleLinearAttention(nn.Module):
     """x + RMSNorm(W [LA(qkv), LA(aggregated qkv)]): ReLU linear attention over all H·W positions (EfficientViT).
 
-    Trap: q, k and v are concatenated *before* the heads are cut, and a head is 3·d consecutive channels of that, split
-    into its q, k, v. So the weight called `to_q` does not hold only queries.
+    Trap: q, k and v are concatenated *before* they are divided into heads. A head takes 3·d consecutive channels and
+    splits them into its q, k, v. So the weight called `to_q` does not hold only queries.
     """
 
     def __init__(self, channels, head_dim, kernel_sizes):
@@ -305,7 +307,7 @@ class Encoder(nn.Module):
         super().__init__()
         widths, depths = config["encoder_block_out_channels"], config["encoder_layers_per_block"]
         strided, self.latent_channels = config["downsample_block_type"] == "Conv", config["latent_channels"]
-        # a first stage of depth 0: nothing happens at full resolution, the picture goes straight to the second width
+        # a first stage of depth 0 has no blocks at full resolution: the picture goes straight to the second width
         self.conv_in = (nn.Conv2d(config["in_channels"], widths[0], 3, padding=1) if depths[0]
                         else DownBlock(config["in_channels"], widths[1], strided, shortcut=False))
         self.down_blocks = nn.ModuleList()
@@ -360,6 +362,9 @@ class DCAE(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
         self.config = config = read_config("DCAE", config, DCAE_DEFAULTS, DCAE_NEUTRAL)
+        for key, known in DCAE_BLOCKS.items():
+            if unknown := {config[key]} - {*known} if isinstance(config[key], str) else {*config[key]} - {*known}:
+                raise ValueError(f"DCAE config: {key} = {unknown.pop()!r} is not supported, only {' and '.join(known)}")
         self.factor = 2 ** (len(config["encoder_block_out_channels"]) - 1)
         self.encoder, self.decoder = Encoder(config), Decoder(config)
 
@@ -390,7 +395,7 @@ class GemmaRMSNorm(nn.Module):
 
 
 class GemmaAttention(nn.Module):
-    """Grouped-query attention with rotary positions and the tanh soft-cap on the logits."""
+    """Grouped-query attention with rotary positions and a tanh soft-cap on the logits."""
 
     def __init__(self, config):
         super().__init__()
@@ -512,7 +517,7 @@ class GemmaTokenizer:
         self.pieces = {i: piece for piece, i in (self.vocab | self.added).items()}
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, <bos> first. The text is taken as it is: lower-casing is `SanaSR.encode_prompt`'s."""
+        """Token ids, <bos> first. The text is not changed; `tokenize_prompt` lower-cases it before."""
         ids = [self.bos]
         for part in self.splitter.split(text):
             ids += [self.added[part]] if part in self.added else self._merge(part.replace(" ", "▁"))
@@ -742,7 +747,7 @@ def lora_parameters(model):
 
 @contextlib.contextmanager
 def adapters_at(model, scales):
-    """Within the block the adapters of `model` count by `scales`, in the order of `lora_modules`."""
+    """A context within which the adapters of `model` have these scales α/r, in the order of `lora_modules`."""
     modules = lora_modules(model).values()
     before = [module.adapter_scale for module in modules]
 
@@ -764,20 +769,24 @@ def adapters_off(model):
 def save_lora(model, path, metadata=None, state=None):
     """Write the adapters (or `state` in their place, say averaged ones) as safetensors, atomically.
 
-    metadata: {str: str}; "rank" and "alpha" are added.
+    metadata: {str: str}; "rank" and "alpha" are added. Adapters that differ have all ranks in "rank" and, in place of
+    "alpha", a JSON object {module: α} in "alphas".
     """
     state = lora_parameters(model) if state is None else state
-    module = next(iter(lora_modules(model).values()))
-    rank = module.lora_A.weight.shape[0]
-    save_tensors({key: p.detach() for key, p in state.items()}, path,
-                 (metadata or {}) | {"rank": str(rank), "alpha": f"{module.adapter_scale * rank:g}"})
+    ranks = {name: module.lora_A.weight.shape[0] for name, module in lora_modules(model).items()}
+    alphas = {name: module.adapter_scale * ranks[name] for name, module in lora_modules(model).items()}
+    about = {"rank": " ".join(map(str, sorted({*ranks.values()})))}
+    if len({*ranks.values()}) == len({*alphas.values()}) == 1:
+        about["alpha"] = f"{next(iter(alphas.values())):g}"
+    else:
+        about["alphas"] = json.dumps(alphas)
+    save_tensors({key: p.detach() for key, p in state.items()}, path, (metadata or {}) | about)
 
 
-def load_lora(model, path):
-    """Attach the adapters of a file to `model`, injecting where there are none; returns the file's metadata.
+def read_lora(path):
+    """An adapter file -> ({key: matrix}, its metadata). PEFT's prefixes `transformer.`, `base_model.model.` are cut.
 
-    PEFT's key prefixes `transformer.` and `base_model.model.` are read; without an "alpha" in the metadata α = r.
-    Raises ValueError, naming file and key, where the adapter belongs to another base.
+    Raises ValueError that names the file.
     """
     state = {}
     with open_weights(path) as file:
@@ -792,6 +801,20 @@ def load_lora(model, path):
     for name in {"alpha", "timestep"} & set(metadata):
         if not re.fullmatch(r"\d+(\.\d*)?", metadata[name]):
             raise ValueError(f"{path}: its metadata says {name} = {metadata[name]!r}, which is no number")
+    return state, metadata
+
+
+def load_lora(model, path):
+    """Attach the adapters of a file to `model`, injecting where there are none; returns the file's metadata.
+
+    Without "alpha" or "alphas" in the metadata α = r. Raises ValueError, naming file and key, where the adapter belongs
+    to another base.
+    """
+    state, metadata = read_lora(path)
+    try:
+        alphas = {name: float(alpha) for name, alpha in json.loads(metadata.get("alphas", "{}")).items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"{path}: its metadata says alphas = {metadata['alphas']!r}, no numbers by module") from None
     modules = dict(model.named_modules())
     for key in state:
         name, _, half = key.removesuffix(".weight").rpartition(".")
@@ -803,7 +826,7 @@ def load_lora(model, path):
             raise ValueError(f"{path}: {key} does not fit a projection of {in_features} to {out_features} channels")
     for name in {key.rpartition(".lora_")[0] for key in state}:
         rank = state[f"{name}.lora_A.weight"].shape[0]
-        _attach_lora(modules[name], rank, float(metadata.get("alpha", rank)) / rank)
+        _attach_lora(modules[name], rank, alphas.get(name, float(metadata.get("alpha", rank))) / rank)
     with torch.no_grad():
         for key, p in lora_parameters(model).items():
             if key in state:
@@ -831,10 +854,11 @@ DEGRADATION_WORDS = ("blurry", "blurred", "blur", "noise", "noisy", "low quality
                      "artifacts", "pixelated", "grainy", "compressed", "distorted")
 _DEGRADED = re.compile(r"(?<!\w)(" + "|".join(w.replace(" ", "[ ▁_-]") for w in DEGRADATION_WORDS) + r")(?!\w)")
 MAX_TOKENS = 300  # of text, <bos> included, as SANA was trained
+PROMPT_VERSION = 1  # raise it when the code changes what a prompt's states are: the cache then forgets the old ones
 
 
 def clean_tags(tags):
-    """The tags without those that speak of a degradation, order kept."""
+    """The tags without those that contain a word of DEGRADATION_WORDS, in their order."""
     return [tag for tag in tags if not _DEGRADED.search(tag.lower())]
 
 
@@ -860,11 +884,11 @@ def conditioning(metadata, suffix=None, timestep=None, instruction=None, default
 
 
 def tokenize_prompt(tokenizer, prompt, instruction=""):
-    """-> (ids, mask, kept): ids for the encoder; of its states, those at `kept` go on, each with 0 or 1 in `mask`.
+    """-> (ids, mask, kept): ids for the encoder; positions of its states that are used; 0 or 1 for each of them.
 
-    The prompt is lower-cased and stripped, as SANA does, and cut to 300 tokens with <bos>, without <eos>. Padding
-    would be masked everywhere and Gemma is causal, so none is made. Degradation words in it get mask 0 (Eq. 2).
-    With an instruction before it, of n tokens, n + 298 are encoded, and the first and the last 299 places kept.
+    The prompt is lower-cased and stripped, as SANA does, and cut to 300 tokens with <bos>, without <eos>. No padding is
+    made: Gemma is causal and padding is masked, so it has no effect. Degradation words get mask 0 (Eq. 2).
+    After an instruction of n tokens, n + 298 tokens are encoded; the first and the last 299 positions are kept.
     """
     prompt = prompt.lower().strip()
     text = (instruction + prompt).replace(" ", "▁")
@@ -898,16 +922,16 @@ def save_tensors(state, path, metadata=None):
 def load_module(cls, folder, dtype=None, device="cpu"):
     """Build `cls` from an official folder: config.json and safetensors, one file or shards.
 
-    The module is made on the meta device and the mapped tensors are assigned, so that memory holds the weights once;
-    with another `dtype` than the stored one they are converted one by one. dtype None keeps what is stored.
-    Raises ValueError or OSError, naming the file and the keys, before anything is half loaded.
+    The module is built on the meta device and the memory-mapped tensors are assigned, so memory holds the weights once.
+    dtype: tensors of another dtype are converted one by one; None keeps the stored one.
+    Raises ValueError or OSError that names the file and the keys.
     """
     folder = Path(folder)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         with torch.device("meta"):
             module = cls(config)
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:  # of JSON, too; or no network has these sizes
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:  # of JSON as well, or of impossible sizes
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
     expected, state, problems = module.state_dict(), {}, []
     for name in weights.pick_files(os.listdir(folder), dtype, where=f"{folder}: "):
@@ -945,7 +969,7 @@ for _cls in (DCAE, Gemma2, LinearDiT):  # X.from_pretrained(folder, dtype=None, 
 
 
 def fingerprint(folder):
-    """A hash that changes with any file of `folder`: names, sizes, and 16 samples of 64 KiB of each file."""
+    """A hash of the names, the sizes and 16 samples of 64 KiB of all files of `folder`."""
     digest = hashlib.sha256()
     for path in sorted(path for path in Path(folder).iterdir() if path.is_file()):
         size = path.stat().st_size
@@ -971,7 +995,7 @@ def one_step(dit, z, t, c, mask):
 
 
 def spans(length, tile, overlap):
-    """Cover 0…length by equal pieces of at most `tile` that share `overlap` or a little more: [(start, end), …]."""
+    """Cover 0…length by equal pieces of at most `tile` that overlap by at least `overlap`: [(start, end), …]."""
     if length <= tile:
         return [(0, length)]
     count = math.ceil((length - overlap) / (tile - overlap))
@@ -980,7 +1004,7 @@ def spans(length, tile, overlap):
 
 
 def blend_weights(pieces, up):
-    """Per piece a weight for each of its positions × `up`: linear ramps across the overlaps, 1 elsewhere, sum 1."""
+    """For each piece a weight for each position × `up`: linear ramps in the overlaps, 1 elsewhere; they sum to 1."""
     ramps = []
     for i, (start, end) in enumerate(pieces):
         w = torch.ones((end - start) * up)
@@ -995,10 +1019,10 @@ def blend_weights(pieces, up):
 
 
 def tiled(f, x, tile, overlap, down=1, up=1, progress=None):
-    """f(x) by overlapping tiles, blended, so that memory does not grow with the picture but for input and output.
+    """f(x) by overlapping tiles, blended: besides input and output, memory does not grow with the picture.
 
-    x: B,C,h·down,w·down; f returns B,C',h·up,w·up of what it is given. tile and overlap count positions of the h×w
-    grid. f sees a tile at a time: where it mixes globally (attention) the result differs from f(x).
+    x: B,C,h·down,w·down -> B,C',h·up,w·up, as f maps each tile. tile and overlap count positions of the h×w grid. f
+    sees one tile at a time, so where it mixes globally (attention) the result differs from f(x).
     progress(done, total) is called before the first tile and after each.
     """
     rows, cols = spans(x.shape[2] // down, tile, overlap), spans(x.shape[3] // down, tile, overlap)
@@ -1056,7 +1080,8 @@ class PromptEncoder:
     @functools.cached_property
     def identity(self):
         """What the states of a prompt depend on besides it. The files are hashed once for each loaded model."""
-        return [fingerprint(self.folder / "text_encoder"), fingerprint(self.folder / "tokenizer"), str(self.dtype)]
+        return [fingerprint(self.folder / "text_encoder"), fingerprint(self.folder / "tokenizer"), str(self.dtype),
+                PROMPT_VERSION, MAX_TOKENS, DEGRADATION_WORDS]
 
     @torch.inference_mode()
     def __call__(self, prompts, instruction=""):

@@ -71,7 +71,7 @@ def relative_index(window, device):
 def shift_mask(side, window, device):
     """nW, 1, N, N: −100 between tokens that only the cyclic shift brought into one window, else 0.
 
-    After the roll the last window of a row holds, from its middle on, what was at the picture's other edge.
+    After the shift, the second half of the last window of a row holds tokens of the picture's other edge.
     """
     part = torch.zeros(side, dtype=torch.long, device=device)
     part[side - window:] = 1
@@ -242,7 +242,7 @@ class RAM(nn.Module):
 
     @torch.no_grad()
     def prepare(self):
-        """Computes what depends on no image: the tags' queries and their projection in the first layer."""
+        """Compute what does not depend on the image: the tags' queries and their projection in the first layer."""
         self.words = F.relu(self.wordvec_proj(self.label_embed))                      # tags, hidden
         self.words_q = self.tagging_head["encoder"]["layer"][0].query(self.words)    # tags, hidden
         return self
@@ -259,7 +259,7 @@ class RAM(nn.Module):
 
 
 def read_checkpoint(path):
-    """The flat state dict in a file; mapped, so only what is used is read from the disk.
+    """The flat state dict of a file. It is memory-mapped: only tensors that are used are read from the disk.
 
     path: `.safetensors`, or a PyTorch pickle of tensors, flat or under "model". Raises ValueError naming the file.
     """
@@ -289,7 +289,7 @@ def _pick(state, shapes, path):
 
 
 def ram_state(path, config=None):
-    """What tagging needs of a RAM checkpoint, under RAM's keys.
+    """The weights of a RAM checkpoint that tagging needs, under RAM's keys.
 
     The rest of the 5.6 GB (optimiser, caption decoder, tag encoder; buffers, which are recomputed) is left unread.
     """
@@ -339,7 +339,7 @@ def lean_path():
 
 
 def convert(out, path=None, config=None):
-    """Writes what tagging needs of RAM's checkpoint as fp16 safetensors to `out`; DAPE.pth stays as it is (7 MB)."""
+    """Write the weights of RAM's checkpoint that tagging needs to `out`, as fp16 safetensors."""
     state = ram_state(path or weights.file("ram"), config)
     state = {k: v.to(torch.float16).contiguous() for k, v in state.items()}
     if bad := [k for k, v in state.items() if not v.isfinite().all()]:
@@ -356,7 +356,7 @@ def convert(out, path=None, config=None):
 def preprocess(image, size=384):
     """PIL image → 1, 3, size, size, ImageNet-normalised. The aspect is not kept.
 
-    Bilinear *without* antialiasing even when shrinking: so did the tensors' resize that RAM and DAPE were used with.
+    Bilinear *without* antialiasing, even when shrinking, as RAM and DAPE resize tensors.
     """
     x = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
     x = F.interpolate(x, (size, size), mode="bilinear", align_corners=False, antialias=False)
@@ -385,7 +385,7 @@ def joined(tags):
 
 
 class Tagger:
-    """Tags pictures, remembering each picture's on the disk. Holds 0.85 GB in float32: `del` it when all are tagged."""
+    """Finds the tags of pictures and keeps them on the disk. It holds 0.85 GB in float32: `del` it after use."""
 
     def __init__(self, net):
         self.net = net

@@ -72,7 +72,17 @@ from runs import (
     write_atomically,
     write_csv,
 )
-from sanasr import build_prompt, fingerprint, inject_lora, load_lora, lora_parameters, one_step, save_lora
+from sanasr import (
+    build_prompt,
+    fingerprint,
+    inject_lora,
+    load_lora,
+    lora_modules,
+    lora_parameters,
+    one_step,
+    read_lora,
+    save_lora,
+)
 
 EMA = 0.999
 
@@ -145,7 +155,10 @@ class Run:
 
 @torch.no_grad()
 def validate(f, vae, pairs, conditions, tau, lpips):
-    """(mean LPIPS (AlexNet), mean PSNR, a grid x_L | x̂ | x_H of the first six) over the 8-bit results of `pairs`."""
+    """(mean LPIPS (AlexNet), mean PSNR, a grid x_L | x̂ | x_H of the first six) over the 8-bit results of `pairs`.
+
+    This PSNR is over R, G and B; eval.py's is over the luma Y, and some dB higher.
+    """
     device, distances, psnrs, rows = next(lpips.parameters()).device, [], [], []
     for (_, lr, hr), (c, m) in zip(pairs, conditions, strict=True):
         x_l, x_h = enlarge(lr)[None].to(device), (to_tensor(hr) * 2 - 1)[None].to(device)
@@ -168,7 +181,7 @@ def knee(values):
 
 
 def past_knee(run, patience):
-    """Where the knee lies `patience` validations back, copies its adapter to knee.safetensors and says so; else ""."""
+    """If the knee lies `patience` validations back: copy its adapter to knee.safetensors, return a message; else ""."""
     rows = read_log(run.folder / "log.csv")
     steps, values = zip(*((row["step"], row["val_lpips"]) for row in rows if "val_lpips" in row), strict=True)
     k = knee(values)
@@ -210,9 +223,38 @@ def select(args):
 # --- Training ---
 
 
+def start_adapter(args, dit):
+    """Inject the adapter that the settings and --init describe; fills in args.rank and args.lora_targets.
+
+    The projections that --init holds keep its ranks; the others get --rank. Raises SystemExit in one line for an option
+    that --init contradicts.
+    """
+    found = {}
+    if args.init:
+        try:
+            state, _ = read_lora(args.init)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+        found = {key.rpartition(".lora_")[0]: len(x) for key, x in state.items() if ".lora_A." in key}  # its rank
+    ffn = any(".ff." in name for name in found)
+    if ffn and args.lora_targets == "attn":
+        sys.exit(f"error: --lora-targets attn: --init {args.init} adapts the Mix-FFN too; leave --lora-targets out")
+    args.lora_targets = args.lora_targets or ("attn+ffn" if ffn else "attn")
+    wanted, args.rank = args.rank, args.rank or max(found.values(), default=64)
+    torch.manual_seed(args.seed)
+    names = inject_lora(dit, args.rank, targets=args.lora_targets)
+    if wanted and set(names) <= set(found) and wanted not in found.values():
+        sys.exit(f"error: --rank {wanted}: --init {args.init} has rank {max(found.values())}; leave --rank out")
+    if args.init:
+        try:
+            load_lora(dit, args.init)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+
+
 @contextmanager
 def holding(parameters, values):
-    """The parameters have these values for a while."""
+    """A context within which the parameters have these values."""
     own = [p.detach().clone() for p in parameters]
     copy(parameters, values)
     try:
@@ -228,18 +270,18 @@ def copy(parameters, values):
 
 
 def report_nan(path, step, names, prompts, t, values, norm):
-    """Writes what a step that went wrong was made of."""
+    """Write the samples, prompts and losses of a step whose loss is not finite."""
     content = {"step": step, "samples": names, "prompts": prompts, "t": t.tolist(), "grad_norm": str(norm),
                "losses": {k: str(v.item()) for k, v in values.items()}}
     write_atomically(path, lambda f: f.write(json.dumps(content, indent=1).encode()))
 
 
 def train(args, state=None):
-    """The whole run, see the top of the file; `state` is what a former one left. Returns the exit code."""
+    """The whole run, as the module's docstring says. state: of the run to resume, or None. Returns the exit code."""
     rank, world = ranks()
     device, say = args.device, partial(print, flush=True) if rank == 0 else lambda *a, **k: None
-    # a resumed run is to repeat the one that was not interrupted: bit for bit on a CPU; on a GPU the backward pass of
-    # the LPIPS network's max-pooling still adds in any order
+    # a resumed run repeats the uninterrupted one bit for bit on a CPU; on a GPU the backward pass of LPIPS's
+    # max-pooling still adds in an arbitrary order
     torch.backends.cudnn.deterministic = True
 
     # the networks, of which only the adapter learns
@@ -251,14 +293,9 @@ def train(args, state=None):
     judge = LPIPS.from_pretrained("alex").to(device)
     terms = {name: factor for name, factor in LAMBDA.items() if not getattr(args, f"no_{name}", False)}
     lpips, args.lpips = load_lpips(args.lpips) if "lpips" in terms else (None, "none")
-    torch.manual_seed(args.seed)
-    inject_lora(model.dit, args.rank, targets=args.lora_targets)
-    if args.init:
-        try:
-            load_lora(model.dit, args.init)
-        except ValueError as error:
-            sys.exit(f"error: {error}")
+    start_adapter(args, model.dit)
     adapter = lora_parameters(model.dit)
+    ranks_used = " and ".join(map(str, sorted({len(m.lora_A.weight) for m in lora_modules(model.dit).values()})))
     masters = [p.detach().clone() for p in adapter.values()]  # float32: what the optimiser moves
     for p in adapter.values():
         p.data = p.data.to(next(model.dit.parameters()).dtype)  # what the network computes with
@@ -312,7 +349,7 @@ def train(args, state=None):
 
     low, high = PROTOCOLS[args.protocol][1]
     say(report + (f"; {len(lq)} have real LR pictures" if args.lq else ""))
-    say(f"{args.model}: {sum(m.numel() for m in masters) / 1e6:.2f} M trained parameters (rank {args.rank}, "
+    say(f"{args.model}: {sum(m.numel() for m in masters) / 1e6:.2f} M trained parameters (rank {ranks_used}, "
         f"{args.lora_targets}); τ {args.timestep:g}, t {low} to {high}; losses {' '.join(terms)}, LPIPS {args.lpips}")
     say(f"effective batch {args.batch} × {world} = {args.batch * world} crops of {args.crop}; {args.dtype} on "
         f"{device}; seed {args.seed}; torch {torch.__version__}; {len(set(prompts))} prompts; {args.run}")
@@ -371,7 +408,7 @@ def train(args, state=None):
             scaler.update()
             copy(parameters, masters)
             step += 1
-            decay = min(EMA, step / (step + 10))  # so that a short run does not remember the untrained adapter
+            decay = min(EMA, step / (step + 10))  # smaller at first, so that the untrained adapter is soon forgotten
             for average_, master in zip(ema, masters, strict=True):
                 average_.lerp_(master, 1 - decay)
 
@@ -407,8 +444,8 @@ def train(args, state=None):
 # --- The command ---
 
 NOT_SETTINGS = ("run", "name", "device", "resume", "select")
-# what a resumed run may be given anew: how long and how it runs, but not what it computes
-CHANGEABLE = ("batch", "steps", "every", "workers", "checkpointing", "knee")  # batch: times the processes it is fixed
+# options that a resumed run may change: none of them changes what a step computes
+CHANGEABLE = ("batch", "steps", "every", "workers", "checkpointing", "knee")  # batch × processes must stay the same
 
 
 def parser():
@@ -428,21 +465,22 @@ def parser():
     add("--crop", type=int, help="pixels (default: what the model was trained at, 512 for SANA-0.6B)")
     add("--lr", type=float, default=5e-5)
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    add("--rank", type=int, default=64, help="of the adapter; its scale is 1")
-    add("--init", metavar="PATH", help="start from this adapter instead of from nothing")
-    add("--lora-targets", choices=["attn", "attn+ffn"], default="attn")
+    add("--rank", type=int, help="of the adapter; its scale is 1 (default: that of --init, else 64)")
+    add("--init", metavar="PATH", help="start from this adapter instead of from nothing: what it adapts keeps its rank")
+    add("--lora-targets", choices=["attn", "attn+ffn"], help="(default: those of --init, else attn)")
     add("--protocol", choices=list(PROTOCOLS), default="hq", help="hq: τ 900, tags of x_H; lq: τ 999, tags of x_L")
     add("--timestep", type=float, metavar="N", help="another τ, in (0, 1000]")
     add("--tags", metavar="none|ram|dape|FILE.csv", help="tags of the photos: none, by a tagger, or from the columns "
         "image and tags of a file (default: ram; none for the carried model)")
-    add("--suffix", default="appendix", metavar="appendix|main|none|TEXT", help="quality words after the tags")
+    add("--suffix", metavar="appendix|main|none|TEXT", help="quality words after the tags (default: appendix)")
     add("--lpips", choices=["vgg", "alex"], help="network of the LPIPS loss (default: vgg; alex for the carried model)")
     for name in ("lpips", "align", "cons"):
         add(f"--no-{name}", action="store_true", help="without this loss")
     add("--usm", action="store_true", help="sharpen x_H first, as Real-ESRGAN does")
     add("--mild", type=float, default=0.0, metavar="SHARE", help="of the pairs, 0 to 1: only blurred, resized and "
         "finely JPEG-coded, where the rest is degraded twice over (default 0)")
-    add("--val", type=int, default=8, metavar="N", help="photos held out for validation")
+    add("--val", type=int, default=8, metavar="N", help="validate on the first N of the photos that are held out (one "
+        "in 16, by the hash of the file); val_psnr in log.csv is over R, G, B, not over the luma as in eval.py")
     add("--knee", type=int, default=0, metavar="N", help="stop N validations past the knee of validation LPIPS "
         "(LinearSR's early stopping)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
@@ -457,7 +495,7 @@ def parse(argv=None):
     """-> (arguments, state to resume or None). Raises SystemExit in one line for what does not fit."""
     p, state = parser(), None
     args = p.parse_args(argv)
-    args.run = Path("runs") / args.name  # a path as a name stays that path
+    args.run = Path("runs") / args.name  # an absolute path as the name gives that path
     if args.resume:
         state = load_state(args.run / "state.pt")
         saved = {k: v for k, v in state["settings"].items() if hasattr(args, k)}
@@ -478,7 +516,7 @@ def parse(argv=None):
     if not 0 <= args.mild <= 1:
         p.error(f"--mild must lie in [0, 1], not {args.mild:g}")
     for option in ("steps", "every", "batch", "rank"):
-        if getattr(args, option) < 1:
+        if getattr(args, option) is not None and getattr(args, option) < 1:
             p.error(f"--{option} must be positive, not {getattr(args, option)}")
     args.device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
     args.dtype = dtype_name(pick_dtype(args.dtype, args.device))

@@ -15,7 +15,6 @@ once, and for each operation the longer of its bytes and its matrix products at 
 
 import argparse
 import json
-import os
 import sys
 import time
 from statistics import quantiles
@@ -27,9 +26,10 @@ from kernels.dispatch import device_obstacle, triton
 from kernels.linear_attention import linear_attention_reference
 from kernels.mix_ffn import depthwise_gate_reference
 from kernels.rms_norm import add_rms_norm_reference_
+from pictures import write_bytes
+from runs import DTYPES, cpu_name
 
 CARDS = {"H200": (4.3e12, 790e12), "4090": (1.0e12, 165e12)}  # bytes/s and bf16 FLOP/s, for the floors
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 CPU_TOKENS = 4096  # the largest case that is timed on a CPU
 
@@ -317,19 +317,8 @@ def main():
         show(row, labels, copies, matmul)
         results.append(row)
     if args.json:
-        with open(args.json + ".tmp", "w") as f:
-            json.dump({"about": about, "copy_rate": copies, "matmul_rate": matmul, "rows": results}, f, indent=1)
-        os.replace(args.json + ".tmp", args.json)
-
-
-def cpu_name():
-    try:
-        with open("/proc/cpuinfo") as f:
-            return next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
-    except (OSError, StopIteration):
-        import platform
-
-        return platform.processor() or platform.machine()
+        content = {"about": about, "copy_rate": copies, "matmul_rate": matmul, "rows": results}
+        write_bytes(args.json, json.dumps(content, indent=1))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class Stage:
 
 
 def own_macs(module, args, out):
-    """The products that `module` itself makes, beside those of its children. args: its inputs; out: its output."""
+    """The MACs of `module` itself, without those of its children. args: its inputs; out: its output."""
     x = args[0]
     if isinstance(module, nn.Conv2d):
         return out.numel() * module.weight[0].numel()
@@ -73,7 +73,7 @@ def count_macs(module, function, *args):
 
 
 def parameters(module):
-    """How many there are."""
+    """The number of parameters of `module`."""
     return sum(p.numel() for p in module.parameters())
 
 
@@ -112,8 +112,8 @@ def latency(function, args, runs=5):
 def profile(model, side=512, tokens=MAX_TOKENS):
     """model: SanaSR -> [Stage] for a result of side × side, a multiple of the autoencoder's 32.
 
-    MACs are counted on the meta device, so that the text encoder need not be read for them; it is loaded last, to be
-    timed, when the others are done. Raises OSError or ValueError where that fails.
+    MACs are counted on the meta device, without weights. The text encoder is loaded last, only to be timed.
+    Raises OSError or ValueError where that fails.
     """
     config = json.loads((model.folder / "text_encoder" / "config.json").read_text("utf-8"))
     with torch.device("meta"):
@@ -130,7 +130,7 @@ def profile(model, side=512, tokens=MAX_TOKENS):
 
 
 def print_profile(table):
-    """Stage by stage; the total leaves the text encoder out: its states of a prompt are computed once, then cached."""
+    """Print the table. The total leaves the text encoder out: a prompt's states are computed once, then cached."""
     def line(name, *cells):
         return name.ljust(16) + "".join(cell.rjust(14) for cell in cells)
 

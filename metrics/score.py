@@ -157,4 +157,4 @@ def print_table(rows, note=""):
 def write_scores(rows, path, note=""):
     """image, metrics with 6 decimals; the last row is the mean. A note stands in every row, in a last column `note`."""
     extra = {"note": note} if note else {}
-    write_csv(path, [*rows[0], *extra], [row | extra for row in [*rows, mean(rows)]], ".6f")
+    write_csv(path, [*rows[0], *extra], [row | extra for row in [*rows, mean(rows)]], ".6f", "\n")

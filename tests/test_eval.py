@@ -1,6 +1,7 @@
 """eval.py: every kind of picture in, four times its size out, nothing lost or overwritten, errors in one line."""
 import io
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -10,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms
 from tiny import tiny_model
+from tqdm import tqdm
 
 import eval as evaluate
 import pictures
+import runs
+import sanasr
 import tagger
 import weights
 
@@ -176,6 +180,86 @@ def test_colour_profile_is_kept_where_it_still_holds(run):
     with Image.open("results/p_x4.png") as kept, Image.open("results/cmyk_x4.png") as dropped:
         assert kept.info.get("icc_profile") == profile
         assert "icc_profile" not in dropped.info
+
+
+def photo_with_exif(path, **options):
+    """A JPEG (or another format) as a camera writes it: rotated, with a place, an exposure and a thumbnail."""
+    exif = Image.Exif()
+    exif.update({0x0112: 6, 0x010F: "Maker", 0x8298: "Somebody", 0x0100: 7, 0x0101: 5})
+    exif.get_ifd(ExifTags.IFD.Exif).update({0x829A: 0.5, 0xA002: 7, 0xA003: 5})
+    exif.get_ifd(ExifTags.IFD.GPSInfo).update({1: "N", 2: (48.0, 8.0, 0.0)})
+    RGB.save(path, exif=exif.tobytes(), **options)
+
+
+@pytest.mark.parametrize("source", ["photo.jpg", "photo.png", "photo.tiff", "photo.webp"])
+@pytest.mark.parametrize("target", ["out.png", "out.jpg", "out.webp", "out.tiff"])
+def test_exif_is_kept_upright_and_without_thumbnail(run, source, target):
+    photo_with_exif(source)
+    assert run(source, "--out", target, "--compare")[0] == 0
+    for path in (target, target.replace("out", "out_bicubic")):
+        with Image.open(path) as result:
+            assert result.size == (20, 28), "turned upright"
+            exif = result.getexif()
+            assert (exif[0x010F], exif[0x8298]) == ("Maker", "Somebody")
+            assert exif.get(0x0112, 1) == 1 and exif.get(0x0100, 20) == 20 and exif.get(0x0101, 28) == 28
+            assert exif.get_ifd(ExifTags.IFD.Exif)[0x829A] == 0.5
+            assert not {0xA002, 0xA003} & set(exif.get_ifd(ExifTags.IFD.Exif))
+            assert exif.get_ifd(ExifTags.IFD.GPSInfo)[1] == "N"
+            assert not exif.get_ifd(ExifTags.IFD.IFD1)
+
+
+def test_a_thumbnail_is_dropped(run):
+    photo_with_exif("photo.jpg")
+    data = Path("photo.jpg").read_bytes()
+    tiff = data.index(b"Exif\0\0") + 6
+    endian = "<" if data[tiff:tiff + 2] == b"II" else ">"
+    entries = struct.unpack(endian + "H", data[tiff + 8:tiff + 10])[0]
+    after = tiff + 10 + 12 * entries  # the offset of the next directory: make it point to a new one at the end
+    end = data.index(b"\xff\xdb") - tiff
+    thumbnail = struct.pack(endian + "HHHIIHHII", 2, 0x0201, 4, 1, end + 30, 0x0202, 4, 1, 4) + b"\0\0\0\0" + b"tiny"
+    length = struct.unpack(">H", data[tiff - 8:tiff - 6])[0]
+    data = (data[:tiff - 8] + struct.pack(">H", length + len(thumbnail)) + data[tiff - 6:after]
+            + struct.pack(endian + "I", end) + data[after + 4:tiff + end] + thumbnail + data[tiff + end:])
+    Path("photo.jpg").write_bytes(data)
+    with Image.open("photo.jpg") as source:
+        assert source.getexif().get_ifd(ExifTags.IFD.IFD1)[0x0202] == 4
+    assert run("photo.jpg", "--out", "out.jpg")[0] == 0
+    with Image.open("out.jpg") as result:
+        assert not result.getexif().get_ifd(ExifTags.IFD.IFD1) and result.getexif()[0x010F] == "Maker"
+    assert b"tiny" not in Path("out.jpg").read_bytes()
+
+
+def test_no_metadata_drops_exif_and_profile(run):
+    photo_with_exif("photo.jpg", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    assert run("photo.jpg", "--out", "out.jpg", "--no-metadata")[0] == 0
+    with Image.open("out.jpg") as result:
+        assert result.size == (20, 28) and not result.getexif() and "icc_profile" not in result.info
+
+
+def test_damaged_exif_costs_no_picture(run):
+    RGB.save("a.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f and no directory")
+    assert run("a.jpg")[0] == 0 and Path("results/a_x4.png").exists()
+
+
+def test_exif_too_long_for_a_jpeg_is_left_out(run):
+    exif = Image.Exif()
+    exif[0x010E] = "x" * 70000
+    RGB.save("a.png", exif=exif)
+    assert run("a.png", "--out", "b.jpg")[0] == 0 and not Image.open("b.jpg").getexif()
+    assert run("a.png", "--out", "b.png")[0] == 0 and len(Image.open("b.png").getexif()[0x010E]) == 70000
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4])
+def test_scale(run, scale):
+    image = RGB.copy()
+    image.putalpha(Image.fromarray(noise(5, 7, seed=1)))
+    image.save("a.png")
+    code, out, _ = run("a.png", "--scale", scale, "--compare", "--color-fix", "wavelet")
+    assert code == 0 and f"7×5 → {7 * scale}×{5 * scale}" in out
+    for name in (f"results/a_x{scale}.png", f"results/a_x{scale}_bicubic.png"):
+        with Image.open(name) as result:
+            assert result.size == (7 * scale, 5 * scale) and result.mode == "RGBA"
+    assert run("a.png", "--scale", 3)[0] != 0
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1)])
@@ -370,6 +454,56 @@ def test_options_reach_the_model(monkeypatch, tmp_path):
     assert model.seen == {"prompt": "", "suffix": None, "timestep": None, "tile": None, "instruction": None}
 
 
+def test_an_adapters_suffix_is_used_unless_told_otherwise(model, tmp_path, monkeypatch):
+    """What train.py --suffix none wrote is evaluated without suffix, what prune.py merged as well."""
+    monkeypatch.chdir(tmp_path)
+    RGB.save("a.png")
+    dit = sanasr.LinearDiT.from_pretrained(model / "transformer")
+    sanasr.inject_lora(dit, 2)
+    sanasr.save_lora(dit, "a.safetensors", {"suffix": "none"})
+    pruned = shutil.copytree(model, tmp_path / "pruned")
+    sanasr.save_module(sanasr.LinearDiT.from_pretrained(model / "transformer"), pruned / "transformer",
+                       metadata={"suffix": "none"})
+    seen = []
+    monkeypatch.setattr(sanasr, "tokenize_prompt", lambda tokenizer, prompt, *rest, really=sanasr.tokenize_prompt: (
+        seen.append(prompt), really(tokenizer, prompt, *rest))[1])
+    for i, options in enumerate((["--model", model, "--adapter", "a.safetensors"], ["--model", pruned])):
+        words = f"tree {i}"  # not in the cache yet
+        argv = ["a.png", "--prompt", words, "--device", "cpu", *map(str, options)]
+        assert evaluate.main(argv) == 0 and seen[-1] == words
+        assert evaluate.main([*argv, "--suffix", "main"]) == 0 and seen[-1] == f"{words}, {sanasr.SUFFIXES['main']}"
+    assert evaluate.main(["a.png", "--model", str(model), "--prompt", "x", "--device", "cpu"]) == 0
+    assert seen[-1] == f"x, {sanasr.SUFFIXES['appendix']}"
+
+
+@pytest.mark.parametrize("option, device, expected", [
+    ("auto", "cpu", [False]), ("on", "cpu", [False]), ("off", "cpu", []), ("auto", "cuda", []), ("on", "cuda", [True]),
+    ("off", "cuda", [])])
+def test_fast_is_for_a_cpu_by_default_and_has_graphs_on_a_gpu(model, monkeypatch, option, device, expected):
+    calls = []
+    monkeypatch.setattr(sanasr.SanaSR, "from_pretrained", lambda *args: None)
+    monkeypatch.setattr("fast.optimise", lambda model, graphs: calls.append(graphs))
+    monkeypatch.setattr("fast.keep_memory", lambda: None)
+    runs.load_model(model, torch.device(device), torch.float32, None, option)
+    assert calls == expected
+
+
+def test_one_picture_of_many_tiles_shows_a_bar_for_each_stage(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(noise(40, 40, 3)).save("a.png")
+    bars = []
+    monkeypatch.setattr(evaluate, "tqdm", lambda *items, **options: bars.append(options) or tqdm(
+        *items, **options | {"disable": False, "file": sys.stderr}))
+    monkeypatch.setattr(evaluate.tqdm, "write", print, raising=False)
+    assert evaluate.main(["a.png", "--model", str(model), "--device", "cpu", "--tile", "64"]) == 0
+    tiles = [bar for bar in bars if bar.get("unit") == "tile"]
+    assert [bar["desc"] for bar in tiles] == ["encode", "dit", "decode"] and len({bar["total"] for bar in tiles}) == 1
+    assert tiles[0]["total"] > 4 and f"/{tiles[0]['total']} [" in capsys.readouterr().err
+    bars.clear()
+    assert evaluate.main(["a.png", "--model", str(model), "--device", "cpu"]) == 0
+    assert not [bar for bar in bars if bar.get("unit") == "tile"], "one tile, no bar"
+
+
 # --- tags ---
 
 class Tags:
@@ -406,8 +540,9 @@ def test_tags_from_a_file(run, monkeypatch):
     model = Nearest()
     monkeypatch.setattr(evaluate, "load_model", lambda *args: model)
     RGB.save("a.png")
-    Path("tags.csv").write_text('image,tags\nelsewhere/a.png,"a wall, red"\n')
-    assert run("a.png", "--tagger", "tags.csv")[0] == 0 and model.seen["prompt"] == "a wall, red"
+    Path("tags.csv").write_text('image,tags\nelsewhere/a.png,"a wall, blurry picture, red"\n')
+    assert run("a.png", "--tagger", "tags.csv")[0] == 0
+    assert model.seen["prompt"] == "a wall, red", "words of degradation are left out, as in training"
     code, _, err = run("a.png", "--tagger", "none.csv")
     assert code == 1 and "none.csv: No such file" in err
 

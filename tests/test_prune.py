@@ -372,6 +372,24 @@ def test_a_resumed_calibration_is_that_which_was_not_interrupted(run):
     assert notes["kept"] == [0, 4] and notes["saliency"] == "obd"
 
 
+def test_calibrations_on_other_tags_or_lr_pictures_are_not_mixed(run, photos, tmp_path):
+    table, lq = tmp_path / "tags.csv", tmp_path / "lq"
+    table.write_text("image,tags\n" + "".join(f"{i}.png,tree\n" for i in range(4)))
+    lq.mkdir()
+    for i in range(4):
+        with Image.open(photos / f"{i}.png") as image:
+            image.resize((image.width // 4, image.height // 4)).save(lq / f"{i}.png")
+    run("out", "--tags", table, "--lq", lq, steps=1)
+    run("out", "--tags", table, "--lq", lq, "--resume", steps=2)
+    with pytest.raises(SystemExit, match="tags, prompts_sha256 changed"):
+        run("out", "--tags", "none", "--lq", lq, "--resume", steps=3)
+    with pytest.raises(SystemExit, match="lq_sha256 changed"):
+        run("out", "--tags", table, "--resume", steps=3)
+    table.write_text("image,tags\n" + "".join(f"{i}.png,cat\n" for i in range(4)))
+    with pytest.raises(SystemExit, match="resume: prompts_sha256 changed"):
+        run("out", "--tags", table, "--lq", lq, "--resume", steps=3)
+
+
 def test_ctrl_c_saves_and_resumes(photos, deep, tmp_path):
     out = tmp_path / "out"
     argv = ["--data", photos, "--model", deep, "--out", out, "--steps", 100_000, "--keep", 3, *QUICK]

@@ -438,3 +438,106 @@ def test_an_adapter_beside_the_model_is_used_and_can_be_left_out(tiny_model, tmp
     assert model.timestep == 999 and plain.timestep == 900
     image = noise(8, 8)
     assert model.restore(image).tobytes() != plain.restore(image, timestep=999).tobytes()
+
+
+# --- what a config, an adapter's metadata and the prompt cache may not leave unsaid ---
+
+
+@pytest.mark.parametrize("key, value", [
+    ("encoder_block_types", "Foo"), ("decoder_block_types", ["ResBlock"] * 5 + ["Foo"]),
+    ("upsample_block_type", "bar"), ("downsample_block_type", "Convv")])
+def test_unknown_blocks_are_an_error_that_names_the_key(key, value):
+    config = json.loads((DATA / "model" / "dcae_small.json").read_text())["config"] | {key: value}
+    with pytest.raises(ValueError, match=f"DCAE config: {key} = .*not supported"), torch.device("meta"):
+        DCAE(config)
+
+
+def test_a_transformer_without_a_sample_size_is_an_error():
+    config = json.loads((DATA / "model" / "dit_small.json").read_text())["config"] | {"sample_size": None}
+    with pytest.raises(ValueError, match="LinearDiT config: sample_size = None"), torch.device("meta"):
+        LinearDiT(config)
+
+
+@pytest.mark.parametrize("alphas", [(4, 16), (2, 8), (4, 4)])
+def test_an_adapter_of_mixed_ranks_comes_back_as_it_was(tmp_path, alphas):
+    dit, inputs = adapted()
+    sanasr.inject_lora(dit, rank=16, alpha=alphas[1], targets="attn+ffn")
+    for name, module in sanasr.lora_modules(dit).items():
+        if ".ff." not in name:
+            sanasr._attach_lora(module, 4, alphas[0] / 4)
+    randomise(dit)
+    sanasr.save_lora(dit, tmp_path / "a.safetensors")
+    fresh = golden(LinearDiT, "dit_small")[0]
+    metadata = sanasr.load_lora(fresh, tmp_path / "a.safetensors")
+    scales = {name: module.adapter_scale for name, module in sanasr.lora_modules(fresh).items()}
+    assert scales == {name: module.adapter_scale for name, module in sanasr.lora_modules(dit).items()}
+    assert torch.equal(fresh(*inputs), dit(*inputs)) and metadata["rank"] == "4 16"
+
+
+def test_conditioning_takes_the_word_of_the_caller_then_of_the_adapter():
+    trained = {"suffix": "main", "timestep": "999.0", "instruction": "Enhance: "}
+    assert sanasr.conditioning(trained) == {"suffix": "main", "timestep": 999.0, "instruction": "Enhance: "}
+    assert sanasr.conditioning(trained, "none", 500, "") == {"suffix": "none", "timestep": 500.0, "instruction": ""}
+    assert sanasr.conditioning({}) == {"suffix": "appendix", "timestep": 900.0, "instruction": ""}
+    assert sanasr.conditioning({}, default_timestep=999)["timestep"] == 999
+
+
+def test_restore_uses_the_suffix_that_the_adapter_was_trained_with(tiny_model, tmp_path):
+    dit = LinearDiT.from_pretrained(tiny_model / "transformer")
+    sanasr.inject_lora(dit, 2)
+    sanasr.save_lora(dit, tmp_path / "a.safetensors", {"suffix": "none"})
+    model, image = SanaSR.from_pretrained(tiny_model, adapter=tmp_path / "a.safetensors"), Image.new("RGB", (8, 8))
+    seen, encode = [], model.prompts
+    model.prompts = lambda prompts, instruction: seen.append(prompts) or encode(prompts, instruction)
+    model.restore(image, "tree")
+    model.restore(image, "tree", suffix="main")
+    assert seen == ["tree", "tree, " + sanasr.SUFFIXES["main"]]
+
+
+@pytest.mark.parametrize("name, value", [("MAX_TOKENS", 5), ("DEGRADATION_WORDS", ("tree",)), ("PROMPT_VERSION", -1)])
+def test_the_prompt_cache_knows_all_that_the_states_depend_on(tiny_model, monkeypatch, name, value):
+    before = sanasr.PromptEncoder(tiny_model).identity
+    monkeypatch.setattr(sanasr, name, value)
+    assert sanasr.PromptEncoder(tiny_model).identity != before
+
+
+def test_the_text_encoder_is_hashed_once_for_each_model(tiny_model, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(sanasr, "fingerprint", lambda folder, really=sanasr.fingerprint: (
+        hashed.append(folder.name), really(folder))[1])
+    model = SanaSR.from_pretrained(tiny_model)
+    for prompt in ("a", "b", "a"):
+        model.encode_prompt(prompt)
+    assert hashed == ["text_encoder", "tokenizer"]
+
+
+@pytest.mark.parametrize("capability, native", [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_emulated_bfloat16_does_not_count(monkeypatch, capability, native):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert sanasr.computes_bf16("cuda") is native
+    dtype = torch.bfloat16 if native else torch.float32
+    assert sanasr.choose_dtypes("cuda") == (dtype, dtype)
+    assert sanasr.choose_dtypes("cuda", torch.float16) == (torch.float16, dtype)
+    assert sanasr.choose_dtypes("cuda", torch.float32) == (torch.float32, torch.float32)
+    assert sanasr.choose_dtypes("cpu") == (torch.float32, torch.float32)
+
+
+def test_a_model_is_built_from_parts(tiny_model):
+    whole = SanaSR.from_pretrained(tiny_model)
+    parts = SanaSR(whole.vae, whole.dit, lambda prompts, instruction: whole.encode_prompt(prompts, instruction))
+    image = Image.effect_noise((16, 12), 80).convert("RGB")
+    assert parts.restore(image, "tree").tobytes() == whole.restore(image, "tree").tobytes()
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4])
+def test_scale_and_progress(tiny_model, scale):
+    model, seen = SanaSR.from_pretrained(tiny_model), []
+    image = Image.effect_noise((80, 40), 80).convert("RGB")
+    enlarged = image.resize((80 * scale, 40 * scale), Image.Resampling.BICUBIC)
+    result = model.restore(image, scale=scale, tile=64, progress=lambda *what: seen.append(what))
+    assert result.size == enlarged.size
+    assert result.tobytes() == model.restore(enlarged, scale=1, tile=64).tobytes()
+    assert [stage for stage, done, _ in seen if done == 0] == ["encode", "dit", "decode"]
+    total = seen[0][2]
+    assert [what[1:] for what in seen if what[0] == "dit"] == [(i, total) for i in range(total + 1)] and total > 1

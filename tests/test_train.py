@@ -2,6 +2,7 @@
 import copy
 import csv
 import errno
+import hashlib
 import json
 import math
 import os
@@ -25,10 +26,10 @@ import objective
 import tagger
 import train
 import weights
-from photos import Pairs, match_lq, photo_tags, scan, validation_pairs
+from photos import Pairs, held_out, match_lq, photo_tags, scan, split, validation_pairs
 from pictures import read
 from runs import peak_memory
-from sanasr import DCAE, LinearDiT, SanaSR, inject_lora, lora_parameters
+from sanasr import DCAE, LinearDiT, SanaSR, inject_lora, lora_modules, lora_parameters, save_lora
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # for the training in a process of its own
@@ -438,6 +439,98 @@ def test_init_starts_from_an_adapter(here, run, capsys):
     (here / "no.safetensors").write_text("no adapter")
     with pytest.raises(SystemExit, match="no.safetensors: not a whole safetensors file"):
         run("third", "--init", here / "no.safetensors")
+
+
+def made_adapter(path, rank, targets):
+    """An adapter file for the tiny model, with random B."""
+    dit = LinearDiT.from_pretrained(path.parent / "model" / "transformer")
+    inject_lora(dit, rank, targets=targets)
+    for i, p in enumerate(lora_parameters(dit).values()):
+        p.data = 0.01 * noise(*p.shape, seed=i).float()
+    save_lora(dit, path)
+    return path
+
+
+def trained(folder):
+    with safe_open(folder / "adapter.safetensors", "pt") as f:
+        return f.metadata(), {f.get_tensor(k).shape[0] for k in f.keys() if ".lora_A." in k}
+
+
+def test_init_decides_rank_and_targets_and_all_say_so(here, run, tiny_model, capsys):
+    (here / "model").symlink_to(tiny_model)
+    both = made_adapter(here / "both.safetensors", 4, "attn+ffn")
+    metadata, ranks = trained(run("as-init", "--steps", 1, "--init", both))
+    assert ranks == {4} and (metadata["rank"], metadata["lora_targets"]) == ("4", "attn+ffn")
+    assert "(rank 4, attn+ffn)" in capsys.readouterr().out
+    attn = made_adapter(here / "attn.safetensors", 4, "attn")
+    mixed = run("mixed", "--steps", 1, "--init", attn, "--rank", 16, "--lora-targets", "attn+ffn")
+    metadata, ranks = trained(mixed)
+    assert ranks == {4, 16} and (metadata["rank"], metadata["lora_targets"]) == ("4 16", "attn+ffn")
+    assert "(rank 4 and 16, attn+ffn)" in capsys.readouterr().out
+    model = SanaSR.from_pretrained(tiny_model, adapter=mixed / "adapter.safetensors", merge=False)
+    assert {m.adapter_scale for m in lora_modules(model.dit).values()} == {1.0}
+    assert train.main(["--name", "mixed", "--resume", "--steps", "2"]) == 0 and trained(mixed)[1] == {4, 16}
+    for options, message in ((["--init", both, "--rank", 8], "--rank 8: --init .* has rank 4"),
+                             (["--init", both, "--lora-targets", "attn"], "adapts the Mix-FFN too")):
+        with pytest.raises(SystemExit, match=message):
+            run("refused", "--steps", 1, *options)
+
+
+def test_the_tags_cache_tells_taggers_and_pictures_apart(photos, tmp_path, monkeypatch):
+    seen = []
+
+    class Fake:
+        def __init__(self, name):
+            self.name = name
+
+        def tags(self, image):
+            seen.append(image.size)
+            return [self.name, f"tag {len(seen)}"]
+    monkeypatch.setattr("tagger.open_tagger", lambda kind, device=None: Fake(kind))
+    found, _ = scan([photos], 96, tmp_path / "index.json", 1)
+    photo = next(p for p in found if p.path.endswith("a.png"))
+    lq, cache = tmp_path / "a_LR4.png", tmp_path / "tags.csv"
+    Image.new("RGB", (photo.width // 4, photo.height // 4)).save(lq)
+    ways = [("ram", "hq", {}), ("dape", "hq", {}), ("ram", "lq", {}), ("ram", "lq", {photo.path: str(lq)})]
+    first = [photo_tags(kind, protocol, [photo], pairs, cache) for kind, protocol, pairs in ways]
+    assert len({tags[0][1] for tags in first}) == 4 and first[1][0][0] == "dape"
+    assert [photo_tags(kind, protocol, [photo], pairs, cache) for kind, protocol, pairs in ways] == first
+    assert len(seen) == 4, "nothing was looked at twice"
+
+
+# --- the hold-out rule ---
+
+def test_one_photo_in_16_is_held_out_by_its_hash():
+    hashes = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(3200)]
+    held = held_out(hashes)
+    assert 150 < len(held) < 250
+    assert held == held_out(reversed(hashes)) and held & set(hashes[:1600]) == held_out(hashes[:1600])
+
+
+@pytest.mark.parametrize("count, expected", [(1, 0), (2, 1), (15, 1), (40, 2)])
+def test_tiny_sets_hold_out_their_smallest_hashes(count, expected):
+    hashes = [f"{i + 16:02x}" for i in range(count)]  # none begins with 0
+    assert held_out(hashes) == set(hashes[:expected])
+    assert held_out([f"0{h}" for h in hashes]) == {f"0{h}" for h in hashes[:expected]}  # all of them do
+
+
+def test_no_stage_trains_on_what_is_held_out(photos, tmp_path):
+    from lab import pretrain
+    found, _ = scan([photos], 96, tmp_path / "index.json", 1)
+    ours, held = split(found)
+    theirs = pretrain.Photos([photos], 96)
+    assert {p.path for p in held} == {str(path) for path, _ in theirs.val if path.name != "copy.png"}
+    assert {p.path for p in ours} == {str(path) for path, _ in theirs.train if path.name != "copy.png"}
+
+
+@pytest.mark.parametrize("val", [0, 1, 8])
+def test_whatever_val_says_held_out_photos_are_not_trained_on(run, photos, monkeypatch, val):
+    seen = []
+    monkeypatch.setattr(train, "Pairs", lambda p, *rest, **options: seen.append(p) or Pairs(p, *rest, **options))
+    folder = run("r", "--steps", 1, "--val", val)
+    _, held = split(scan([photos], 96, folder / "data.json", 1)[0])
+    assert not {p.sha256 for p in held} & {p.sha256 for p in seen[0]} and len(held) == 1
+    assert len(list(folder.glob("val/hr/*"))) == min(val, 1)
 
 
 def lora_parameters_of(folder):

@@ -1,0 +1,95 @@
+"""The one atomic write, and the helpers of runs.py that write through it."""
+import csv
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import runs
+from pictures import atomically, write_bytes
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_file_appears_whole_and_alone(tmp_path):
+    path = tmp_path / "new" / "x.bin"
+    with atomically(path) as temporary:
+        assert temporary.parent == path.parent and not path.exists()
+        temporary.write_bytes(b"content")
+        with atomically(path) as other:  # a second writer of the same file, or the same process again
+            assert other != temporary
+            other.write_bytes(b"in between")
+    assert path.read_bytes() == b"content" and os.listdir(path.parent) == ["x.bin"]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt, RuntimeError])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    (tmp_path / "x").write_bytes(b"old")
+    with pytest.raises(error), atomically(tmp_path / "x") as temporary:
+        temporary.write_bytes(b"half")
+        raise error
+    assert (tmp_path / "x").read_bytes() == b"old" and os.listdir(tmp_path) == ["x"]
+
+
+def test_it_reaches_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
+    done = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (done.append("fsync"), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("rename"), replace(*paths)))
+    write_bytes(tmp_path / "x", "content")
+    assert done == ["fsync", "rename", "fsync"], "the file, then its name, then the folder"
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    code = f"""
+import os, signal
+from pictures import atomically
+with atomically({str(tmp_path / "x")!r}) as temporary:
+    temporary.write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT)
+    left, = tmp_path.iterdir()
+    (tmp_path / ".x.something.else.tmp").write_bytes(b"not ours")
+    write_bytes(tmp_path / "x", b"1")
+    assert left.exists(), "it might belong to another machine that shares the folder"
+    os.utime(left, (time.time() - 120,) * 2)
+    mine = left.with_name(left.name.replace(left.name.split(".")[2], str(os.getpid())))
+    mine.write_bytes(b"of a process that runs")
+    os.utime(mine, (time.time() - 120,) * 2)
+    write_bytes(tmp_path / "x", b"2")
+    assert not left.exists() and mine.exists() and (tmp_path / ".x.something.else.tmp").exists()
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path):
+    (tmp_path / "plain").write_bytes(b"")
+    write_bytes(tmp_path / "atomic", b"")
+    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_nothing_else_writes_to_a_temporary_name():
+    for path in (p for d in (".", "kernels", "metrics", "weights", "lab", "examples") for p in ROOT.glob(f"{d}/*.py")):
+        text = path.read_text(encoding="utf-8")
+        assert path.name == "pictures.py" or not ("os.replace(" in text or '.tmp"' in text), path
+
+
+def test_states_and_tables(tmp_path):
+    runs.save_state(tmp_path / "state.pt", {"step": 3, "x": torch.arange(3)})
+    assert runs.load_state(tmp_path / "state.pt")["x"].tolist() == [0, 1, 2]
+    (tmp_path / "state.pt").write_bytes(b"damaged")
+    with pytest.raises(SystemExit, match="state.pt cannot be read .*; start anew"):
+        runs.load_state(tmp_path / "state.pt")
+    with pytest.raises(SystemExit, match="nothing.pt: there is nothing to resume"):
+        runs.load_state(tmp_path / "nothing.pt")
+    runs.write_csv(tmp_path / "t.csv", ["a", "b"], [{"a": 1 / 3, "b": "x, y"}, {"b": 2}])
+    with open(tmp_path / "t.csv", newline="") as f:
+        assert list(csv.reader(f)) == [["a", "b"], ["0.333333", "x, y"], ["", "2"]]
+
+
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "folder").write_bytes(b"a file")
+    with pytest.raises(SystemExit, match=r"error: .*folder/state.pt cannot be written"):
+        runs.save_state(tmp_path / "folder" / "state.pt", {})
