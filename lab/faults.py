@@ -2,7 +2,7 @@
 
     python -m lab.faults --out runs/faults                 everything, minutes on two cores; writes faults.md, faults.json
     python -m lab.faults --out runs/faults --quick         a sample of each kind, as the tests run it
-    python -m lab.faults --out runs/faults --only config   the kinds whose name contains "config"; the cases stay on disk
+    python -m lab.faults --out runs/faults --only signals  a part: signals, machine, inputs or the name of a kind
 
 Every case runs in a forked process that has the modules loaded already, on a tiny model, and is checked for this:
 
@@ -224,8 +224,8 @@ def content(path):
     """What has to be equal after a resumed run, as a comparable value."""
     def plain(x):
         if isinstance(x, torch.Tensor):
-            return str(x.dtype), tuple(x.shape), hashlib.sha256(x.contiguous().view(torch.uint8).numpy().tobytes()
-                                                                if x.numel() else b"").hexdigest()
+            data = x.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            return str(x.dtype), tuple(x.shape), hashlib.sha256(data).hexdigest()
         if isinstance(x, dict):
             return {str(k): plain(v) for k, v in x.items() if k not in TIMED}
         return [plain(v) for v in x] if isinstance(x, list | tuple) else x
@@ -1198,7 +1198,8 @@ def main(argv=None):
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: the cores)")
     parser.add_argument("--moments", type=int, default=50, help="signals to each command (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a tenth of the inputs, two signals to each command")
-    parser.add_argument("--only", default="", metavar="TEXT", help="kinds that contain this text; their files are kept")
+    parser.add_argument("--only", default="", metavar="TEXT", help="of inputs: KIND, signals, machine: those that "
+                        "contain this text; their files are kept")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="PIL")
@@ -1208,7 +1209,7 @@ def main(argv=None):
     shared = work / "shared"
     make_shared(shared)
 
-    cases = [case for case in every_case(args.seed, shared) if args.only in case.kind]
+    cases = [case for case in every_case(args.seed, shared) if args.only in f"inputs: {case.kind}"]
     if args.quick:
         seen = Counter()
         cases = [c for c in cases if (seen.update([c.kind]), (seen[c.kind] - 1) % 10 == 0)[1]]
@@ -1230,7 +1231,7 @@ def main(argv=None):
     units = [(tried, first) for first in range(0, len(cases), 25)]
     if args.only in "signals":
         units = [(all_kills, name) for name in names] + units
-    if not args.only or args.only in "machine":
+    if args.only in "machine":
         units = [(all_disks, name) for name in (names[:1] if args.quick else names)] + units
     rows = pooled(units, args.jobs, work)
     report(rows, args, time.monotonic() - began)
