@@ -71,9 +71,10 @@ def scan(folders, crop, index, workers):
     index: a JSON file that remembers what was read, so that a second scan reads only new files.
     Raises SystemExit where a folder is missing or nothing is left.
     """
-    known = {}
-    if index.is_file():
+    try:
         known = {row[0]: Photo(*row) for row in json.loads(index.read_text())}
+    except (OSError, ValueError, TypeError, IndexError, KeyError):  # there is none, or it is damaged: made anew
+        known = {}
     paths = photo_paths(folders)
 
     def look(path):

@@ -44,6 +44,7 @@ from runs import (
     DTYPES,
     Signals,
     batches,
+    claimed,
     dtype_name,
     load_model,
     load_state,
@@ -636,7 +637,8 @@ def prune(args):
 def main(argv=None):
     args = parse(argv)
     try:
-        return prune(args)
+        with claimed(args.out):
+            return prune(args)
     except KeyboardInterrupt:  # outside the loops, which save
         print(f"interrupted; every file in {args.out} is whole", file=sys.stderr)
         return 130

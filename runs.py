@@ -1,7 +1,9 @@
 """What the commands share: device and dtype, loading a model, state that can be resumed, signals, ranks, tables."""
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
 import os
 import platform
 import signal
@@ -12,6 +14,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from pictures import atomically, whole, why, write_bytes
 
@@ -131,6 +138,28 @@ def write_csv(path, columns, rows, digits=".6g", end="\r\n"):
     out.writeheader()
     out.writerows({k: format(v, digits) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     write_bytes(path, text.getvalue())
+
+
+@contextlib.contextmanager
+def claimed(folder):
+    """A context in which no other process may claim `folder`; it is made where it is missing.
+
+    The claim ends with the process, however that ends. Where the file system knows no locks, all are let in.
+    Raises SystemExit in one line where another process has the folder, or where it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "a")
+    except OSError as error:
+        sys.exit(f"error: {folder} cannot be written ({why(error)})")
+    with lock:
+        try:
+            if fcntl:  # lockf: worker processes do not inherit it, so one that outlives a killed run blocks nothing
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                sys.exit(f"error: {folder} is in use by another process: wait until it ends, or choose another name")
+        yield
 
 
 # --- Several processes ---

@@ -45,6 +45,26 @@ from pictures import atomically, bicubic, write_bytes
 # --- Configs: the official config.json files ---
 
 NULLABLE = {"out_channels", "attn_logit_softcapping"}  # numbers that may also be null
+MAX_SIZE, MAX_LAYERS, MAX_STAGES = 2**20, 1000, 16  # a larger number is broken, and its network would take all memory
+
+
+def usable(key, value, default):
+    """Whether a value of a config has the type of the default and a size that a network can have."""
+    if value is None:
+        return default is None or key in NULLABLE
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if isinstance(default, int):
+        return type(value) is int and 0 < value <= (MAX_LAYERS if key.endswith("layers") else MAX_SIZE)
+    if isinstance(default, float):
+        return type(value) in (int, float) and value < math.inf and (value > 0 or value == 0 and key.endswith("eps"))
+    if isinstance(default, tuple):  # a number for each stage; of qkv_multiscales a list of numbers
+        if not isinstance(value, list | tuple) or not 0 < len(value) <= MAX_STAGES:
+            return False
+        limit = MAX_LAYERS if "block_out" not in key else MAX_SIZE
+        numbers = [n for v in value for n in (v if isinstance(v, list | tuple) else [v])]
+        return all(type(n) is int and 0 <= n <= limit for n in numbers)
+    return True
 
 
 def read_config(name, config, defaults, neutral=None, ignored=()):
@@ -58,9 +78,8 @@ def read_config(name, config, defaults, neutral=None, ignored=()):
         raise ValueError(f"{name} config: not an object of keys and values")
     neutral = neutral or {}
     for key, value in config.items():
-        if isinstance(defaults.get(key), int | float) and not (isinstance(value, int | float) and value >= 0) \
-                and not (value is None and key in NULLABLE):
-            raise ValueError(f"{name} config: {key} = {value!r} is not a number that can be used")
+        if key in defaults and not usable(key, value, defaults[key]):
+            raise ValueError(f"{name} config: {key} = {str(value)[:100]!r} cannot be used")
         if key in defaults or key in ignored or key.startswith("_"):
             continue
         if key not in neutral:
@@ -465,8 +484,11 @@ class Gemma2(nn.Module):
         if rope is not None:
             config |= read_config("Gemma2 rope", rope, dict(rope_theta=10000.0), dict(rope_type="default"))
         self.config = config = read_config("Gemma2", config, GEMMA2_DEFAULTS, GEMMA2_NEUTRAL, GEMMA2_IGNORED)
-        kinds = config["layer_types"] or ["sliding_attention", "full_attention"] * config["num_hidden_layers"]
-        self.slides = [kind == "sliding_attention" for kind in kinds[:config["num_hidden_layers"]]]  # even layers do
+        count = config["num_hidden_layers"]
+        kinds = (config["layer_types"] or ["sliding_attention", "full_attention"] * count)[:count]  # even layers slide
+        if len(kinds) < count or not {*kinds} <= {"sliding_attention", "full_attention"}:
+            raise ValueError(f"Gemma2 config: layer_types = {str(kinds)[:100]!r} cannot be used")
+        self.slides = [kind == "sliding_attention" for kind in kinds]
         self.embed_tokens = nn.Embedding(config["vocab_size"], config["hidden_size"])
         self.layers = nn.ModuleList(GemmaLayer(config) for _ in range(config["num_hidden_layers"]))
         self.norm = GemmaRMSNorm(config["hidden_size"], config["rms_norm_eps"])
@@ -919,6 +941,9 @@ def save_tensors(state, path, metadata=None):
         save_file({key: x.contiguous() for key, x in state.items()}, temporary, metadata)
 
 
+STORED = {"F64", "F32", "F16", "BF16"}  # safetensors' names of the dtypes that weights may have
+
+
 def load_module(cls, folder, dtype=None, device="cpu"):
     """Build `cls` from an official folder: config.json and safetensors, one file or shards.
 
@@ -945,6 +970,8 @@ def load_module(cls, folder, dtype=None, device="cpu"):
                     problems.append(f"unexpected {stored} in {name}")
                 elif list(expected[key].shape) != shape:
                     problems.append(f"{stored} in {name} is {shape}, expected {list(expected[key].shape)}")
+                elif file.get_slice(stored).get_dtype() not in STORED:
+                    problems.append(f"{stored} in {name} is {file.get_slice(stored).get_dtype()}, no floating number")
                 else:
                     state[key] = file.get_tensor(stored).to(device=device, dtype=dtype)
     problems += [f"missing {key}" for key in expected if key not in state and not any(key in p for p in problems)]

@@ -22,7 +22,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -58,6 +58,7 @@ from runs import (
     Signals,
     average,
     batches,
+    claimed,
     dtype_name,
     from_first,
     load_model,
@@ -537,9 +538,11 @@ def main(argv=None):
         if args.device.type == "cuda":
             torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo", timeout=timedelta(days=1))
-    args.run.mkdir(parents=True, exist_ok=True)
     try:
-        return train(args, state)
+        with claimed(args.run) if ranks()[0] == 0 else nullcontext():
+            if not state and (args.run / "state.pt").exists():
+                sys.exit(f"error: {args.run} holds a run that has just ended: add --resume, or choose another --name")
+            return train(args, state)
     except OSError as error:
         sys.exit(f"error: {str(error).strip().splitlines()[-1].removeprefix('OSError: ')}")
     finally:

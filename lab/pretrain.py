@@ -44,7 +44,7 @@ import runs
 import weights
 from metrics import DISTS, LPIPS
 from photos import held_out, photo_paths
-from pictures import read
+from pictures import read, whole, write_bytes
 from runs import save_state as save
 from runs import write_csv
 from sanasr import (
@@ -161,6 +161,13 @@ def load_state(path, device="cpu"):
                            "delete it to start the stage anew", device)
 
 
+def cut_log(path, step):
+    """Remove the rows after `step`, which a killed run has logged but not saved."""
+    if path.exists():
+        header, *rows = path.read_text().splitlines(keepends=True)
+        write_bytes(path, "".join([header, *(row for row in rows if int(row.split(",")[0]) <= step)]))
+
+
 def fit(name, model, loss_fn, validate, args, steps, lr, weight_decay=0.01):
     """Minimise `loss_fn(model, step) -> (loss, {name: value})` over `steps`; returns the model with its EMA weights.
 
@@ -181,6 +188,7 @@ def fit(name, model, loss_fn, validate, args, steps, lr, weight_decay=0.01):
         optimizer.load_state_dict(state["optimizer"])
         step, seconds = state["step"], state["seconds"]
         print(f"{name}: continuing at step {step}")
+    cut_log(path.with_suffix(".csv"), step)
 
     stop = []
     handlers = [signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)]
@@ -598,10 +606,11 @@ def main():
         return write_tags(args)
     photos = Photos(args.data, args.crop, mirror=args.stage == "prior")
     try:
-        dict(autoencoder=train_autoencoder, decoder=train_autoencoder, prior=train_prior,
-             adapter=train_adapter)[args.stage](photos, args)
-    except Unavailable as error:
-        sys.exit(f"error: {error}")
+        with runs.claimed(Path(args.out)):
+            dict(autoencoder=train_autoencoder, decoder=train_autoencoder, prior=train_prior,
+                 adapter=train_adapter)[args.stage](photos, args)
+    except (OSError, ValueError, FloatingPointError, Unavailable) as error:
+        sys.exit(f"error: {whole(error)}")
 
 
 if __name__ == "__main__":
