@@ -815,8 +815,8 @@ def read_lora(path):
         metadata = file.metadata() or {}
         for key in file.keys():
             x = file.get_tensor(key)
-            if x.ndim < 2:
-                raise ValueError(f"{path}: {key} is no matrix; only plain LoRA weights are read")
+            if x.ndim < 2 or not x.is_floating_point() or not x.numel():
+                raise ValueError(f"{path}: {key} is no matrix of floating numbers; only plain LoRA weights are read")
             state[re.sub(r"^(base_model\.model\.|transformer\.)+", "", key)] = x.flatten(1)
     if not state:
         raise ValueError(f"{path}: there is no adapter in it")
