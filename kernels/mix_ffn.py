@@ -81,8 +81,8 @@ def _place(rows, across, height, tiles, BLOCK_C: tl.constexpr, COLS: tl.constexp
 
 @jit
 def _where(c, channels, condition):
-    """c < channels if the scalar condition holds, else nowhere. `block & scalar` does not do: Triton's interpreter makes
-    integers of it, and that of 3.9 refuses to store under such a mask."""
+    """c < channels if the scalar condition holds, else nowhere. `block & scalar` does not do: Triton's interpreter
+    makes integers of it, and that of 3.9 refuses to store under such a mask."""
     return c < tl.where(condition, channels, 0)
 
 
