@@ -148,7 +148,7 @@ def jpeg(x, quality):
 
 # The pipeline
 
-def degrade(hr, rng, trace=None, mild=0.0):
+def degrade(hr: torch.Tensor, rng, trace: list | None = None, mild: float = 0.0) -> torch.Tensor:
     """Degrades one photo.
 
     hr: (3, H, W) float32 in [0, 1], H and W multiples of 4 and at least 80. rng: a numpy Generator, or what seeds one:

@@ -396,7 +396,7 @@ def keep_memory():
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the end of the heap is not given back
 
 
-def optimise(model, graphs=False):
+def optimise(model: sanasr.SanaSR, graphs: bool = False) -> sanasr.SanaSR:
     """Rewrite a sanasr.SanaSR in place, and return it. Raises ValueError where its adapter is not merged.
 
     graphs: one CUDA graph each for encoder, transformer and decoder, for the last picture size and prompt.

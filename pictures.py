@@ -189,11 +189,12 @@ def kept_exif(image):
         return b""
 
 
-def read(path):
+def read(path) -> Picture:
     """Decode `path`, a file name or a file object. Raises whatever Pillow does: OSError, ValueError, SyntaxError…"""
     with Image.open(path) as image:
-        exif = kept_exif(image)  # first: load() closes a TIFF file, whose directories are read on demand
-        image.load()
+        early = kept_exif(image) if image.format == "TIFF" else None  # load() closes the file, read on demand
+        image.load()  # for PNG this must come first: getexif() loads it as well, and kept_exif hides what is broken
+        exif = kept_exif(image) if early is None else early
         image = ImageOps.exif_transpose(image)
     if 0 in image.size:
         raise ValueError("it has no pixels")
@@ -226,7 +227,7 @@ def read_rgb(path):
     return read_picture(path).rgb
 
 
-def bicubic(image, scale=4):
+def bicubic(image: Image.Image, scale: int = 4) -> Image.Image:
     """`image` enlarged `scale` times by Pillow's BICUBIC: the x_L that the networks restore."""
     return image.resize((scale * image.width, scale * image.height), Image.Resampling.BICUBIC)
 
@@ -285,7 +286,7 @@ def restored(model, picture, prompt="", color_fix="none", scale=4, **options):
 # --- Pictures out ---
 
 
-def write(image, path, icc=None, exif=b""):
+def write(image: Image.Image, path: Path, icc: bytes | None = None, exif: bytes = b"") -> None:
     """Write `image` in the format of the suffix of `path` (PNG for an unknown one), see `atomically`.
 
     icc: a colour profile; exif: as `Picture.exif`. A JPEG cannot hold more than 64 kB of EXIF: it then gets none.

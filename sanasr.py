@@ -387,13 +387,13 @@ class DCAE(nn.Module):
         self.factor = 2 ** (len(config["encoder_block_out_channels"]) - 1)
         self.encoder, self.decoder = Encoder(config), Decoder(config)
 
-    def encode(self, x):
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Picture B,3,H,W in [-1, 1] -> latents B,C,H/32,W/32, not yet multiplied by `scaling_factor`."""
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
             raise ValueError(f"DCAE.encode: sides must be multiples of {self.factor}, got {tuple(x.shape)}")
         return self.encoder(x.contiguous(memory_format=torch.channels_last))
 
-    def decode(self, z):
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latents B,C,h,w (divided by `scaling_factor`) -> picture B,3,32h,32w, not clamped."""
         return self.decoder(z.contiguous(memory_format=torch.channels_last))
 
@@ -493,7 +493,7 @@ class Gemma2(nn.Module):
         self.layers = nn.ModuleList(GemmaLayer(config) for _ in range(config["num_hidden_layers"]))
         self.norm = GemmaRMSNorm(config["hidden_size"], config["rms_norm_eps"])
 
-    def forward(self, ids, mask):
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Token ids B,T and mask B,T (1 = token, 0 = padding) -> states B,T,width; meaningless where mask is 0."""
         x = self.embed_tokens(ids)
         x = x * torch.tensor(x.shape[2] ** 0.5, dtype=x.dtype)  # B,T,width
@@ -733,7 +733,7 @@ LORA_TARGETS = {
 }
 
 
-def inject_lora(model, rank=64, alpha=None, targets="attn"):
+def inject_lora(model: nn.Module, rank: int = 64, alpha: float | None = None, targets: str = "attn") -> list[str]:
     """Give every target projection of the transformer's blocks a trainable adapter, W + (α/r) B A with B = 0.
 
     rank: r; alpha: α, by default r. targets: "attn" or "attn+ffn". All other parameters are frozen. The adapters live
@@ -826,7 +826,7 @@ def read_lora(path):
     return state, metadata
 
 
-def load_lora(model, path):
+def load_lora(model: nn.Module, path: str | Path) -> dict:
     """Attach the adapters of a file to `model`, injecting where there are none; returns the file's metadata.
 
     Without "alpha" or "alphas" in the metadata α = r. Raises ValueError, naming file and key, where the adapter belongs
@@ -857,7 +857,7 @@ def load_lora(model, path):
 
 
 @torch.no_grad()
-def merge_lora(model):
+def merge_lora(model: nn.Module) -> None:
     """W ← W + (α/r) B A, in float32, then back to the weight's dtype; the adapters are gone afterwards."""
     for module in lora_modules(model).values():
         delta = module.adapter_scale * module.lora_B.weight.float() @ module.lora_A.weight.float()
@@ -884,7 +884,7 @@ def clean_tags(tags):
     return [tag for tag in tags if not _DEGRADED.search(tag.lower())]
 
 
-def build_prompt(content, suffix="appendix"):
+def build_prompt(content: str | list, suffix: str = "appendix") -> str:
     """content: a user's text, or a list of tags (which are cleaned); suffix: a name in SUFFIXES or a text of one's own.
 
     "tree, branch" and "appendix" give "tree, branch, clean, extremely detailed, …"; either half may be empty.
@@ -1016,7 +1016,7 @@ def sigma(t):
     return t / 1000
 
 
-def one_step(dit, z, t, c, mask):
+def one_step(dit, z: torch.Tensor, t: torch.Tensor, c: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """ẑ = z_L − σ_τ · f(z_L, τ, c, m) (Eq. 4). z: B,C,h,w scaled latents; t: B; c: B,T,Dt; mask: B,T."""
     return z - sigma(t).to(z.dtype)[:, None, None, None] * dit(z, t, c, mask)
 
@@ -1148,7 +1148,7 @@ class SanaSR:
 
     TILE, OVERLAP = 44, 2  # latent positions: tiles of 1408 pixels that share 64; so 3 × 3 of them cover 4096²
 
-    def __init__(self, vae: DCAE, dit: LinearDiT, prompts: PromptEncoder, metadata: dict | None = None):
+    def __init__(self, vae: DCAE, dit: LinearDiT, prompts: PromptEncoder, metadata: dict | None = None) -> None:
         """From parts. vae and dit lie on one device; prompts: (texts, instruction) -> (c, m), as `PromptEncoder`."""
         p = next(dit.parameters())
         self.vae, self.dit, self.prompts, self.device, self.dtype = vae, dit, prompts, p.device, p.dtype
@@ -1193,7 +1193,7 @@ class SanaSR:
         self.folder = folder
         return self
 
-    def encode_prompt(self, prompts, instruction=""):
+    def encode_prompt(self, prompts: str | list, instruction: str = "") -> tuple[torch.Tensor, torch.Tensor]:
         """One prompt or several -> (c: B,T,Dt text states, m: B,T of 0/1) on the model's device: `PromptEncoder`."""
         c, m = self.prompts(prompts, instruction)
         return c.to(self.device, self.dtype), m.to(self.device)

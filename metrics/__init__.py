@@ -49,7 +49,7 @@ METRICS = {
 ALL = ("psnr", "ssim", "lpips", "dists", "niqe", "musiq", "maniqa", "clipiqa")  # what papers report
 
 
-def load(name, device="cpu"):
+def load(name: str, device: str | torch.device = "cpu"):
     """The metric `name` as a function score(sr[, hr]) -> (B,) on `device`, without gradients.
 
     sr, hr: RGB float (B,3,H,W) in [0,1]; hr is ignored by metrics that need no reference. Raises ValueError for an

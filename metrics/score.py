@@ -91,8 +91,8 @@ def check(pair, sr, hr, protocol):
         raise ValueError(f"{result} is {sr.width}×{sr.height}, too small for --protocol patch ({PATCH}×{PATCH})")
 
 
-def evaluate(model, pairs, names, *, protocol="full", device="cpu", prompts=None, color_fix="none", scale=4,
-             progress=iter, **options):
+def evaluate(model, pairs: list, names: list, *, protocol: str = "full", device="cpu", prompts: list | None = None,
+             color_fix: str = "none", scale: int = 4, progress=iter, **options) -> list[dict]:
     """Restore the input of every pair with `model` and score the results: [{"image": name, metric: float, …}, …].
 
     model: anything with restore(image, prompt, scale=…, **options); None scores the pictures `Pair.sr` that exist.

@@ -209,7 +209,7 @@ def _line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def folder(name_or_path, dtype=None):
+def folder(name_or_path: str | Path, dtype=None) -> Path:
     """The folder of a model, from a name in MODELS (downloaded if need be) or from a path, which is returned as it is.
 
     dtype: None, a torch.dtype, or "fp32", "bf16", "fp16": the set of files to prefer, see `pick_files`.
@@ -232,7 +232,7 @@ def folder(name_or_path, dtype=None):
                           "run the same command again, files that are complete are kept") from error
 
 
-def file(name):
+def file(name: str) -> Path:
     """The path of the single file `name`, a key of FILES, downloaded if need be.
 
     Its SHA-256 is checked after a download and for a file found under its file name in SANASR_WEIGHTS.
