@@ -5,9 +5,11 @@ import contextlib
 import csv
 import errno
 import os
+import pickle
 import platform
 import signal
 import sys
+import warnings
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -118,14 +120,23 @@ def save_state(path, state):
 
 
 def load_state(path, missing="there is nothing to resume; check --name or leave out --resume",
-               damaged="start anew under another --name", device="cpu"):
-    """A state that `save_state` wrote. Raises SystemExit in one line, which tells what to do: `missing`, `damaged`."""
+               damaged="start anew under another --name", device="cpu", keys=()):
+    """A state that `save_state` wrote, a dict with these keys at least. No pickle in it is executed.
+
+    Raises SystemExit in one line, which tells what to do: `missing`, `damaged`.
+    """
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about pickles, in several lines
+            state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         sys.exit(f"error: {path}: {missing}")
+    except pickle.UnpicklingError:
+        sys.exit(f"error: {path} cannot be read (it holds more than tensors and numbers); {damaged}")
     except Exception as error:  # a damaged archive raises anything
-        sys.exit(f"error: {path} cannot be read ({why(error)}); {damaged}")
+        sys.exit(f"error: {path} cannot be read ({why(error)[:200]}); {damaged}")
+    if not isinstance(state, dict) or not set(keys) <= set(state):
+        sys.exit(f"error: {path} cannot be read (it is no state of this command); {damaged}")
+    return state
 
 
 def write_csv(path, columns, rows, digits=".6g", end="\r\n"):

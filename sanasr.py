@@ -529,10 +529,12 @@ class GemmaTokenizer:
             merges = [m.split(" ") if isinstance(m, str) else m for m in bpe["merges"]]  # both forms of the list
             v = self.vocab
             self.merges = {(v[a], v[b]): (rank, v[a + b]) for rank, (a, b) in enumerate(merges)}
-            self.added = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
+            self.added = {token["content"]: token["id"] for token in data.get("added_tokens", []) if token["content"]}
+            if any(type(i) is not int or i < 0 for i in [*v.values(), *self.added.values()]):
+                raise ValueError("an id is no number")
             self.bos, self.unk = self.added["<bos>"], self.vocab["<unk>"]
             self.bytes = [self.vocab.get(f"<0x{b:02X}>", self.unk) for b in range(256)]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: not a byte-fallback BPE tokenizer.json ({error!r})") from None
         longest_first = sorted(self.added, key=len, reverse=True)
         self.splitter = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
@@ -875,6 +877,7 @@ SUFFIXES = {
 DEGRADATION_WORDS = ("blurry", "blurred", "blur", "noise", "noisy", "low quality", "low resolution", "jpeg", "artifact",
                      "artifacts", "pixelated", "grainy", "compressed", "distorted")
 _DEGRADED = re.compile(r"(?<!\w)(" + "|".join(w.replace(" ", "[ ▁_-]") for w in DEGRADATION_WORDS) + r")(?!\w)")
+MAX_INSTRUCTION = 4096  # tokens; Gemma-2's context is 8192
 MAX_TOKENS = 300  # of text, <bos> included, as SANA was trained
 PROMPT_VERSION = 1  # raise it when the code changes what a prompt's states are: the cache then forgets the old ones
 
@@ -916,6 +919,8 @@ def tokenize_prompt(tokenizer, prompt, instruction=""):
     text = (instruction + prompt).replace(" ", "▁")
     ids = tokenizer.encode(instruction + prompt)
     n = len(tokenizer.encode(instruction)) if instruction else 2
+    if n > MAX_INSTRUCTION:
+        raise ValueError(f"the instruction has {n} tokens, at most {MAX_INSTRUCTION} are possible")
     ids = ids[:n + MAX_TOKENS - 2]
     words = [(len(text[:m.start()].encode()), len(text[:m.end()].encode()))
              for m in _DEGRADED.finditer(text, len(instruction))]
@@ -935,10 +940,29 @@ def open_weights(path):
         raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
 
 
+def sort_header(path):
+    """Sort the metadata of a safetensors file, which come in any order: the same state then makes the same bytes.
+
+    The file also gets the permissions of any new file; the library makes it readable for its owner alone.
+    """
+    with open(path, "r+b") as f:
+        size = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(size))
+        header |= {"__metadata__": dict(sorted(header["__metadata__"].items()))} if "__metadata__" in header else {}
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:
+            f.seek(8)
+            f.write(text.ljust(size))
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)
+
+
 def save_tensors(state, path, metadata=None):
     """Write {key: tensor} as a safetensors file, whole or not at all."""
     with atomically(path) as temporary:
         save_file({key: x.contiguous() for key, x in state.items()}, temporary, metadata)
+        sort_header(temporary)
 
 
 STORED = {"F64", "F32", "F16", "BF16"}  # safetensors' names of the dtypes that weights may have
@@ -967,7 +991,7 @@ def load_module(cls, folder, dtype=None, device="cpu"):
                     continue
                 shape = file.get_slice(stored).get_shape()
                 if key not in expected:
-                    problems.append(f"unexpected {stored} in {name}")
+                    problems.append(f"unexpected {stored[:100]} in {name}")
                 elif list(expected[key].shape) != shape:
                     problems.append(f"{stored} in {name} is {shape}, expected {list(expected[key].shape)}")
                 elif file.get_slice(stored).get_dtype() not in STORED:
@@ -1128,6 +1152,9 @@ class PromptEncoder:
             if encoder is None:
                 tokenizer = GemmaTokenizer(self.folder / "tokenizer")
                 encoder = Gemma2.from_pretrained(self.folder / "text_encoder", self.dtype, self.device)
+                if max(tokenizer.pieces) >= len(encoder.embed_tokens.weight):
+                    raise ValueError(f"{self.folder}: tokenizer/ has ids up to {max(tokenizer.pieces)}, text_encoder/ "
+                                     f"embeds {len(encoder.embed_tokens.weight)}")
             ids, mask, kept = tokenize_prompt(tokenizer, prompt, instruction)
             ids = torch.tensor([ids], device=self.device)
             c = encoder(ids, torch.ones_like(ids))[0, kept].cpu()

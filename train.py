@@ -22,7 +22,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -92,11 +92,28 @@ EMA = 0.999
 COLUMNS = ["step", "epoch", "loss", *LAMBDA, "grad_norm", "images_per_s", "memory_gb", "val_lpips", "val_psnr"]
 
 
+def load_run(folder):
+    """The state of a run. Raises SystemExit in one line."""
+    path = folder / "state.pt"
+    state = load_state(path, keys=("step", "settings", "masters", "ema", "optimizer", "scaler"))
+    if not {"data", "photos_sha256", "global_batch"} <= set(state["settings"]):
+        sys.exit(f"error: {path} cannot be read (its settings are not whole); start anew under another --name")
+    return state
+
+
 def read_log(path, last=math.inf):
-    """The rows of log.csv up to step `last`, as dicts of numbers; empty cells are left out."""
-    with open(path, newline="") as f:
-        rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
-    return [row | {"step": int(row["step"])} for row in rows if row["step"] <= last]
+    """The rows of log.csv up to step `last`, as dicts of numbers; empty cells are left out. Without the file, none.
+
+    Raises SystemExit in one line for a damaged file.
+    """
+    try:
+        with open(path, newline="") as f:
+            rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
+        return [row | {"step": int(row["step"])} for row in rows if row["step"] <= last]
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError, KeyError, csv.Error):
+        sys.exit(f"error: {path} is damaged; delete it: the run goes on without the rows of the log")
 
 
 def curves(rows, width=360, height=200):
@@ -198,7 +215,7 @@ def select(args):
 
     Scored are the run's validation pictures; `--lq DIR --data DIR` names others.
     """
-    settings = load_state(args.run / "state.pt")["settings"]
+    settings = load_run(args.run)["settings"]
     lr, hr = (args.lq, args.data[0]) if args.lq and args.data else (args.run / "val" / "lr", args.run / "val" / "hr")
     tagger = settings["tags"] if settings["tags"] in ("ram", "dape") else "none"
     scores = {}
@@ -334,10 +351,14 @@ def train(args, state=None):
             if state["settings"][key] != settings[key]:
                 sys.exit(f"error: --resume: {what} changed since the run began; start anew under another --name")
         step = state["step"]
-        copy(masters, state["masters"])
-        copy(ema, state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        try:
+            copy(masters, state["masters"])
+            copy(ema, state["ema"])
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            sys.exit(f"error: {args.run}/state.pt does not fit the adapter of this run ({why(error)[:200]}); "
+                     "start anew under another --name")
         rows = read_log(args.run / "log.csv", step)
     copy(parameters, masters)
     run = Run(args.run, rows) if rank == 0 else None
@@ -381,7 +402,7 @@ def train(args, state=None):
         run.note({"step": 0} | look())
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
     started, stop, knee_passed = time.perf_counter(), 0, ""
-    with Signals() as signals:
+    with closing(bar), Signals() as signals:  # closed: an error begins on a line of its own
         for batch in batches(loader, signals):
             names, texts = batch.pop("name"), batch.pop("prompt")
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
@@ -402,7 +423,6 @@ def train(args, state=None):
             if not math.isfinite(mean_loss) or not (math.isfinite(norm) or overflow):
                 if math.isfinite(mean_loss) or not math.isfinite(loss.item()):
                     report_nan(args.run / f"nan_rank{rank}.json", step + 1, names, texts, batch["t"], values, norm)
-                bar.close()
                 sys.exit(f"error: step {step + 1}: loss {mean_loss}, gradient norm {norm}: stopped before the adapter "
                          f"changed; {args.run}/nan_rank*.json names the samples, the last save is whole")
             scaler.step(optimizer)
@@ -434,7 +454,6 @@ def train(args, state=None):
         else:
             if stop := signals.caught:
                 save()
-    bar.close()
     if stop:
         say(f"interrupted; step {step} is saved, `--name {args.name} --resume` goes on")
         return 128 + (signals.caught or signal.SIGTERM)
@@ -498,7 +517,7 @@ def parse(argv=None):
     args = p.parse_args(argv)
     args.run = Path("runs") / args.name  # an absolute path as the name gives that path
     if args.resume:
-        state = load_state(args.run / "state.pt")
+        state = load_run(args.run)
         saved = {k: v for k, v in state["settings"].items() if hasattr(args, k)}
         p.set_defaults(**saved)
         args = p.parse_args(argv)

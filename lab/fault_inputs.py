@@ -33,6 +33,7 @@ class Case:
 
     expect: "result" (exit code 0), "error", or "either" where the decoder decides.
     names: texts of which the line of error has to contain one. outputs: how many files the folder out/ has to hold.
+    memory: MB that it may need beyond the loaded modules.
     """
 
     kind: str
@@ -42,6 +43,7 @@ class Case:
     expect: str
     names: tuple = ()
     outputs: int | None = None
+    memory: int = 600
     env: dict = dataclasses.field(default_factory=dict)
     prepare: object = None  # called in the process before the command
 
@@ -234,6 +236,8 @@ def pictures(rng):
             encoded(photo(), "PNG"),
             ("result" if len(name) < 240 else "error"),
         )
+        if len(name) < 240:
+            yield "names", f"{name[:20]!r}, broken", name, b"x", "error"
 
     png = encoded(photo(), "PNG")
     links = {
@@ -281,6 +285,7 @@ def picture_cases(rng, shared):
             expect,
             (file, shown, shown[:60], "File name too long"),
             prepare=without_privileges if kind == "unreadable files" else None,
+            memory=4200 if name == "zeros.png" else 600,  # a whole picture of 144 megapixels
         )
     broken = [
         ("a.png", b""),
@@ -739,7 +744,7 @@ def model_cases(rng, shared):
             how,
             "eval.py",
             change,
-            "either" if how in ("NaN", "header length 3") else "error",
+            "either" if how in ("NaN", "header length 3", "shape reversed") else "error",
             ("a.safetensors",),
         )
     for how, value in (
@@ -766,7 +771,9 @@ def model_cases(rng, shared):
             photo().save(folder / "x.png")
             return ["@in/x.png", "--out", "@out/", "--model", shared / "model", "--adapter", "@in/a.safetensors"]
 
-        yield Case("adapters", f"{how} = {value[:9]!r}", "eval.py", metadata, "either", ("a.safetensors",))
+        yield Case(
+            "adapters", f"{how} = {value[:9]!r}", "eval.py", metadata, "either", ("a.safetensors", "instruction")
+        )
     for how, argv in (("missing", ["@in/gone"]), ("a folder", ["@in"]), ("of another model", ["@in/b"])):
 
         def setup(folder, argv=argv):
@@ -889,7 +896,9 @@ def table_cases(rng, shared):
             photo().save(folder / "x.png")
             return ["@in/x.png", "--out", "@out/", "--model", shared / "model", "--instruction", "@in/i.txt"]
 
-        yield Case("texts", how, "eval.py", instruction, "result" if how in ("huge", "empty") else "error", ("i.txt",))
+        yield Case(
+            "texts", how, "eval.py", instruction, "result" if how == "empty" else "error", ("i.txt", "the instruction")
+        )
     for how, text in (
         ("long", "tree " * 10**5),
         ("not printable", "\1\2\x7f"),

@@ -53,7 +53,6 @@ from lab.fault_inputs import (
 )
 from pictures import whole
 
-MEMORY = 600  # MB that a case may need beyond the loaded modules
 SECONDS = 120  # then a case hangs
 
 # --- Running a command in a process of its own ---
@@ -229,9 +228,15 @@ def lines_of_error(text):
     for line in lines:
         usage = line.startswith("usage:") or (usage and line.startswith(" "))
         if line.strip() and not usage and "%|" not in line and "?it/s" not in line and not line.startswith(
-                ("note:", "kernels:", "no tags,")):
+                ("note:", "kernels:", "no tags,", "skipped ")):
             found.append(line)
     return found
+
+
+def traceback_in(text):
+    """[the last line of a traceback], or []."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    return [f"traceback: {lines[-1][:200]}"] if "Traceback" in text else []
 
 
 def check(case, folder, shared):
@@ -240,6 +245,7 @@ def check(case, folder, shared):
     inputs.mkdir(parents=True)
     argv = case.setup(inputs)
     argv = [str(folder / a[1:]) if isinstance(a, str) and a.startswith("@") else str(a) for a in argv]  # @out, @in/x
+    present = {p: p.read_bytes() for p in files(folder) if inputs not in p.parents}  # a run to resume
     before, common = fingerprint(inputs), fingerprint(shared / "model") | fingerprint(shared / "photos")
     allowed = [str(folder), str(shared), str(ROOT), sys.prefix, sys.base_prefix, "/usr", "/lib", "/proc", "/sys",
                "/dev", "/etc"]
@@ -256,9 +262,8 @@ def check(case, folder, shared):
     ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     text = (folder / "log.err").read_text("utf-8", "replace")
     wrong, errors = [], lines_of_error(text)
-    if "Traceback" in text:
-        last = [line for line in text.splitlines() if line.strip()][-1]
-        return [f"traceback: {last[:160]}"]
+    if found := traceback_in(text):
+        return found
     if ended == -signal.SIGALRM:
         return [f"hangs: not done after {SECONDS} s"]
     if ended < 0:
@@ -272,7 +277,8 @@ def check(case, folder, shared):
             wrong.append(f"the line does not name {' or '.join(case.names)}: {errors[0][:160]}")
     elif any("error:" in line for line in errors):
         wrong.append(f"exit code 0 with an error: {errors[:1]}")
-    made = [p for p in files(folder) if inputs not in p.parents and p.parent != folder]
+    made = [p for p in files(folder) if inputs not in p.parents and p.parent != folder
+            and present.get(p) != p.read_bytes()]
     wrong += [f"a temporary file is left: {p.name}" for p in made if p.name.endswith(".tmp")]
     wrong += [f"{p.name} is not whole: {problem}" for p in made if (problem := problem_of(p))]
     count = case.outputs if case.outputs is not None else None if case.command != "eval.py" else int(ended == 0)
@@ -286,12 +292,19 @@ def check(case, folder, shared):
         wrong.append("a pickle was executed")
     seen = json.loads(report.read_text()) if report.exists() else {"memory": 0, "found": ["ended without a report"]}
     wrong += seen["found"]
-    if seen["memory"] > MEMORY:
-        wrong.append(f"took {seen['memory']} MB, at most {MEMORY} are allowed")
+    if seen["memory"] > case.memory:
+        wrong.append(f"took {seen['memory']} MB, at most {case.memory} are allowed")
     return wrong
 
 
 # --- Killed processes ---
+
+
+class Distance(torch.nn.Module):
+    """In the place of DISTS, whose weights are not carried: the mean absolute difference of each picture."""
+
+    def forward(self, y, x):
+        return (y - x).abs().mean((1, 2, 3))
 
 
 WIDTHS = [8, 8, 16, 16, 16, 32]
@@ -307,7 +320,7 @@ def tiny_pretrain():
     pretrain.TEXT_ENCODER |= dict(vocab_size=300, hidden_size=32, intermediate_size=64)
     plain = pretrain.LPIPS.from_pretrained
     pretrain.LPIPS.from_pretrained = lambda net="alex": plain("alex")
-    pretrain.DISTS.from_pretrained = lambda: torch.nn.L1Loss()
+    pretrain.DISTS.from_pretrained = Distance
 
 
 def stage(name, shared, out):
@@ -424,8 +437,7 @@ def killed(shared, name, folder, moments, rng):
             end_all(pid)
         text = (folder / "killed.err").read_text("utf-8", "replace")
         wrong = ["does not end after SIGTERM"] if code is None else []
-        if "Traceback" in text:
-            wrong.append("traceback: " + [line for line in text.splitlines() if line.strip()][-1][:200])
+        wrong += traceback_in(text)
         wrong += [f"{p.name} is not whole: {problem}" for p in files(out)
                   if not p.name.startswith(".") and (problem := problem_of(p))]
         if label == "ended before its signal" and code != 0:
@@ -465,7 +477,7 @@ def bad_disks(shared, name, folder):
         end_all(pid)
         text = Path(f"{log}.err").read_text("utf-8", "replace")
         errors = lines_of_error(text)
-        found = ["traceback: " + [line for line in text.splitlines() if line.strip()][-1][:200]] * ("Traceback" in text)
+        found = traceback_in(text)
         if (code == 0) != (expect == "result"):
             found.append(f"exit code {code}, expected {expect}: {' '.join(errors)[-200:]}")
         if code and not found and (not errors or any("error: " not in line for line in errors)
@@ -518,7 +530,7 @@ def bad_disks(shared, name, folder):
     for pid in both:
         end_all(pid)
     texts = [(folder / f"log{i}.err").read_text("utf-8", "replace") for i in range(2)]
-    wrong = [f"traceback: {text.splitlines()[-1][:200]}" for text in texts if "Traceback" in text]
+    wrong = [found for text in texts for found in traceback_in(text)]
     if sorted(map(bool, codes)) == [True, True]:
         wrong.append(f"both end with {codes}")
     wrong += [f"not one line that refuses: {lines_of_error(text)[:3]}" for code, text in zip(codes, texts, strict=True)
