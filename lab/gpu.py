@@ -224,14 +224,14 @@ def part_micro(part):
 
 
 def part_goldens(part):
-    """As tests/test_sanasr.py, whose bounds these are; in bf16 twice the official code's own error."""
+    """As tests/test_sanasr.py. In bf16 twice the official code's own error is allowed, in fp32 ten times the CPU's."""
     sys.path.insert(0, str(ROOT / "tests"))
     from safetensors.torch import load_file
     from seeded import seeded_state_dict
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     folder = ROOT / "tests" / "data" / "model"
-    bounds = {"dcae_small": (DCAE, 1e-5, 2.3e-2, None), "dit_small": (LinearDiT, 1e-5, 1.7e-2, 5e-3),
-              "gemma2_small": (Gemma2, 1e-4, 7.4e-2, None)}
+    bounds = {"dcae_small": (DCAE, 1e-4, None, 2.3e-2), "dit_small": (LinearDiT, 1e-4, 5e-3, 1.7e-2),
+              "gemma2_small": (Gemma2, 1e-3, None, 7.4e-2)}
     for name, (cls, *allowed) in bounds.items():
         for (label, dtype), bound in zip(DTYPES.items(), allowed, strict=True):
             if bound is None:
@@ -252,18 +252,18 @@ def part_goldens(part):
                 else:
                     kept = data["mask0"].bool()
                     errors = [relative(model(data["ids0"], data["mask0"])[kept], data["y0"][kept])]
-                row = {"what": name, "dtype": label, "relative error": max(errors), "allowed": 10 * bound}
+                row = {"what": name, "dtype": label, "relative error": max(errors), "allowed": bound}
                 yield row | ({} if max(errors) <= row["allowed"] else {"problem": "too large"})
             yield from tried(name, rows)
 
 
 def part_bench(part):
-    def case(size, batch, variants, vs, runs, *more):
+    def case(size, batch, variants, vs, runs, *more, **env):
         def rows():
             file = part.out / "work" / f"bench_{size}_{batch}.json"
             part.run("bench.py", "--model", part.model, "--device", part.device, "--dtype", "fp32" if part.rehearse else
                      "bf16", "--size", size, "--batch", batch, "--variants", variants, "--runs", runs, "--json", file,
-                     *(["--vs", vs] if vs else []), *more)
+                     *(["--vs", vs] if vs else []), *more, **env)
             content = json.loads(file.read_text())
             for row in content["rows"]:
                 yield {"what": row["variant"], "size": size, "batch": batch, "stage": row["stage"], "p50 ms": 1e3 *
@@ -275,7 +275,7 @@ def part_bench(part):
         yield {"what": "diffusers", "problem": "the package is not installed"}
     if part.rehearse:
         yield from tried("64", case(64, 1, "plain,fast", None, 1))
-        yield from tried("64, Inductor", case(64, 1, "plain,inductor", None, 1))
+        yield from tried("64, Inductor", case(64, 1, "plain,inductor", None, 1, TORCH_COMPILE_DISABLE="1"))
         yield from tried("graphs", case(64, 1, "plain,graphs", None, 1))  # a row that says why
         yield from tried("128 in tiles", case(128, 1, "fast", None, 1, "--tile", 64))
         return
