@@ -46,9 +46,10 @@ def copied(model, tmp_path):
 
 @pytest.mark.parametrize("part, change", [
     ("vae", {"latent_channels": 0}), ("vae", {"attention_head_dim": 0}),
-    ("vae", {"encoder_block_out_channels": {"a": 1}}), ("vae", {"decoder_layers_per_block": ["1"] * 6}), ("vae", {"decoder_layers_per_block": [10 ** 9] * 6}),
-    ("vae", {"encoder_qkv_multiscales": 5}), ("vae", {"encoder_block_out_channels": [8] * 1000}),
-    ("vae", {"scaling_factor": 0.0}), ("transformer", {"num_layers": 10 ** 9}), ("transformer", {"num_layers": 1.5}),
+    ("vae", {"encoder_block_out_channels": {"a": 1}}), ("vae", {"decoder_layers_per_block": ["1"] * 6}),
+    ("vae", {"decoder_layers_per_block": [10 ** 9] * 6}), ("vae", {"encoder_qkv_multiscales": 5}),
+    ("vae", {"encoder_block_out_channels": [8] * 1000}), ("vae", {"scaling_factor": 0.0}),
+    ("transformer", {"num_layers": 10 ** 9}), ("transformer", {"num_layers": 1.5}),
     ("transformer", {"num_layers": True}), ("transformer", {"mlp_ratio": float("inf")}),
     ("transformer", {"in_channels": 0}), ("text_encoder", {"num_hidden_layers": 10 ** 9}),
     ("text_encoder", {"query_pre_attn_scalar": 0}), ("text_encoder", {"layer_types": ["sliding_attention"]}),
