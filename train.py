@@ -160,8 +160,11 @@ class Run:
     def save(self, state, model, adapter, metadata):
         """The state first, then what it can make again: a crash in between loses nothing."""
         save_state(self.folder / "state.pt", state)
-        for path in (self.folder / "adapter.safetensors",
-                     self.folder / "checkpoints" / f"{state['step']:06d}.safetensors"):
+        self.export(state["step"], model, adapter, metadata)
+
+    def export(self, step, model, adapter, metadata):
+        """The adapter, under its name and as a checkpoint. A resumed run does it again: it may have been killed."""
+        for path in (self.folder / "adapter.safetensors", self.folder / "checkpoints" / f"{step:06d}.safetensors"):
             try:
                 save_lora(model, path, metadata, adapter)
             except (OSError, SafetensorError) as error:
@@ -385,12 +388,17 @@ def train(args, state=None):
         run.picture(f"samples/{step:06d}.png", grid)
         return {"val_lpips": distance, "val_psnr": psnr}
 
+    def averaged():
+        """(the EMA weights by key, what the file says of itself)."""
+        return dict(zip(adapter, ema, strict=True)), metadata | {"step": str(step)}
+
     def save():
         if run:
             run.picture("curves.png", curves(read_log(args.run / "log.csv")))
             run.save({"step": step, "settings": settings, "masters": masters, "ema": ema, "scaler": scaler.state_dict(),
-                      "optimizer": optimizer.state_dict()}, model.dit, dict(zip(adapter, ema, strict=True)),
-                     metadata | {"step": str(step)})
+                      "optimizer": optimizer.state_dict()}, model.dit, *averaged())
+    if run and state:
+        run.export(step, model.dit, *averaged())
 
     # the loop
     latent = model.dit.config["in_channels"], args.crop // model.vae.factor, args.crop // model.vae.factor

@@ -237,3 +237,19 @@ def test_a_broken_text_encoder_ends_a_training_in_one_line(tmp_path, monkeypatch
     with pytest.raises(SystemExit, match="error: .*text_encoder/model.safetensors: not a whole safetensors file"):
         train.main(["--data", str(tmp_path), "--model", str(folder), "--crop", "96", "--steps", "1", "--tags", "none",
                     "--lpips", "alex", "--workers", "0"])
+
+
+def test_a_run_killed_between_state_and_checkpoint_makes_the_checkpoint_when_resumed(tmp_path, monkeypatch, tiny_model):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hq").mkdir()
+    for i in range(3):
+        Image.new("RGB", (96, 96), (i, 0, 0)).save(tmp_path / "hq" / f"{i}.png")
+    argv = ["--data", "hq", "--model", str(tiny_model), "--crop", "96", "--steps", "1", "--tags", "none",
+            "--lpips", "alex", "--workers", "0", "--rank", "2", "--batch", "1", "--val", "0"]
+    assert train.main(argv) == 0
+    made = [tmp_path / "runs/default/adapter.safetensors", tmp_path / "runs/default/checkpoints/000001.safetensors"]
+    before = [path.read_bytes() for path in made]
+    for path in made:
+        path.unlink()
+    assert train.main([*argv, "--resume"]) == 0
+    assert [path.read_bytes() for path in made] == before
