@@ -7,7 +7,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 IN := $(VENV)/bin/python
 
-.PHONY: demo test slow lint picture ablation clean
+.PHONY: demo test slow lint picture ablation gpu faults clean
 
 demo: $(VENV)/runtime
 	$(IN) eval.py examples --compare
@@ -24,6 +24,12 @@ picture: $(VENV)/runtime  # the README's, from the photos in examples/
 # make ablation LR=lr HR=hr DATA=hq: hours on a CPU, goes on where it was stopped; ARGS="…" for more options
 ablation: $(VENV)/runtime
 	$(IN) -m lab.ablation --lr $(LR) --hr $(HR) $(if $(DATA),--data $(DATA)) $(ARGS)
+
+gpu: $(VENV)/runtime  # nine minutes on an NVIDIA GPU: kernels, speed, training, pruning, into runs/gpu
+	$(IN) -m lab.gpu --out runs/gpu
+
+faults: $(VENV)/runtime  # broken inputs, killed processes, bad disks, against every command, into runs/faults
+	$(IN) -m lab.faults --out runs/faults
 
 lint: $(VENV)/dev
 	$(IN) -m ruff check

@@ -210,8 +210,9 @@ def main():
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
     parser.add_argument("--blocks", type=int, metavar="N", help="keep N blocks of the transformer, as pruning does")
-    parser.add_argument("--variants", default="plain,fast", metavar="LIST", help="of ours: plain, fast, and on CUDA "
-                        "graphs, which is fast with CUDA graphs (default: plain,fast)")
+    parser.add_argument("--variants", default="plain,fast", metavar="LIST", help="of ours: plain, fast, inductor, "
+                        "which is plain under torch.compile, and on CUDA graphs, which is fast with CUDA graphs "
+                        "(default: plain,fast)")
     parser.add_argument("--vs", choices=["diffusers", "compiled"], help="diffusers eager, or that and compiled")
     parser.add_argument("--rewrites", nargs="?", const=",".join([*fast.REWRITES, "dit"]), metavar="LIST",
                         help="the fast path, then the same without each of these (default: all)")
@@ -226,7 +227,7 @@ def main():
         sys.exit(f"error: --size {args.size} is not a multiple of 32")
     if args.tile < 0:
         sys.exit(f"error: --tile {args.tile} is negative")
-    if unknown := set(names) - {"plain", "fast", "graphs"}:
+    if unknown := set(names) - {"plain", "fast", "graphs", "inductor"}:
         sys.exit(f"error: --variants {args.variants}: no variant is called {', '.join(sorted(unknown))!r}")
     if "graphs" in names and device.type != "cuda":
         sys.exit("error: --variants graphs needs --device cuda")
@@ -265,6 +266,10 @@ def main():
         variants["compiled"] = Diffusers(plain, compiled=True)
     if "plain" in names:
         variants["plain"] = plain
+    if "inductor" in names:
+        variants["inductor"] = compiled = Ours(shared(vae), shared(dit), text, timestep, scale)
+        for stage in STAGES:
+            setattr(compiled, stage, torch.compile(getattr(compiled, stage)))
     for name, graphs in (("fast", False), ("graphs", True)):
         if name in names:
             variants[name] = Ours(fast.optimise_vae(shared(vae), graphs=graphs),
@@ -284,11 +289,11 @@ def main():
     print(", ".join(f"{key} {value}" for key, value in setup.items()), flush=True)
     first = []
     for name, variant in variants.items():  # first calls cost more: of an operator, and on a GPU or compiled of a size
-        small = device.type == "cpu" and name != "compiled"
+        small = device.type == "cpu" and name not in ("compiled", "inductor")
         start = time.perf_counter()
         first += measure({name: variant}, x[:, :, :64, :64] if small else x, 1, tile, clock, device)
-        if name == "compiled":
-            print(f"compiled: first call {time.perf_counter() - start:.0f} s of wall time")
+        if name in ("compiled", "inductor"):
+            print(f"{name}: first call {time.perf_counter() - start:.0f} s of wall time")
     macs = multiplications(counted, x.to("meta"))
     own = {name: multiplications(variant, x, tile) for name, variant in variants.items()} if args.floor else {}
     peak = matmul_peak(dtype, device, clock)

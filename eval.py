@@ -385,7 +385,7 @@ def main(argv=None):
             tqdm.write(describe(rows[-1], job.target))
         except Skipped as reason:
             skipped.append(job.target)
-            tqdm.write(f"error: {job.source}: {reason}", file=sys.stderr)
+            tqdm.write(" ".join(f"error: {job.source}: {reason}".split()), file=sys.stderr)  # a name may hold newlines
     if len(jobs) > 1:
         print(f"{len(rows)} restored, {len(skipped)} skipped" + (f" (rank {rank})" if ranks > 1 else ""))
     if ranks > 1:

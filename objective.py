@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import weights
 from metrics import LPIPS
-from pictures import why
+from pictures import whole, why
 from sanasr import adapters_off, conditioning, one_step, sigma
 
 LAMBDA = {"mse": 1.0, "lpips": 2.0, "align": 1.0, "cons": 1.0}
@@ -143,9 +143,15 @@ class Conditions:
         return tuple(x[0].clone() for x in self.model.encode_prompt(prompt))  # no longer inference-mode tensors
 
     def prepare(self, prompts, chunk=64):
-        """Encode what the disk does not have yet; the text encoder is loaded once a chunk, and only if needed."""
+        """Encode what the disk does not have yet; the text encoder is loaded once a chunk, and only if needed.
+
+        Raises SystemExit in one line for a broken text encoder or tokenizer.
+        """
         for i in tqdm(range(0, len(prompts), chunk), "encoding prompts", leave=False, disable=len(prompts) <= chunk):
-            self.model.encode_prompt(prompts[i:i + chunk])
+            try:
+                self.model.encode_prompt(prompts[i:i + chunk])
+            except (OSError, ValueError) as error:
+                sys.exit(f"error: {whole(error)}")
 
     def __call__(self, prompts):
         """-> c: B,T,Dt and m: B,T, padded on the right to the longest, the padding masked."""

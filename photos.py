@@ -71,9 +71,10 @@ def scan(folders, crop, index, workers):
     index: a JSON file that remembers what was read, so that a second scan reads only new files.
     Raises SystemExit where a folder is missing or nothing is left.
     """
-    known = {}
-    if index.is_file():
+    try:
         known = {row[0]: Photo(*row) for row in json.loads(index.read_text())}
+    except (OSError, ValueError, TypeError, IndexError, KeyError):  # there is none, or it is damaged: made anew
+        known = {}
     paths = photo_paths(folders)
 
     def look(path):
@@ -223,12 +224,13 @@ def read_tags(path):
     Raises SystemExit in one line.
     """
     try:
-        with open(path, newline="", encoding="utf-8") as f:
+        with open(path, newline="", encoding="utf-8-sig") as f:  # -sig: Excel puts a byte order mark first
             rows = csv.DictReader(f)
             if not {"image", "tags"} <= set(rows.fieldnames or ()):
                 sys.exit(f"error: {path}: the first line must name the columns image and tags")
-            return {Path(row["image"]).name: clean_tags(split_tags(row["tags"])) for row in rows}
-    except (OSError, UnicodeDecodeError) as error:
+            return {Path(row["image"]).name: clean_tags(split_tags(row["tags"]))
+                    for row in rows if row["image"]}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         sys.exit(f"error: {path}: {why(error, path)}")
 
 

@@ -44,6 +44,7 @@ from runs import (
     DTYPES,
     Signals,
     batches,
+    claimed,
     dtype_name,
     load_model,
     load_state,
@@ -494,14 +495,17 @@ def measure_fisher(args, model, calibration, settings):
     """F over `args.steps` samples, {key: tensor}; continues from calibration.pt. Exits when it is interrupted."""
     path, state, fisher = args.out / "calibration.pt", {"step": 0, "settings": settings}, Fisher(model.dit)
     if args.resume and path.exists():
-        saved = load_state(path, damaged="delete it to calibrate anew")
+        saved = load_state(path, damaged="delete it to calibrate anew", keys=("step", "settings", "sums"))
         if changed := [k for k in FISHER_SETTINGS if saved["settings"].get(k) != settings[k]]:
             sys.exit(f"error: --resume: {', '.join(changed)} changed since {path} was begun; choose another --out")
         if saved["step"] > args.steps:
             sys.exit(f"error: --resume: {path} holds {saved['step']} steps already, more than --steps {args.steps}")
         state["step"] = saved["step"]
-        for key, total in fisher.sums.items():
-            total.copy_(saved["sums"][key])
+        try:
+            for key, total in fisher.sums.items():
+                total.copy_(saved["sums"][key])
+        except (KeyError, RuntimeError, TypeError):
+            sys.exit(f"error: {path} does not fit this transformer; delete it to calibrate anew")
 
     def save():
         save_state(path, state | {"sums": fisher.sums})
@@ -636,7 +640,8 @@ def prune(args):
 def main(argv=None):
     args = parse(argv)
     try:
-        return prune(args)
+        with claimed(args.out):
+            return prune(args)
     except KeyboardInterrupt:  # outside the loops, which save
         print(f"interrupted; every file in {args.out} is whole", file=sys.stderr)
         return 130

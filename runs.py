@@ -1,13 +1,16 @@
 """What the commands share: device and dtype, loading a model, state that can be resumed, signals, ranks, tables."""
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
 import math
 import os
+import pickle
 import platform
 import signal
 import sys
-from contextlib import contextmanager
+import warnings
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -16,6 +19,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from pictures import atomically, whole, why, write_bytes
 
@@ -139,14 +147,23 @@ def save_state(path, state):
 
 
 def load_state(path, missing="there is nothing to resume; check --name or leave out --resume",
-               damaged="start anew under another --name", device="cpu"):
-    """A state that `save_state` wrote. Raises SystemExit in one line, which tells what to do: `missing`, `damaged`."""
+               damaged="start anew under another --name", device="cpu", keys=()):
+    """A state that `save_state` wrote, a dict with these keys at least. No pickle in it is executed.
+
+    Raises SystemExit in one line, which tells what to do: `missing`, `damaged`.
+    """
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about pickles, in several lines
+            state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         sys.exit(f"error: {path}: {missing}")
+    except pickle.UnpicklingError:
+        sys.exit(f"error: {path} cannot be read (it holds more than tensors and numbers); {damaged}")
     except Exception as error:  # a damaged archive raises anything
-        sys.exit(f"error: {path} cannot be read ({why(error)}); {damaged}")
+        sys.exit(f"error: {path} cannot be read ({why(error)[:200]}); {damaged}")
+    if not isinstance(state, dict) or not set(keys) <= set(state):
+        sys.exit(f"error: {path} cannot be read (it is no state of this command); {damaged}")
+    return state
 
 
 def write_csv(path, columns, rows, digits=".6g", end="\r\n"):
@@ -162,10 +179,18 @@ def write_csv(path, columns, rows, digits=".6g", end="\r\n"):
 
 
 def read_log(path, last=math.inf):
-    """The rows of log.csv up to step `last`, as dicts of numbers; empty cells are left out."""
-    with open(path, newline="") as f:
-        rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
-    return [row | {"step": int(row["step"])} for row in rows if row["step"] <= last]
+    """The rows of log.csv up to step `last`, as dicts of numbers; empty cells are left out. Without the file, none.
+
+    Raises SystemExit in one line for a damaged file.
+    """
+    try:
+        with open(path, newline="") as f:
+            rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
+        return [row | {"step": int(row["step"])} for row in rows if row["step"] <= last]
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError, KeyError, csv.Error):
+        sys.exit(f"error: {path} is damaged; delete it: the run goes on without the rows of the log")
 
 
 def curves(rows, names, mark=None, width=360, height=200):
@@ -220,7 +245,7 @@ class Run:
 # --- Weights during validation, and where a stage ends ---
 
 
-@contextmanager
+@contextlib.contextmanager
 def holding(parameters, values):
     """A context within which the parameters have these values."""
     own = [p.detach().clone() for p in parameters]
@@ -250,6 +275,28 @@ def knee(values, tolerance=0.05):
     if len(y) > 2:
         y[1:-1] = np.median([y[:-2], y[1:-1], y[2:]], 0)
     return int(np.argmax(y <= y.min() + tolerance * (y[0] - y.min())))
+
+
+@contextlib.contextmanager
+def claimed(folder):
+    """A context in which no other process may claim `folder`; it is made where it is missing.
+
+    The claim ends with the process, however that ends. Where the file system knows no locks, all are let in.
+    Raises SystemExit in one line where another process has the folder, or where it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "a")
+    except OSError as error:
+        sys.exit(f"error: {folder} cannot be written ({why(error)})")
+    with lock:
+        try:
+            if fcntl:  # lockf: worker processes do not inherit it, so one that outlives a killed run blocks nothing
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                sys.exit(f"error: {folder} is in use by another process: wait until it ends, or choose another name")
+        yield
 
 
 # --- Several processes ---

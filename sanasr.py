@@ -45,6 +45,26 @@ from pictures import atomically, bicubic, write_bytes
 # --- Configs: the official config.json files ---
 
 NULLABLE = {"out_channels", "attn_logit_softcapping"}  # numbers that may also be null
+MAX_SIZE, MAX_LAYERS, MAX_STAGES = 2**20, 1000, 16  # a larger number is broken, and its network would take all memory
+
+
+def usable(key, value, default):
+    """Whether a value of a config has the type of the default and a size that a network can have."""
+    if value is None:
+        return default is None or key in NULLABLE
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if isinstance(default, int):
+        return type(value) is int and 0 < value <= (MAX_LAYERS if key.endswith("layers") else MAX_SIZE)
+    if isinstance(default, float):
+        return type(value) in (int, float) and value < math.inf and (value > 0 or value == 0 and key.endswith("eps"))
+    if isinstance(default, tuple):  # a number for each stage; of qkv_multiscales a list of numbers
+        if not isinstance(value, list | tuple) or not 0 < len(value) <= MAX_STAGES:
+            return False
+        limit = MAX_LAYERS if "block_out" not in key else MAX_SIZE
+        numbers = [n for v in value for n in (v if isinstance(v, list | tuple) else [v])]
+        return all(type(n) is int and 0 <= n <= limit for n in numbers)
+    return True
 
 
 def read_config(name, config, defaults, neutral=None, ignored=()):
@@ -58,9 +78,8 @@ def read_config(name, config, defaults, neutral=None, ignored=()):
         raise ValueError(f"{name} config: not an object of keys and values")
     neutral = neutral or {}
     for key, value in config.items():
-        if isinstance(defaults.get(key), int | float) and not (isinstance(value, int | float) and value >= 0) \
-                and not (value is None and key in NULLABLE):
-            raise ValueError(f"{name} config: {key} = {value!r} is not a number that can be used")
+        if key in defaults and not usable(key, value, defaults[key]):
+            raise ValueError(f"{name} config: {key} = {str(value)[:100]!r} cannot be used")
         if key in defaults or key in ignored or key.startswith("_"):
             continue
         if key not in neutral:
@@ -465,8 +484,11 @@ class Gemma2(nn.Module):
         if rope is not None:
             config |= read_config("Gemma2 rope", rope, dict(rope_theta=10000.0), dict(rope_type="default"))
         self.config = config = read_config("Gemma2", config, GEMMA2_DEFAULTS, GEMMA2_NEUTRAL, GEMMA2_IGNORED)
-        kinds = config["layer_types"] or ["sliding_attention", "full_attention"] * config["num_hidden_layers"]
-        self.slides = [kind == "sliding_attention" for kind in kinds[:config["num_hidden_layers"]]]  # even layers do
+        count = config["num_hidden_layers"]
+        kinds = (config["layer_types"] or ["sliding_attention", "full_attention"] * count)[:count]  # even layers slide
+        if len(kinds) < count or not {*kinds} <= {"sliding_attention", "full_attention"}:
+            raise ValueError(f"Gemma2 config: layer_types = {str(kinds)[:100]!r} cannot be used")
+        self.slides = [kind == "sliding_attention" for kind in kinds]
         self.embed_tokens = nn.Embedding(config["vocab_size"], config["hidden_size"])
         self.layers = nn.ModuleList(GemmaLayer(config) for _ in range(config["num_hidden_layers"]))
         self.norm = GemmaRMSNorm(config["hidden_size"], config["rms_norm_eps"])
@@ -507,10 +529,12 @@ class GemmaTokenizer:
             merges = [m.split(" ") if isinstance(m, str) else m for m in bpe["merges"]]  # both forms of the list
             v = self.vocab
             self.merges = {(v[a], v[b]): (rank, v[a + b]) for rank, (a, b) in enumerate(merges)}
-            self.added = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
+            self.added = {token["content"]: token["id"] for token in data.get("added_tokens", []) if token["content"]}
+            if any(type(i) is not int or i < 0 for i in [*v.values(), *self.added.values()]):
+                raise ValueError("an id is no number")
             self.bos, self.unk = self.added["<bos>"], self.vocab["<unk>"]
             self.bytes = [self.vocab.get(f"<0x{b:02X}>", self.unk) for b in range(256)]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: not a byte-fallback BPE tokenizer.json ({error!r})") from None
         longest_first = sorted(self.added, key=len, reverse=True)
         self.splitter = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
@@ -799,8 +823,8 @@ def read_lora(path, system="sana-sr"):
         metadata = file.metadata() or {}
         for key in file.keys():
             x = file.get_tensor(key)
-            if x.ndim < 2:
-                raise ValueError(f"{path}: {key} is no matrix; only plain LoRA weights are read")
+            if x.ndim < 2 or not x.is_floating_point() or not x.numel():
+                raise ValueError(f"{path}: {key} is no matrix of floating numbers; only plain LoRA weights are read")
             state[re.sub(r"^(base_model\.model\.|transformer\.)+", "", key)] = x.flatten(1)
     if not state:
         raise ValueError(f"{path}: there is no adapter in it")
@@ -861,6 +885,7 @@ SUFFIXES = {
 DEGRADATION_WORDS = ("blurry", "blurred", "blur", "noise", "noisy", "low quality", "low resolution", "jpeg", "artifact",
                      "artifacts", "pixelated", "grainy", "compressed", "distorted")
 _DEGRADED = re.compile(r"(?<!\w)(" + "|".join(w.replace(" ", "[ ▁_-]") for w in DEGRADATION_WORDS) + r")(?!\w)")
+MAX_INSTRUCTION = 4096  # tokens; Gemma-2's context is 8192
 MAX_TOKENS = 300  # of text, <bos> included, as SANA was trained
 PROMPT_VERSION = 1  # raise it when the code changes what a prompt's states are: the cache then forgets the old ones
 
@@ -902,6 +927,8 @@ def tokenize_prompt(tokenizer, prompt, instruction=""):
     text = (instruction + prompt).replace(" ", "▁")
     ids = tokenizer.encode(instruction + prompt)
     n = len(tokenizer.encode(instruction)) if instruction else 2
+    if n > MAX_INSTRUCTION:
+        raise ValueError(f"the instruction has {n} tokens, at most {MAX_INSTRUCTION} are possible")
     ids = ids[:n + MAX_TOKENS - 2]
     words = [(len(text[:m.start()].encode()), len(text[:m.end()].encode()))
              for m in _DEGRADED.finditer(text, len(instruction))]
@@ -921,10 +948,32 @@ def open_weights(path):
         raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
 
 
+def sort_header(path):
+    """Sort the metadata of a safetensors file, which come in any order: the same state then makes the same bytes.
+
+    The file also gets the permissions of any new file; the library makes it readable for its owner alone.
+    """
+    with open(path, "r+b") as f:
+        size = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(size))
+        header |= {"__metadata__": dict(sorted(header["__metadata__"].items()))} if "__metadata__" in header else {}
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:
+            f.seek(8)
+            f.write(text.ljust(size))
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)
+
+
 def save_tensors(state, path, metadata=None):
     """Write {key: tensor} as a safetensors file, whole or not at all."""
     with atomically(path) as temporary:
         save_file({key: x.contiguous() for key, x in state.items()}, temporary, metadata)
+        sort_header(temporary)
+
+
+STORED = {"F64", "F32", "F16", "BF16"}  # safetensors' names of the dtypes that weights may have
 
 
 def load_module(cls, folder, dtype=None, device="cpu"):
@@ -950,9 +999,11 @@ def load_module(cls, folder, dtype=None, device="cpu"):
                     continue
                 shape = file.get_slice(stored).get_shape()
                 if key not in expected:
-                    problems.append(f"unexpected {stored} in {name}")
+                    problems.append(f"unexpected {stored[:100]} in {name}")
                 elif list(expected[key].shape) != shape:
                     problems.append(f"{stored} in {name} is {shape}, expected {list(expected[key].shape)}")
+                elif file.get_slice(stored).get_dtype() not in STORED:
+                    problems.append(f"{stored} in {name} is {file.get_slice(stored).get_dtype()}, no floating number")
                 else:
                     state[key] = file.get_tensor(stored).to(device=device, dtype=dtype)
     problems += [f"missing {key}" for key in expected if key not in state and not any(key in p for p in problems)]
@@ -1109,6 +1160,9 @@ class PromptEncoder:
             if encoder is None:
                 tokenizer = GemmaTokenizer(self.folder / "tokenizer")
                 encoder = Gemma2.from_pretrained(self.folder / "text_encoder", self.dtype, self.device)
+                if max(tokenizer.pieces) >= len(encoder.embed_tokens.weight):
+                    raise ValueError(f"{self.folder}: tokenizer/ has ids up to {max(tokenizer.pieces)}, text_encoder/ "
+                                     f"embeds {len(encoder.embed_tokens.weight)}")
             ids, mask, kept = tokenize_prompt(tokenizer, prompt, instruction)
             ids = torch.tensor([ids], device=self.device)
             c = encoder(ids, torch.ones_like(ids))[0, kept].cpu()

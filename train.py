@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import closing, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -55,6 +56,7 @@ from runs import (
     Signals,
     average,
     batches,
+    claimed,
     copy,
     curves,
     dtype_name,
@@ -94,10 +96,24 @@ COLUMNS = ["step", "epoch", "loss", *LAMBDA, "grad_norm", "images_per_s", "memor
 CURVES = [name for name in COLUMNS[2:] if name not in ("images_per_s", "memory_gb")]
 
 
+def load_run(folder):
+    """The state of a run. Raises SystemExit in one line."""
+    path = folder / "state.pt"
+    state = load_state(path, keys=("step", "settings", "masters", "ema", "optimizer", "scaler"))
+    if not {"data", "photos_sha256", "global_batch"} <= set(state["settings"]):
+        sys.exit(f"error: {path} cannot be read (its settings are not whole); start anew under another --name")
+    return state
+
+
 def save_run(folder, state, model, adapter, metadata):
     """The state first, then what it can make again: a crash in between loses nothing."""
     save_state(folder / "state.pt", state)
-    for path in (folder / "adapter.safetensors", folder / "checkpoints" / f"{state['step']:06d}.safetensors"):
+    export(folder, state["step"], model, adapter, metadata)
+
+
+def export(folder, step, model, adapter, metadata):
+    """The adapter, under its name and as a checkpoint. A resumed run does it again: it may have been killed."""
+    for path in (folder / "adapter.safetensors", folder / "checkpoints" / f"{step:06d}.safetensors"):
         try:
             save_lora(model, path, metadata, adapter)
         except (OSError, SafetensorError) as error:
@@ -141,7 +157,7 @@ def select(args):
 
     Scored are the run's validation pictures; `--lq DIR --data DIR` names others.
     """
-    settings = load_state(args.run / "state.pt")["settings"]
+    settings = load_run(args.run)["settings"]
     lr, hr = (args.lq, args.data[0]) if args.lq and args.data else (args.run / "val" / "lr", args.run / "val" / "hr")
     tagger = settings["tags"] if settings["tags"] in ("ram", "dape") else "none"
     scores = {}
@@ -260,10 +276,14 @@ def train(args, state=None):
             if state["settings"][key] != settings[key]:
                 sys.exit(f"error: --resume: {what} changed since the run began; start anew under another --name")
         step = state["step"]
-        copy(masters, state["masters"])
-        copy(ema, state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        try:
+            copy(masters, state["masters"])
+            copy(ema, state["ema"])
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            sys.exit(f"error: {args.run}/state.pt does not fit the adapter of this run ({why(error)[:200]}); "
+                     "start anew under another --name")
         rows = read_log(args.run / "log.csv", step)
     copy(parameters, masters)
     run = Run(args.run, COLUMNS, rows) if rank == 0 else None
@@ -290,12 +310,18 @@ def train(args, state=None):
         run.picture(f"samples/{step:06d}.png", grid)
         return {"val_lpips": distance, "val_psnr": psnr}
 
+    def averaged():
+        """(the EMA weights by key, what the file says of itself)."""
+        return dict(zip(adapter, ema, strict=True)), metadata | {"step": str(step)}
+
     def save():
         if run:
             run.picture("curves.png", curves(read_log(args.run / "log.csv"), CURVES))
             state = {"step": step, "settings": settings, "masters": masters, "ema": ema, "scaler": scaler.state_dict(),
                      "optimizer": optimizer.state_dict()}
-            save_run(args.run, state, model.dit, dict(zip(adapter, ema, strict=True)), metadata | {"step": str(step)})
+            save_run(args.run, state, model.dit, *averaged())
+    if run and state:
+        export(args.run, step, model.dit, *averaged())
 
     # the loop
     latent = model.dit.config["in_channels"], args.crop // model.vae.factor, args.crop // model.vae.factor
@@ -307,7 +333,7 @@ def train(args, state=None):
         run.note({"step": 0} | look())
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
     started, stop, knee_passed = time.perf_counter(), 0, ""
-    with Signals() as signals:
+    with closing(bar), Signals() as signals:  # closed: an error begins on a line of its own
         for batch in batches(loader, signals):
             names, texts = batch.pop("name"), batch.pop("prompt")
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
@@ -328,7 +354,6 @@ def train(args, state=None):
             if not math.isfinite(mean_loss) or not (math.isfinite(norm) or overflow):
                 if math.isfinite(mean_loss) or not math.isfinite(loss.item()):
                     report_nan(args.run / f"nan_rank{rank}.json", step + 1, names, texts, batch["t"], values, norm)
-                bar.close()
                 sys.exit(f"error: step {step + 1}: loss {mean_loss}, gradient norm {norm}: stopped before the adapter "
                          f"changed; {args.run}/nan_rank*.json names the samples, the last save is whole")
             scaler.step(optimizer)
@@ -360,7 +385,6 @@ def train(args, state=None):
         else:
             if stop := signals.caught:
                 save()
-    bar.close()
     if stop:
         say(f"interrupted; step {step} is saved, `--name {args.name} --resume` goes on")
         return 128 + (signals.caught or signal.SIGTERM)
@@ -424,7 +448,7 @@ def parse(argv=None):
     args = p.parse_args(argv)
     args.run = Path("runs") / args.name  # an absolute path as the name gives that path
     if args.resume:
-        state = load_state(args.run / "state.pt")
+        state = load_run(args.run)
         saved = {k: v for k, v in state["settings"].items() if hasattr(args, k)}
         p.set_defaults(**saved)
         args = p.parse_args(argv)
@@ -464,9 +488,11 @@ def main(argv=None):
         if args.device.type == "cuda":
             torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo", timeout=timedelta(days=1))
-    args.run.mkdir(parents=True, exist_ok=True)
     try:
-        return train(args, state)
+        with claimed(args.run) if ranks()[0] == 0 else nullcontext():
+            if not state and (args.run / "state.pt").exists():
+                sys.exit(f"error: {args.run} holds a run that has just ended: add --resume, or choose another --name")
+            return train(args, state)
     except OSError as error:
         sys.exit(f"error: {str(error).strip().splitlines()[-1].removeprefix('OSError: ')}")
     finally:

@@ -72,7 +72,9 @@ def spans(B, N, heads, block):
 
 @jit
 def _relu(x):
-    return tl.where(x <= 0, 0.0, x).to(x.dtype)  # keeps NaN as torch does; tl.maximum(x, 0) would not
+    """Keeps NaN as torch does; tl.maximum(x, 0) would not. Compares in float32: Triton's interpreter holds bf16 as
+    unsigned integers, and that of 3.9 compares these, so that no bf16 value would be negative."""
+    return tl.where(x.to(tl.float32) <= 0, 0.0, x).to(x.dtype)
 
 
 @jit

@@ -80,6 +80,13 @@ def _place(rows, across, height, tiles, BLOCK_C: tl.constexpr, COLS: tl.constexp
 
 
 @jit
+def _where(c, channels, condition):
+    """c < channels if the scalar condition holds, else nowhere. `block & scalar` does not do: Triton's interpreter
+    makes integers of it, and that of 3.9 refuses to store under such a mask."""
+    return c < tl.where(condition, channels, 0)
+
+
+@jit
 def _load_row(x, y, x0, height, width, stride, c, channels, COUNT: tl.constexpr):
     """Columns x0 .. x0 + COUNT - 1 of row y in float32, zero outside the picture."""
     row = ()
@@ -167,7 +174,7 @@ def _gate(
         a_done, a_above, a_here = _slide(a_above, a_here, a_row, a_taps, COLS)
         g_done, g_above, g_here = _slide(g_above, g_here, g_row, g_taps, COLS)
         for j in tl.static_range(COLS):
-            inside = mask & (y > y0) & (x0 + j < width)
+            inside = _where(c, hidden, (y > y0) & (x0 + j < width))
             n = ((y - 1) * width + x0 + j).to(tl.int64)
             a = a_done[j] + a_bias
             g = g_done[j] + g_bias
@@ -207,7 +214,7 @@ def _backward_input(
         row = _load_row(dp, y, x0 - 1, height, width, channels, c, channels, COLS + 2)
         done, above, here = _slide(above, here, row, taps, COLS)
         for j in tl.static_range(COLS):
-            inside = mask & (y > y0) & (x0 + j < width)
+            inside = _where(c, channels, (y > y0) & (x0 + j < width))
             n = ((y - 1) * width + x0 + j).to(tl.int64)
             tl.store(du + n * channels + c, (done[j] * s_above[j]).to(du.dtype.element_ty), mask=inside)
         u_below = _load_row(u, y + 1, x0, y1, width, channels, c, channels, COLS)

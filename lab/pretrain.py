@@ -41,7 +41,7 @@ import runs
 import weights
 from metrics import DISTS, LPIPS
 from photos import held_out, photo_paths
-from pictures import read
+from pictures import read, whole, write_bytes
 from runs import save_state as save
 from runs import write_csv
 from sanasr import (
@@ -154,6 +154,13 @@ def load_state(path, device="cpu"):
                            "delete it to start the stage anew", device)
 
 
+def cut_log(path, step):
+    """Remove the rows after `step`, which a killed run has logged but not saved."""
+    if path.exists():
+        header, *rows = path.read_text().splitlines(keepends=True)
+        write_bytes(path, "".join([header, *(row for row in rows if int(row.split(",")[0]) <= step)]))
+
+
 def fit(name, model, loss_fn, validate, args, steps, lr, weight_decay=0.01):
     """Minimise `loss_fn(model, step) -> (loss, {name: value})` over `steps`; returns the model with its EMA weights.
 
@@ -169,49 +176,52 @@ def fit(name, model, loss_fn, validate, args, steps, lr, weight_decay=0.01):
     step, seconds = 0, 0.0
     if path.exists():
         state = load_state(path, args.device)
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, seconds = state["step"], state["seconds"]
+        try:
+            model.load_state_dict(state["model"])
+            ema.load_state_dict(state["ema"])
+            optimizer.load_state_dict(state["optimizer"])
+            step, seconds = state["step"], state["seconds"]
+        except (KeyError, RuntimeError, TypeError, ValueError):
+            sys.exit(f"error: {path} does not fit the networks of this stage; delete it to start the stage anew")
         print(f"{name}: continuing at step {step}")
+    cut_log(path.with_suffix(".csv"), step)
 
     stop = []
     handlers = [signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)]
-    bar = tqdm(total=steps, initial=step, desc=name, mininterval=2)
-    while step < steps and not stop:
-        start = time.monotonic()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, lr)
-        torch.manual_seed(args.seed + step)
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bf16"):
-            loss, parts = loss_fn(model, step)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"{name}: loss {loss.item()} at step {step}; the last saved state is {path}")
-        optimizer.step()
-        with torch.no_grad():
-            decay = min(args.ema, (step + 1) / (step + 10))
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-        step += 1
-        seconds += time.monotonic() - start
-        bar.update()
-        if step % 20 == 0:
-            bar.set_postfix({k: f"{v:.4f}" for k, v in parts.items()})
-        if step % args.validate_every == 0 or step == steps:
-            with torch.inference_mode():
-                row = dict(step=step, hours=round(seconds / 3600, 3), **parts, **validate(ema))
-            new = not path.with_suffix(".csv").exists()
-            with open(path.with_suffix(".csv"), "a", newline="") as f:
-                writer = csv.DictWriter(f, row)
-                writer.writeheader() if new else None
-                writer.writerow(row)
-            bar.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
-        if step % args.validate_every == 0 or step == steps or stop:
-            save(path, dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                            step=step, seconds=seconds))
-    bar.close()
+    with tqdm(total=steps, initial=step, desc=name, mininterval=2) as bar:
+        while step < steps and not stop:
+            start = time.monotonic()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, lr)
+            torch.manual_seed(args.seed + step)
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bf16"):
+                loss, parts = loss_fn(model, step)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if not torch.isfinite(norm):
+                raise FloatingPointError(f"{name}: loss {loss.item()} at step {step}; the last saved state is {path}")
+            optimizer.step()
+            with torch.no_grad():
+                decay = min(args.ema, (step + 1) / (step + 10))
+                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+            step += 1
+            seconds += time.monotonic() - start
+            bar.update()
+            if step % 20 == 0:
+                bar.set_postfix({k: f"{v:.4f}" for k, v in parts.items()})
+            if step % args.validate_every == 0 or step == steps:
+                with torch.inference_mode():
+                    row = dict(step=step, hours=round(seconds / 3600, 3), **parts, **validate(ema))
+                new = not path.with_suffix(".csv").exists()
+                with open(path.with_suffix(".csv"), "a", newline="") as f:
+                    writer = csv.DictWriter(f, row)
+                    writer.writeheader() if new else None
+                    writer.writerow(row)
+                bar.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
+            if step % args.validate_every == 0 or step == steps or stop:
+                save(path, dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
+                                step=step, seconds=seconds))
     for s, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
         signal.signal(s, handler)
     if stop:
@@ -540,9 +550,10 @@ def main():
         return write_tags(args)
     photos = Photos(args.data, args.crop, mirror=args.stage == "prior")
     try:
-        dict(autoencoder=train_autoencoder, decoder=train_autoencoder, prior=train_prior)[args.stage](photos, args)
-    except Unavailable as error:
-        sys.exit(f"error: {error}")
+        with runs.claimed(Path(args.out)):
+            dict(autoencoder=train_autoencoder, decoder=train_autoencoder, prior=train_prior)[args.stage](photos, args)
+    except (OSError, ValueError, FloatingPointError, Unavailable) as error:
+        sys.exit(f"error: {whole(error)}")
 
 
 if __name__ == "__main__":
