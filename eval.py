@@ -7,6 +7,7 @@
     python eval.py lr/ --hr hr/ --csv scores.csv --report report.html      restores, then scores against references
     python eval.py --sr results/ --hr hr/ --metrics all                    scores pictures of any method
     python eval.py --profile                       parameters, multiply-accumulates and latency by stage
+    python eval.py lr.png --model linearsr-embedded --steps 20             LinearSR: many steps, from --seed's noise
     python eval.py photos/ --stability             what degradations change in latents and in pixels (the paper's §3.1)
 
 Reads every picture format that Pillow decodes, with EXIF orientation applied. Grey pictures come out grey, alpha is
@@ -32,7 +33,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pictures import COLOUR_FIXES, bicubic, find_inputs, picture_suffixes, read, read_rgb, restored, whole, why, write
-from runs import DTYPES, load_model, peak_memory, pick_device, pick_dtype
+from runs import DTYPES, is_linearsr, load_linearsr, load_model, peak_memory, pick_device, pick_dtype
 
 # --- inputs and results ---
 
@@ -124,8 +125,8 @@ def restore(job, model, args, tags=(), progress=None):
     width, height = picture.rgb.size
     prompt = ", ".join(filter(None, [args.prompt, *tags]))
     try:
-        result = restored(model, picture, prompt, args.color_fix, args.scale, suffix=args.suffix,
-                          timestep=args.timestep, tile=args.tile, instruction=args.instruction, progress=progress)
+        result = restored(model, picture, prompt, args.color_fix, args.scale, suffix=args.suffix, tile=args.tile,
+                          instruction=args.instruction, progress=progress, **args.sampling)
     except (OSError, ValueError) as error:  # of the text encoder, which is loaded here: it concerns every picture
         sys.exit(f"error: {whole(error)}")
     except (MemoryError, RuntimeError) as error:
@@ -228,7 +229,7 @@ def profile(model, args):
     where = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else (
         f"{args.device.type}, {torch.get_num_threads()} threads")
     try:
-        table = profile(model, args.profile)
+        table = profile(model, args.profile, steps=args.sampling.get("steps", 1))
     except (OSError, ValueError) as error:
         sys.exit(f"error: {whole(error)}")
     print(f"{args.model}, {args.profile}×{args.profile}, {str(args.dtype).removeprefix('torch.')}, {where}")
@@ -271,8 +272,8 @@ def parse(argv=None):
     add("--timestep", type=float, metavar="N", help="τ of the one update (default: the adapter's, else 900)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bf16 on a GPU that has it, else fp32")
-    add("--seed", type=int, default=0, metavar="N", help="of --stability; a restoration draws no noise: it is the same "
-        "for every seed")
+    add("--seed", type=int, default=0, metavar="N", help="of LinearSR's noise and of --stability; SANA-SR draws no "
+        "noise: its restoration is the same for every seed")
     add("--tile", type=int, metavar="N", help="largest side, in pixels of the result, that the networks see at once "
         "(default: 1408; 0: no limit)")
     add("--fast", choices=["auto", "on", "off"], default="auto", help="the rewrites of fast.py: the same result up to "
@@ -280,6 +281,11 @@ def parse(argv=None):
     add("--color-fix", choices=COLOUR_FIXES, default="none", help="colours of the enlarged input")
     add("--no-metadata", action="store_true", help="results without the input's EXIF and colour profile")
     add("--compare", action="store_true", help="write the bicubic enlargement beside the result")
+    add = parser.add_argument_group("LinearSR alone, which takes many steps").add_argument
+    add("--steps", type=int, metavar="N", help="evaluations of the network (default: 20)")
+    add("--cfg", type=float, metavar="X", help="scale of classifier-free guidance; other than 1 it doubles the time "
+        "(default: 1)")
+    add("--offload", action="store_true", help="keep only the expert in use on the device")
     add = parser.add_argument_group("scores").add_argument
     add("--hr", metavar="DIR", help="references, matched by file name")
     add("--sr", metavar="DIR", help="results that exist already: nothing is restored")
@@ -314,6 +320,8 @@ def parse(argv=None):
             parser.error(f"{folder}: no such folder")
     if args.tile is not None and args.tile < 0:
         parser.error(f"--tile must not be negative: {args.tile}")
+    if args.steps is not None and args.steps < 1:
+        parser.error(f"--steps must be at least 1, not {args.steps}")
     if args.timestep is not None and not 0 < args.timestep <= 1000:
         parser.error(f"--timestep must be above 0 and at most 1000, not {args.timestep:g}")
     try:
@@ -321,6 +329,28 @@ def parse(argv=None):
     except (OSError, ValueError) as error:
         parser.error(f"--instruction {args.instruction}: {why(error)}")
     return args
+
+
+def choose_system(args):
+    """args.linear: whether --model is a LinearSR; args.sampling: what its `restore` takes that the other's does not.
+
+    Raises SystemExit in one line where an option belongs to the other system.
+    """
+    args.linear = is_linearsr(args.model, args.dtype)
+    foreign = ("adapter", "timestep") if args.linear else ("steps", "cfg", "offload")
+    if given := [f"--{name}" for name in foreign if getattr(args, name) not in (None, False)]:
+        what = "LinearSR, which has no adapter and no τ" if args.linear else "SANA-SR, which takes one step"
+        sys.exit(f"error: {', '.join(given)}: {args.model} is a model of {what}; leave it out or name another --model")
+    args.sampling = {"timestep": args.timestep}
+    if args.linear:
+        args.sampling = {"steps": args.steps or 20, "seed": args.seed, "cfg": 1.0 if args.cfg is None else args.cfg}
+
+
+def load(args, fast="off"):
+    """The model that the arguments name. Raises SystemExit in one line."""
+    if args.linear:
+        return load_linearsr(args.model, args.device, args.dtype, fast, args.offload)
+    return load_model(args.model, args.device, args.dtype, args.adapter, fast)
 
 
 def main(argv=None):
@@ -333,19 +363,20 @@ def main(argv=None):
     if args.sr:
         score(find_pairs(args, []), args)
         return 0
+    choose_system(args)
     if args.profile:
-        profile(load_model(args.model, args.device, args.dtype, args.adapter), args)
+        profile(load(args), args)
         return 0
     inputs = find_inputs(args.inputs)
     if args.stability:
-        stability(load_model(args.model, args.device, args.dtype, args.adapter, args.fast), inputs, args)
+        stability(load(args, args.fast), inputs, args)
         return 0
     jobs = plan(inputs, args.out, args.scale)
     pairs = find_pairs(args, jobs) if args.score else []
     if ranks > 1:  # so that all ranks end together: torchrun ends the others as soon as one rank fails
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
     tags = input_tags(jobs[rank::ranks], args, {pair.sr: pair.hr for pair in pairs})
-    model = load_model(args.model, args.device, args.dtype, args.adapter, args.fast)
+    model = load(args, args.fast)
 
     rows, skipped = [], []
     for job in tqdm(jobs[rank::ranks], unit="img", disable=True if len(jobs) == 1 or rank else None):  # None: on a tty

@@ -309,15 +309,19 @@ class FastDiT(nn.Module):
         if self.graph:
             self.graph.forget()  # the graph reads the old tensors
 
-    def forward(self, z, t, c, mask):
-        """z: B,C,h,w; t: B; c: B,T,Dt; mask: B,T -> B,C,h,w, as sanasr.LinearDiT.forward."""
+    def forward(self, z, t, c, mask, condition=None):
+        """z: B,C,h,w; t: B; c: B,T,Dt; mask: B,T; condition: B,D,h,w -> B,C,h,w, as sanasr.LinearDiT.forward."""
         self.prepare(t, c, mask)
+        if condition is not None:
+            return self.prediction(z, condition)
         return (self.graph or self.prediction)(z)
 
-    def prediction(self, z):
+    def prediction(self, z, condition=None):
         plain, (height, width) = self.plain, z.shape[2:]
         bias, blocks, (gain, shift) = self.kept[1]
         x = plain.patch_embed["proj"](to_tokens(z))  # B,N,D
+        if condition is not None:
+            x = x + to_tokens(condition)
         for block, (k, v, gain1, shift1, gate1, gain2, shift2, gate2) in zip(plain.transformer_blocks, blocks,
                                                                             strict=True):
             a = block.attn1
@@ -397,10 +401,14 @@ def keep_memory():
 
 
 def optimise(model: sanasr.SanaSR, graphs: bool = False) -> sanasr.SanaSR:
-    """Rewrite a sanasr.SanaSR in place, and return it. Raises ValueError where its adapter is not merged.
+    """Rewrite a SanaSR or LinearSR in place, and return it. Raises ValueError where its adapter is not merged.
 
-    graphs: one CUDA graph each for encoder, transformer and decoder, for the last picture size and prompt.
+    graphs: one CUDA graph each for encoder, transformer and decoder, for the last picture size and prompt. LinearSR's
+    transformers have none: what they keep changes with every step.
     """
-    model.dit = optimise_dit(model.dit, graphs)
+    if hasattr(model, "experts"):
+        model.experts = [optimise_dit(expert) for expert in model.experts]
+    else:
+        model.dit = optimise_dit(model.dit, graphs)
     model.vae = optimise_vae(model.vae, graphs=graphs)
     return model

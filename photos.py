@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import weights
-from degrade import SCALE, degrade, pair, sharpen, to_image, to_tensor
+from degrade import SCALE, degrade, enlarge, sharpen, to_image, to_tensor
 from pictures import bicubic, picture_suffixes, png, read, whole, why, write_bytes
 from runs import write_csv
 from sanasr import clean_tags
@@ -98,13 +98,13 @@ def scan(folders, crop, index, workers):
 
 
 def held_out(hashes):
-    """The SHA-256 digests, of the photos' digests in hexadecimal, that are never trained on: those that begin with 0.
+    """The SHA-256 digests, of the photos' digests in hexadecimal, that are never trained on: a second digit of 0.
 
     That is one photo in 16, whatever its name, folder or neighbours. A set so small that this holds out none (or all)
     holds out its smallest digests instead: one in 16, at least one. A single photo is not held out.
     """
     hashes = set(hashes)
-    held = {h for h in hashes if h.startswith("0")}
+    held = {h for h in hashes if h[1] == "0"}
     if 0 < len(held) < len(hashes):
         return held
     return set(sorted(hashes)[:max(1, len(hashes) // 16)]) if len(hashes) > 1 else set()
@@ -168,7 +168,8 @@ class Pairs(Dataset):
             self.epoch = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.photos))
         return epoch, int(self.epoch[1][position])
 
-    def __getitem__(self, n):
+    def sample(self, n):
+        """-> (index of the photo, generator for what else is drawn, LR and HR pictures: 3,h,w and 3,H,W in [0, 1])."""
         epoch, i = self.place(n)
         rng = np.random.default_rng((self.seed, epoch, i))
         photo, crop = self.photos[i], self.crop
@@ -177,11 +178,15 @@ class Pairs(Dataset):
         hr, lr = crop_pair(photo.path, self.lq.get(photo.path), left, top, crop)
         if flip:
             hr, lr = hr.flip(-1), None if lr is None else lr.flip(-1)
-        x_l, x_h = pair(sharpen(hr) if self.usm else hr, rng, lr, self.mild)
+        hr = sharpen(hr) if self.usm else hr
+        return i, rng, degrade(hr, rng, mild=self.mild) if lr is None else lr, hr
+
+    def __getitem__(self, n):
+        i, rng, lr, hr = self.sample(n)
         low, high = self.t_range
-        return {"x_L": x_l, "x_H": x_h, "t": np.float32(rng.integers(low, high, endpoint=True)),
+        return {"x_L": enlarge(lr), "x_H": hr * 2 - 1, "t": np.float32(rng.integers(low, high, endpoint=True)),
                 "noise": rng.standard_normal(self.latent, dtype=np.float32),
-                "prompt": self.prompts[i], "name": photo.path}
+                "prompt": self.prompts[i], "name": self.photos[i].path}
 
 
 def crop_pair(path, lq_path, left, top, crop):

@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import math
 import os
 import pickle
 import platform
@@ -14,15 +15,17 @@ from functools import partial
 from io import StringIO
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image, ImageDraw
+
+from pictures import atomically, whole, why, write_bytes
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-
-from pictures import atomically, whole, why, write_bytes
 
 # --- Device, dtype, model ---
 
@@ -64,13 +67,37 @@ def load_model(name, device, dtype, adapter=None, fast="off"):
     fast: "on" applies the rewrites of fast.py (on a GPU with CUDA graphs), "auto" on a CPU only.
     Raises SystemExit in one line.
     """
-    import weights
     from sanasr import SanaSR
+    if is_linearsr(name, dtype):
+        sys.exit(f"error: {name} is a LinearSR model: it has experts instead of an adapter, and is no prior")
     adapter = False if adapter == "none" else adapter
     if adapter and not Path(adapter).is_file():
         sys.exit(f"error: --adapter {adapter}: no such file")
+    return _loaded(lambda: SanaSR.from_pretrained(name, device, dtype, adapter), device, fast)
+
+
+def load_linearsr(name, device, dtype, fast="off", offload=False):
+    """LinearSR of a name or folder; fast: as `load_model`'s; offload: only the expert in use lies on the device."""
+    from linearsr import LinearSR
+    return _loaded(lambda: LinearSR.from_pretrained(name, device, dtype, offload), device, fast)
+
+
+def is_linearsr(name, dtype=None):
+    """Whether the model of this name or folder is a LinearSR rather than a SanaSR: it has a config.json of its own.
+
+    Raises SystemExit in one line where there is no such model.
+    """
+    import weights
     try:
-        model = SanaSR.from_pretrained(name, device, dtype, adapter)
+        return (weights.folder(name, dtype) / "config.json").is_file()
+    except (OSError, weights.Unavailable) as error:
+        sys.exit(f"error: {whole(error)}")
+
+
+def _loaded(load, device, fast):
+    import weights
+    try:
+        model = load()
     except (OSError, ValueError, weights.Unavailable) as error:
         sys.exit(f"error: {whole(error)}")
     if fast == "on" or (fast == "auto" and device.type == "cpu"):
@@ -152,15 +179,15 @@ def write_csv(path, columns, rows, digits=".6g", end="\r\n"):
 
 
 @contextlib.contextmanager
-def claimed(folder):
-    """A context in which no other process may claim `folder`; it is made where it is missing.
+def claimed(folder, name=""):
+    """A context in which no other process may claim `folder`, or the part `name` of it. The folder is made if missing.
 
     The claim ends with the process, however that ends. Where the file system knows no locks, all are let in.
     Raises SystemExit in one line where another process has the folder, or where it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a")
+        lock = open(folder / f".{name}.lock", "a")
     except OSError as error:
         sys.exit(f"error: {folder} cannot be written ({why(error)})")
     with lock:
@@ -171,6 +198,105 @@ def claimed(folder):
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 sys.exit(f"error: {folder} is in use by another process: wait until it ends, or choose another name")
         yield
+
+
+def read_log(path, last=math.inf):
+    """The rows of log.csv up to step `last`, as dicts of numbers; empty cells are left out. Without the file, none.
+
+    Raises SystemExit in one line for a damaged file.
+    """
+    try:
+        with open(path, newline="") as f:
+            rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
+        return [row | {"step": int(row["step"])} for row in rows if row["step"] <= last]
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError, KeyError, csv.Error):
+        sys.exit(f"error: {path} is damaged; delete it: the run goes on without the rows of the log")
+
+
+def curves(rows, names, mark=None, width=360, height=200):
+    """A picture of the columns `names` of the log against the step: the values in grey, their running mean in blue.
+
+    mark: a step, such as the knee's, where a red line is drawn.
+    """
+    names = [n for n in names if any(n in row for row in rows)]
+    canvas = Image.new("RGB", (3 * width, -(-len(names) // 3) * height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for k, name in enumerate(names):
+        x, y = np.array([(row["step"], row[name]) for row in rows if name in row]).T
+        left, top, w, h = k % 3 * width + 10, k // 3 * height + 24, width - 20, height - 40
+        window = max(len(y) // 50, 1)
+        smooth = np.convolve(np.pad(y, (window - 1, 0), "edge"), np.ones(window) / window, "valid")
+        low, high = y.min(), np.percentile(y, 99) if len(y) > 200 else y.max()  # a few peaks shall not flatten the rest
+        for values, colour in ((y, "#c8c8c8"), (smooth, "#1040c0")):
+            across = left + (x - x[0]) / max(x[-1] - x[0], 1) * w
+            up = ((values - low) / max(high - low, 1e-12)).clip(0, 1) * h
+            draw.line(list(zip(across, top + h - up, strict=True)), colour)
+        draw.rectangle((left, top, left + w, top + h), outline="#808080")
+        if mark is not None:
+            at = left + (min(max(mark, x[0]), x[-1]) - x[0]) / max(x[-1] - x[0], 1) * w
+            draw.line((at, top, at, top + h), "#c01010", 2)
+        draw.text((left, top - 16), f"{name} {smooth[-1]:.4g}   (axis {low:.4g} to {high:.4g}, "
+                                    f"steps {x[0]:.0f} to {x[-1]:.0f})", "black")
+    return canvas
+
+
+class Run:
+    """The folder of a run with its log.csv; only the first rank has one."""
+
+    def __init__(self, folder, columns, rows):
+        """rows: of the log, up to the step of the state that the run goes on from."""
+        self.folder, self.columns = folder, columns
+        for sub in ("checkpoints", "samples"):
+            (folder / sub).mkdir(parents=True, exist_ok=True)
+        write_csv(folder / "log.csv", columns, rows)
+
+    def note(self, row):
+        """Add a row to the log."""
+        try:
+            with open(self.folder / "log.csv", "a", newline="") as f:
+                f.write(",".join(f"{row[c]:.6g}" if c in row else "" for c in self.columns) + "\r\n")
+        except OSError as error:
+            sys.exit(f"error: {self.folder}/log.csv cannot be written ({why(error)})")
+
+    def picture(self, name, image):
+        write_atomically(self.folder / name, lambda f: image.save(f, "PNG"))
+
+
+# --- Weights during validation, and where a stage ends ---
+
+
+@contextlib.contextmanager
+def holding(parameters, values):
+    """A context within which the parameters have these values."""
+    own = [p.detach().clone() for p in parameters]
+    copy(parameters, values)
+    try:
+        yield
+    finally:
+        copy(parameters, own)
+
+
+@torch.no_grad()
+def copy(parameters, values):
+    for p, v in zip(parameters, values, strict=True):
+        p.copy_(v)
+
+
+def knee(values, tolerance=0.05):
+    """Index of the last good point of a falling curve: the first after which it gains no more to speak of.
+
+    A running median of three takes single peaks and dips out. Of what is left, the knee is the first value within
+    `tolerance` of the whole fall (from the start to the least value) of the least value. So a curve that still falls
+    has its knee at its end, one that oscillates or rises again has it before that, one that never falls at its start.
+    On the curve of validation LPIPS a stage of LinearSR's training ends there (ESGF of arXiv 2510.08771, which gives no
+    rule; this one is ours).
+    """
+    y = np.array(values, float)
+    if len(y) > 2:
+        y[1:-1] = np.median([y[:-2], y[1:-1], y[2:]], 0)
+    return int(np.argmax(y <= y.min() + tolerance * (y[0] - y.min())))
 
 
 # --- Several processes ---

@@ -709,13 +709,18 @@ class LinearDiT(nn.Module):
         self.transformer_blocks = nn.ModuleList(DiTBlock(config) for _ in range(config["num_layers"]))
         self.proj_out = nn.Linear(width, config["out_channels"] or config["in_channels"])
 
-    def forward(self, z, t, c, mask):
-        """z: B,C,h,w scaled latents; t: B in [0, 1000]; c: B,T,Dt text states; mask: B,T of 0/1 -> B,C,h,w."""
+    def forward(self, z, t, c, mask, condition=None):
+        """z: B,C,h,w scaled latents; t: B in [0, 1000]; c: B,T,Dt text states; mask: B,T of 0/1 -> B,C,h,w.
+
+        condition: B,D,h,w, added to the embedded latents; see linearsr.py.
+        """
         if z.ndim != 4 or c.ndim != 3 or mask.shape != c.shape[:2] or t.shape != z.shape[:1]:
             raise ValueError(f"LinearDiT: expected z B,C,h,w, t B, c B,T,D, mask B,T; got "
                              f"{tuple(z.shape)}, {tuple(t.shape)}, {tuple(c.shape)}, {tuple(mask.shape)}")
         height, width = z.shape[2:]
         x = self.patch_embed["proj"](to_tokens(z))  # B,N,D
+        if condition is not None:
+            x = x + to_tokens(condition)
         modulation, e = self.time_embed(t)  # B,6,D and B,D
         c = self.caption_norm(self.caption_projection(c))  # B,T,D
         bias = ((1 - mask.to(x.dtype)) * -10000)[:, None, None]  # B,1,1,T
@@ -807,9 +812,10 @@ def save_lora(model, path, metadata=None, state=None):
     save_tensors({key: p.detach() for key, p in state.items()}, path, (metadata or {}) | about)
 
 
-def read_lora(path):
+def read_lora(path, system="sana-sr"):
     """An adapter file -> ({key: matrix}, its metadata). PEFT's prefixes `transformer.`, `base_model.model.` are cut.
 
+    system: what it must be made for, "sana-sr" or "linearsr"; a file whose metadata do not say is SANA-SR's.
     Raises ValueError that names the file.
     """
     state = {}
@@ -822,19 +828,21 @@ def read_lora(path):
             state[re.sub(r"^(base_model\.model\.|transformer\.)+", "", key)] = x.flatten(1)
     if not state:
         raise ValueError(f"{path}: there is no adapter in it")
+    if (found := metadata.get("system", "sana-sr")) != system:
+        raise ValueError(f"{path}: an adapter for {found}, but {system} needs one of its own")
     for name in {"alpha", "timestep"} & set(metadata):
         if not re.fullmatch(r"\d+(\.\d*)?", metadata[name]):
             raise ValueError(f"{path}: its metadata says {name} = {metadata[name]!r}, which is no number")
     return state, metadata
 
 
-def load_lora(model: nn.Module, path: str | Path) -> dict:
+def load_lora(model: nn.Module, path: str | Path, system: str = "sana-sr") -> dict:
     """Attach the adapters of a file to `model`, injecting where there are none; returns the file's metadata.
 
-    Without "alpha" or "alphas" in the metadata α = r. Raises ValueError, naming file and key, where the adapter belongs
-    to another base.
+    Without "alpha" or "alphas" in the metadata α = r. system: see `read_lora`. Raises ValueError, naming file and key,
+    where the adapter belongs to another base.
     """
-    state, metadata = read_lora(path)
+    state, metadata = read_lora(path, system)
     try:
         alphas = {name: float(alpha) for name, alpha in json.loads(metadata.get("alphas", "{}")).items()}
     except (AttributeError, TypeError, ValueError):
@@ -1225,6 +1233,18 @@ class SanaSR:
         c, m = self.prompts(prompts, instruction)
         return c.to(self.device, self.dtype), m.to(self.device)
 
+    def tiling(self, tile=None):
+        """`tiled` for tiles of `tile` pixels, see `restore`: (f, x, down=1, up=1, progress=None) -> f(x)."""
+        tile = self.TILE if tile is None else math.ceil(tile / self.vae.factor) or math.inf
+        return functools.partial(tiled, tile=tile, overlap=min(self.OVERLAP, tile // 4) if tile < math.inf else 0)
+
+    def decode(self, z, width, height, by_tiles, progress=None):
+        """Scaled latents 1,C,h,w -> PIL image of width × height, the upper left part of what they hold."""
+        z = z.to(self.vae_dtype) / self.scaling_factor
+        x = by_tiles(self.vae.decode, z, up=self.vae.factor, progress=progress)[0, :, :height, :width]  # 3,H,W
+        x = x.float().add_(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0)
+        return Image.fromarray(x.cpu().numpy())
+
     @torch.inference_mode()
     def restore(self, image: Image.Image, prompt: str | list = "", *, scale: int = 4, suffix: str | None = None,
                 timestep: float | None = None, tile: int | None = None, instruction: str | None = None,
@@ -1239,13 +1259,11 @@ class SanaSR:
         progress(stage, done, total) is called for every tile of the stages encode, dit and decode.
         """
         how = conditioning(self.metadata, suffix, timestep, instruction)
-        tile = self.TILE if tile is None else math.ceil(tile / self.vae.factor) or math.inf
         t = torch.full((1,), how["timestep"], device=self.device)
-        overlap = min(self.OVERLAP, tile // 4) if tile < math.inf else 0
-        clock = Stopwatch(self.device)
+        by_tiles, clock = self.tiling(tile), Stopwatch(self.device)
 
-        def by_tiles(stage, f, x, **sides):
-            return tiled(f, x, tile, overlap, **sides, progress=progress and functools.partial(progress, stage))
+        def report(stage):
+            return progress and functools.partial(progress, stage)
 
         c, m = self.encode_prompt(build_prompt(prompt, how["suffix"]), how["instruction"])  # 1,T,Dt and 1,T
         clock.lap("text")
@@ -1254,14 +1272,11 @@ class SanaSR:
         x = torch.from_numpy(x.copy()).to(self.device).permute(2, 0, 1)[None].float()  # bfloat16 would lose grey levels
         x = x.div_(127.5).sub_(1).to(self.vae_dtype)  # 1,3,H,W
         x = F.pad(x, (0, -width % self.vae.factor, 0, -height % self.vae.factor), mode="replicate")
-        z = self.scaling_factor * by_tiles("encode", self.vae.encode, x, down=self.vae.factor)  # 1,C,h,w
+        z = self.scaling_factor * by_tiles(self.vae.encode, x, down=self.vae.factor, progress=report("encode"))
         clock.lap("encode")
-        z = by_tiles("dit", lambda part: one_step(self.dit, part, t, c, m), z.to(self.dtype))
+        z = by_tiles(lambda part: one_step(self.dit, part, t, c, m), z.to(self.dtype), progress=report("dit"))
         clock.lap("dit")
-        z = z.to(self.vae_dtype) / self.scaling_factor
-        x = by_tiles("decode", self.vae.decode, z, up=self.vae.factor)[0, :, :height, :width]  # 3,H,W
-        x = x.float().add_(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0)
-        result = Image.fromarray(x.cpu().numpy())
+        result = self.decode(z, width, height, by_tiles, report("decode"))
         clock.lap("decode")
         self.stages = clock.laps
         return result

@@ -15,22 +15,19 @@ names. Leaves in runs/NAME: adapter.safetensors (EMA weights), checkpoints/, sam
 (to resume), val/ (the fixed validation pairs). Settings are the paper's Appendix B; 100 000 steps took it 8 GPUs.
 """
 import argparse
-import csv
 import json
 import math
 import os
 import signal
 import sys
 import time
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -55,12 +52,17 @@ from photos import Pairs, digest, find_tags, match_lq, photo_tags, scan, split, 
 from pictures import bicubic, read_rgb, whole, why
 from runs import (
     DTYPES,
+    Run,
     Signals,
     average,
     batches,
     claimed,
+    copy,
+    curves,
     dtype_name,
     from_first,
+    holding,
+    knee,
     load_model,
     load_state,
     outlive_signals,
@@ -68,6 +70,7 @@ from runs import (
     pick_device,
     pick_dtype,
     ranks,
+    read_log,
     save_state,
     workers,
     write_atomically,
@@ -90,6 +93,7 @@ EMA = 0.999
 # --- The files of a run ---
 
 COLUMNS = ["step", "epoch", "loss", *LAMBDA, "grad_norm", "images_per_s", "memory_gb", "val_lpips", "val_psnr"]
+CURVES = [name for name in COLUMNS[2:] if name not in ("images_per_s", "memory_gb")]
 
 
 def load_run(folder):
@@ -101,74 +105,19 @@ def load_run(folder):
     return state
 
 
-def read_log(path, last=math.inf):
-    """The rows of log.csv up to step `last`, as dicts of numbers; empty cells are left out. Without the file, none.
-
-    Raises SystemExit in one line for a damaged file.
-    """
-    try:
-        with open(path, newline="") as f:
-            rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
-        return [row | {"step": int(row["step"])} for row in rows if row["step"] <= last]
-    except FileNotFoundError:
-        return []
-    except (ValueError, TypeError, KeyError, csv.Error):
-        sys.exit(f"error: {path} is damaged; delete it: the run goes on without the rows of the log")
+def save_run(folder, state, model, adapter, metadata):
+    """The state first, then what it can make again: a crash in between loses nothing."""
+    save_state(folder / "state.pt", state)
+    export(folder, state["step"], model, adapter, metadata)
 
 
-def curves(rows, width=360, height=200):
-    """A picture of every column of the log against the step: the values in grey, their running mean in blue."""
-    names = [n for n in COLUMNS[2:] if n not in ("images_per_s", "memory_gb") and any(n in row for row in rows)]
-    canvas = Image.new("RGB", (3 * width, -(-len(names) // 3) * height), "white")
-    draw = ImageDraw.Draw(canvas)
-    for k, name in enumerate(names):
-        x, y = np.array([(row["step"], row[name]) for row in rows if name in row]).T
-        left, top, w, h = k % 3 * width + 10, k // 3 * height + 24, width - 20, height - 40
-        window = max(len(y) // 50, 1)
-        smooth = np.convolve(np.pad(y, (window - 1, 0), "edge"), np.ones(window) / window, "valid")
-        low, high = y.min(), np.percentile(y, 99) if len(y) > 200 else y.max()  # a few peaks shall not flatten the rest
-        for values, colour in ((y, "#c8c8c8"), (smooth, "#1040c0")):
-            across = left + (x - x[0]) / max(x[-1] - x[0], 1) * w
-            up = ((values - low) / max(high - low, 1e-12)).clip(0, 1) * h
-            draw.line(list(zip(across, top + h - up, strict=True)), colour)
-        draw.rectangle((left, top, left + w, top + h), outline="#808080")
-        draw.text((left, top - 16), f"{name} {smooth[-1]:.4g}   (axis {low:.4g} to {high:.4g}, "
-                                    f"steps {x[0]:.0f} to {x[-1]:.0f})", "black")
-    return canvas
-
-
-class Run:
-    """The folder runs/NAME; only the first rank has one."""
-
-    def __init__(self, folder, rows):
-        self.folder = folder
-        for sub in ("checkpoints", "samples"):
-            (folder / sub).mkdir(parents=True, exist_ok=True)
-        write_csv(folder / "log.csv", COLUMNS, rows)  # without the steps that the state does not have
-
-    def note(self, row):
-        """Adds a row to the log."""
+def export(folder, step, model, adapter, metadata):
+    """The adapter, under its name and as a checkpoint. A resumed run does it again: it may have been killed here."""
+    for path in (folder / "adapter.safetensors", folder / "checkpoints" / f"{step:06d}.safetensors"):
         try:
-            with open(self.folder / "log.csv", "a", newline="") as f:
-                f.write(",".join(f"{row[c]:.6g}" if c in row else "" for c in COLUMNS) + "\r\n")
-        except OSError as error:
-            sys.exit(f"error: {self.folder}/log.csv cannot be written ({why(error)})")
-
-    def picture(self, name, image):
-        write_atomically(self.folder / name, lambda f: image.save(f, "PNG"))
-
-    def save(self, state, model, adapter, metadata):
-        """The state first, then what it can make again: a crash in between loses nothing."""
-        save_state(self.folder / "state.pt", state)
-        self.export(state["step"], model, adapter, metadata)
-
-    def export(self, step, model, adapter, metadata):
-        """The adapter, under its name and as a checkpoint. A resumed run does it again: it may have been killed."""
-        for path in (self.folder / "adapter.safetensors", self.folder / "checkpoints" / f"{step:06d}.safetensors"):
-            try:
-                save_lora(model, path, metadata, adapter)
-            except (OSError, SafetensorError) as error:
-                sys.exit(f"error: {path} cannot be written ({why(error, path)}); {self.folder}/state.pt is whole")
+            save_lora(model, path, metadata, adapter)
+        except (OSError, SafetensorError) as error:
+            sys.exit(f"error: {path} cannot be written ({why(error, path)}); {folder}/state.pt is whole")
 
 
 # --- Validation, and the choice of a checkpoint ---
@@ -189,16 +138,6 @@ def validate(f, vae, pairs, conditions, tau, lpips):
         psnrs.append(10 * math.log10(4 / max((x - x_h).square().mean().item(), 1e-10)))
         rows.append(torch.cat([x_l, x, x_h], 3)[0].cpu() / 2 + 0.5)
     return sum(distances) / len(pairs), sum(psnrs) / len(pairs), to_image(torch.cat(rows[:6], 1))
-
-
-def knee(values):
-    """The index where a falling curve stops falling fast: the point farthest below the line from its start to its end.
-
-    On the curve of validation LPIPS it is where LinearSR's ESGF (arXiv 2510.08771) ends a stage, before the training
-    goes on to trade generality for the training set; the definition is Kneedle's (Satopää et al. 2011).
-    """
-    y = np.asarray(values, float)
-    return int(np.argmax(np.linspace(y[0], y[-1], len(y)) - y))
 
 
 def past_knee(run, patience):
@@ -271,23 +210,6 @@ def start_adapter(args, dit):
             load_lora(dit, args.init)
         except ValueError as error:
             sys.exit(f"error: {error}")
-
-
-@contextmanager
-def holding(parameters, values):
-    """A context within which the parameters have these values."""
-    own = [p.detach().clone() for p in parameters]
-    copy(parameters, values)
-    try:
-        yield
-    finally:
-        copy(parameters, own)
-
-
-@torch.no_grad()
-def copy(parameters, values):
-    for p, v in zip(parameters, values, strict=True):
-        p.copy_(v)
 
 
 def report_nan(path, step, names, prompts, t, values, norm):
@@ -364,7 +286,7 @@ def train(args, state=None):
                      "start anew under another --name")
         rows = read_log(args.run / "log.csv", step)
     copy(parameters, masters)
-    run = Run(args.run, rows) if rank == 0 else None
+    run = Run(args.run, COLUMNS, rows) if rank == 0 else None
     tags_from = args.tags if args.tags in ("none", "ram", "dape") else "file"
     metadata = {k: str(v) for k, v in {
         "base": args.model, "base_fingerprint": fingerprint(model.folder / "transformer"), "photos": len(photos),
@@ -394,11 +316,11 @@ def train(args, state=None):
 
     def save():
         if run:
-            run.picture("curves.png", curves(read_log(args.run / "log.csv")))
-            run.save({"step": step, "settings": settings, "masters": masters, "ema": ema, "scaler": scaler.state_dict(),
-                      "optimizer": optimizer.state_dict()}, model.dit, *averaged())
+            run.picture("curves.png", curves(read_log(args.run / "log.csv"), CURVES))
+            save_run(args.run, {"step": step, "settings": settings, "masters": masters, "ema": ema, "scaler":
+                     scaler.state_dict(), "optimizer": optimizer.state_dict()}, model.dit, *averaged())
     if run and state:
-        run.export(step, model.dit, *averaged())
+        export(args.run, step, model.dit, *averaged())
 
     # the loop
     latent = model.dit.config["in_channels"], args.crop // model.vae.factor, args.crop // model.vae.factor

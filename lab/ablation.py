@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import ImageFilter
 from tqdm import tqdm
 
 import metrics
@@ -41,6 +42,7 @@ from sanasr import conditioning, fingerprint, open_weights, tiled
 
 STAGES = {
     "bicubic": "bicubic enlargement, x_L",
+    "unsharp": "x_L with an unsharp mask (σ 1.5, amount 3)",
     "ceiling": "D(E(x_H)), the ceiling",
     "autoencoder": "D(E(x_L)), no update",
     "prior": "the prior's update, no adapter",
@@ -96,6 +98,13 @@ class Bicubic:
         return bicubic(image, scale)
 
 
+class Unsharp:
+    """In the place of a model: x_L + 3 (x_L − blurred x_L), the filter that a trained model must beat."""
+
+    def restore(self, image, prompt, scale):
+        return bicubic(image, scale).filter(ImageFilter.UnsharpMask(radius=1.5, percent=300, threshold=0))
+
+
 def score(model, pairs, path, args, tags=None, **options):
     """Restore and score `pairs` with `model`, and write the rows to `path`. tags: a file, or None for no tags."""
     prompts = find_tags(tags or "none", [pair.name for pair in pairs], None)
@@ -114,8 +123,8 @@ def restorer(args, adapter):
 
 def stage(name, path, args, model):
     """Make one row of the table of stages."""
-    if name == "bicubic":
-        return score(Bicubic(), args.pairs, path, args)
+    if name in ("bicubic", "unsharp"):
+        return score(Bicubic() if name == "bicubic" else Unsharp(), args.pairs, path, args)
     if name == "autoencoder":
         return score(Reconstruction(model), args.pairs, path, args)
     if name == "ceiling":
@@ -153,19 +162,25 @@ def keep_settings(folder, settings):
     write_bytes(path, json.dumps(old | {k: v for k, v in settings.items() if v is not None}, indent=1))
 
 
-def tabulate(folder, words):
-    """Writes the mean rows found in `folder`, in the order of `words`, to folder.csv; returns them as Markdown."""
+def tabulate(folder, words, costs=None):
+    """Writes the mean rows found in `folder`, in the order of `words`, to folder.csv; returns them as Markdown.
+
+    costs: {name: {column: text}}, columns that are no metrics.
+    """
     rows = []
     for name, what in words.items():
         if (folder / f"{name}.csv").exists():
             with open(folder / f"{name}.csv", newline="", encoding="utf-8") as f:
                 row = next(row for row in csv.DictReader(f) if row.pop("image") == "mean")
-            rows.append({"name": name, "what": what} | row)
+            rows.append({"name": name, "what": what} | row | (costs or {}).get(name, {}))
     columns = [m for m in metrics.METRICS if any(m in row for row in rows)]
-    write_csv(folder.with_suffix(".csv"), ["name", "what", *columns], rows)
+    extra = list(dict.fromkeys(column for name in words for column in (costs or {}).get(name, {})))
+    write_csv(folder.with_suffix(".csv"), ["name", "what", *columns, *extra], rows)
     arrows = {m: "↑" if metrics.METRICS[m].better == "higher" else "↓" for m in columns}
-    lines = [[folder.name, *(f"{m.upper()} {arrows[m]}" for m in columns)], ["---"] * (len(columns) + 1)]
-    lines += [[row["what"], *(shown(m, float(row[m])) if m in row else "" for m in columns)] for row in rows]
+    lines = [[folder.name, *(f"{m.upper()} {arrows[m]}" for m in columns), *extra]]
+    lines += [["---"] * len(lines[0])]
+    lines += [[row["what"], *(shown(m, float(row[m])) if m in row else "" for m in columns),
+               *(row.get(column, "") for column in extra)] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

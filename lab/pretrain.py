@@ -4,10 +4,9 @@
     python -m lab.pretrain decoder --data ./hq
     python -m lab.pretrain prior --data ./hq
     python -m lab.pretrain export                         # runs/pretrain -> weights/embedded, in fp16
-    python -m lab.pretrain adapter --data ./hq            # the adapter's warm start, on the exported prior
     python -m lab.pretrain tags --data ./hq --to hq.csv   # simple tags, for train.py --tags and eval.py --tagger
-    python train.py --data ./hq --tags hq.csv --init runs/pretrain/adapter.safetensors --lora-targets attn+ffn --rank 16
-    python -m lab.pretrain export --adapter runs/NAME/adapter.safetensors
+    python -m lab.finish …                                # the adapter and the decoder behind it, on degraded photos
+    python -m lab.pretrain export --adapter runs/NAME/adapter.safetensors     # with an adapter of train.py, say
 
 Stages (each saves as it goes under --out, continues from what it saved, on a CPU or a GPU alike):
     autoencoder   DC-AE, 32× per side, on clean photos: a linear coder by least squares, then L1 + LPIPS (AlexNet)
@@ -15,7 +14,6 @@ Stages (each saves as it goes under --out, continues from what it saved, on a CP
                   lets pass; latents stay what they are, so this may come last as well
     prior         LinearDiT by flow matching on its latents, jointly with a small Gemma-2 that reads the photos' tags;
                   the tokenizer is a byte-fallback BPE trained on RAM's list of tags
-    adapter       the LoRA by least squares in latent space, a hundred times cheaper a step than train.py
 Needs a folder of photos (searched recursively). One file in 16, chosen by its hash (`photos.held_out`), is held out and
 never trained on; validation is on those. Tags come from the file names (`inet_n01494475_hammerhead.webp`: hammerhead)
 and from the photos' main colours.
@@ -39,7 +37,6 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-import degrade
 import runs
 import weights
 from metrics import DISTS, LPIPS
@@ -52,12 +49,8 @@ from sanasr import (
     Gemma2,
     GemmaTokenizer,
     LinearDiT,
-    SanaSR,
     build_prompt,
-    inject_lora,
-    one_step,
     open_weights,
-    save_lora,
     save_module,
     save_tensors,
     tokenize_prompt,
@@ -174,8 +167,12 @@ def fit(name, model, loss_fn, validate, args, steps, lr, weight_decay=0.01):
     The state lies in OUT/name.pt and is taken up where it ended; SIGTERM and Ctrl-C save. Every --validate-every steps
     a line with `validate(ema_model) -> {name: value}` goes to the screen and to OUT/name.csv.
     """
+    with runs.claimed(Path(args.out), name):
+        return _fit(name, model, loss_fn, validate, args, steps, lr, weight_decay)
+
+
+def _fit(name, model, loss_fn, validate, args, steps, lr, weight_decay):
     path = Path(args.out) / f"{name}.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
     model.to(args.device).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -201,7 +198,7 @@ def fit(name, model, loss_fn, validate, args, steps, lr, weight_decay=0.01):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, lr)
             torch.manual_seed(args.seed + step)
-            with torch.autocast(args.device, torch.bfloat16):
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bf16"):
                 loss, parts = loss_fn(model, step)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -210,7 +207,7 @@ def fit(name, model, loss_fn, validate, args, steps, lr, weight_decay=0.01):
                 raise FloatingPointError(f"{name}: loss {loss.item()} at step {step}; the last saved state is {path}")
             optimizer.step()
             with torch.no_grad():
-                decay = min(0.999, (step + 1) / (step + 10))
+                decay = min(args.ema, (step + 1) / (step + 10))
                 torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
             step += 1
             seconds += time.monotonic() - start
@@ -490,58 +487,8 @@ def train_prior(photos, args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Stage 3: the adapter's warm start
+# Tags, and the official layout
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def train_adapter(photos, args):
-    """The update of Eq. 4 by least squares in latent space, ‖ẑ − z_H‖² / ‖z_L − z_H‖²: writes OUT/adapter.safetensors.
-
-    Every other pair is degraded as in train.py, the rest mildly. A step of train.py decodes pictures and judges them;
-    here it costs a hundredth. Reports that ratio on held-out photos: below 1 the update restores.
-    """
-    out, device, tau = Path(args.out), args.device, 900.0
-    model = SanaSR.from_pretrained(args.to, device, torch.float32, adapter=False)
-    torch.manual_seed(args.seed)
-    inject_lora(model.dit, args.rank, targets="attn+ffn")
-    path, size = out / "pairs.pt", PRIOR["sample_size"] * model.vae.factor
-    if not path.exists():
-        chosen = np.random.default_rng(args.seed).integers(len(photos.train), size=args.latents)
-
-        @torch.inference_mode()
-        @torch.autocast(device, torch.bfloat16)
-        def encode(n, x_h, rng):
-            hr = x_h / 2 + 0.5
-            x = torch.stack(degrade.pair(hr, rng, mild=n % 2)).to(device)  # x_L, x_H
-            return (model.vae.encode(x).float() * model.scaling_factor).half().cpu()
-
-        train = [encode(n, to_signed(photos.crop(i, size, np.random.default_rng((args.seed, n)))[None])[0],
-                        np.random.default_rng((args.seed, n, 1))) for n, i in enumerate(tqdm(chosen, desc="encoding"))]
-        val = [encode(i, x, np.random.default_rng(i)) for i, x in enumerate(photos.val_crops(size, 64))]
-        save(path, dict(train=torch.stack(train), val=torch.stack(val), photo=torch.from_numpy(chosen)))
-    data = torch.load(path, weights_only=True)
-    lines = [build_prompt(words, "appendix") for words in [[], *(tags(*photo) for photo in photos.train)]]
-    c, m = (x.to(device) for x in model.encode_prompt(lines))  # 0: without tags
-
-    def ratio(dit, pairs, prompts):
-        z_l, z_h = pairs.float().to(device).unbind(1)
-        z = one_step(dit, z_l, torch.full((len(z_l),), tau, device=device), c[prompts].float(), m[prompts])
-        return (z - z_h).square().mean((1, 2, 3)) / (z_l - z_h).square().mean((1, 2, 3))
-
-    def loss_fn(dit, step):
-        rng = np.random.default_rng((args.seed, step))
-        pick = rng.integers(len(data["train"]), size=args.batch)
-        prompts = torch.where(torch.from_numpy(rng.random(args.batch) > 0.5), data["photo"][pick] + 1, 0)
-        loss = ratio(dit, data["train"][pick], prompts).mean()
-        return loss, dict(ratio=loss.item())
-
-    def validate(dit):
-        each = ratio(dit, data["val"], torch.zeros(len(data["val"]), dtype=torch.long))
-        return dict(val_strong=each[::2].mean().item(), val_mild=each[1::2].mean().item())
-
-    dit = fit("adapter", model.dit, loss_fn, validate, args, args.steps or 1500, args.lr or 2e-3, weight_decay=0.0)
-    save_lora(dit, out / "adapter.safetensors", dict(timestep=str(tau), suffix="appendix"))
-    print(f"wrote {out / 'adapter.safetensors'}: train.py --init takes it up")
 
 
 def write_tags(args):
@@ -571,16 +518,13 @@ def export(args):
             save_tensors(half, target / "adapter.safetensors", file.metadata())
     history = {name: dict(steps=state["step"], hours=round(state["seconds"] / 3600, 2))
                for name, state in states.items()}
-    if args.adapter and (out / "adapter.pt").exists():
-        state = load_state(out / "adapter.pt")
-        history["adapter's warm start"] = dict(steps=state["step"], hours=round(state["seconds"] / 3600, 2))
     (target / "provenance.json").write_text(json.dumps(history, indent=2) + "\n")
     print(f"wrote {target}: {sum(f.stat().st_size for f in target.rglob('*') if f.is_file()) / 1e6:.1f} MB")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["autoencoder", "decoder", "prior", "adapter", "export", "tags"])
+    parser.add_argument("stage", choices=["autoencoder", "decoder", "prior", "export", "tags"])
     parser.add_argument("--data", nargs="+", help="folders of clean photos")
     parser.add_argument("--out", default="runs/pretrain", help="where states and logs go (default %(default)s)")
     parser.add_argument("--to", default=HERE / "embedded", help="export: the folder to write (default %(default)s); "
@@ -593,9 +537,11 @@ def main():
     parser.add_argument("--crop", type=int, default=256, help="autoencoder, decoder: pixels per side, a multiple of "
                         "32. Small crops mislead: of 4×4 latents nearly all touch the border (default %(default)s)")
     parser.add_argument("--latents", type=int, default=8000, metavar="N",
-                        help="prior, adapter: crops to encode (default %(default)s)")
-    parser.add_argument("--rank", type=int, default=16, help="adapter: as train.py's (default %(default)s)")
+                        help="prior: crops to encode (default %(default)s)")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16", help="bf16: autocast; fp32 is faster on "
+                        "processors without bfloat16 (default %(default)s)")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: the stage's own)")
+    parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights (default %(default)s)")
     parser.add_argument("--validate-every", type=int, default=500, metavar="N", help="steps (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -608,9 +554,7 @@ def main():
         return write_tags(args)
     photos = Photos(args.data, args.crop, mirror=args.stage == "prior")
     try:
-        with runs.claimed(Path(args.out)):
-            dict(autoencoder=train_autoencoder, decoder=train_autoencoder, prior=train_prior,
-                 adapter=train_adapter)[args.stage](photos, args)
+        dict(autoencoder=train_autoencoder, decoder=train_autoencoder, prior=train_prior)[args.stage](photos, args)
     except (OSError, ValueError, FloatingPointError, Unavailable) as error:
         sys.exit(f"error: {whole(error)}")
 

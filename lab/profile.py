@@ -19,17 +19,19 @@ from sanasr import (
     GemmaAttention,
     GLUMBConv,
     LinearAttention,
+    LinearDiT,
     MultiscaleLinearAttention,
 )
 
 
 @dataclass
 class Stage:
-    """One line of the table. ms: the median; None where it was not measured."""
+    """One line of the table. ms: the median; None where it was not measured. times: how often it runs for a picture."""
     name: str
     parameters: int
     macs: int
     ms: float | None = None
+    times: int = 1
 
 
 def own_macs(module, args, out):
@@ -77,9 +79,10 @@ def parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def stages(vae, dit, text, side=512, tokens=MAX_TOKENS):
+def stages(vae, dit, text, side=512, tokens=MAX_TOKENS, stem=None):
     """[(name, module that holds the parameters, function, inputs)] in the order of `restore`, each for one picture of
-    side × side. vae: DCAE; dit: LinearDiT; text: Gemma2 or None, which leaves it out. The inputs are random."""
+    side × side. vae: DCAE; dit: LinearDiT; text: Gemma2 or None, which leaves it out; stem: LinearSR's, which takes the
+    encoder's place. The inputs are random."""
     def random(part, *shape):
         p = next(part.parameters())
         return torch.randn(shape, device=p.device, dtype=p.dtype)
@@ -90,6 +93,10 @@ def stages(vae, dit, text, side=512, tokens=MAX_TOKENS):
     found = [("encode", vae.encoder, vae.encode, (random(vae, 1, vae.config["in_channels"], side, side),)),
              ("dit", dit, dit, (random(dit, 1, *latent), t, c, mask)),
              ("decode", vae.decoder, vae.decode, (random(vae, 1, *latent),))]
+    if stem:
+        condition = random(stem, 1, stem.config["width"], *latent[1:])
+        found[:2] = [("stem", stem, stem, (random(stem, 1, 3, side // 4, side // 4),)),
+                     ("dit", dit, dit, (*found[1][3], condition))]
     if text:
         ids = torch.ones(1, tokens, dtype=torch.long, device=next(text.parameters()).device)
         found.insert(0, ("text", text, text, (ids, torch.ones_like(ids))))
@@ -109,22 +116,42 @@ def latency(function, args, runs=5):
     return median(times[1:])
 
 
-def profile(model, side=512, tokens=MAX_TOKENS):
-    """model: SanaSR -> [Stage] for a result of side × side, a multiple of the autoencoder's 32.
+def parts(model):
+    """(one of the model's transformers, all of them, its stem or None); a SanaSR has one transformer and no stem."""
+    experts = getattr(model, "experts", None)
+    return (model.use(0), experts, model.stem) if experts else (model.dit, [model.dit], None)
 
-    MACs are counted on the meta device, without weights. The text encoder is loaded last, only to be timed.
-    Raises OSError or ValueError where that fails.
+
+def count(model, side=512, tokens=MAX_TOKENS, steps=1):
+    """model: SanaSR, or LinearSR in `steps` steps -> [Stage] for a result of side × side, a multiple of 32, no times.
+
+    All is counted on the meta device, so the text encoder need not be read.
     """
     config = json.loads((model.folder / "text_encoder" / "config.json").read_text("utf-8"))
+    dit, experts, stem = parts(model)
     with torch.device("meta"):
-        shadows = DCAE(model.vae.config), type(model.dit)(model.dit.config), Gemma2(config)
+        shadows = DCAE(model.vae.config), LinearDiT(dit.config), Gemma2(config)
+        stem = stem and type(stem)(stem.config)
     table = [Stage(name, parameters(part), count_macs(part, function, *args))
-             for name, part, function, args in stages(*shadows, side, tokens)]
+             for name, part, function, args in stages(*shadows, side, tokens, stem)]
+    for stage in table:
+        if stage.name == "dit":
+            stage.times, stage.parameters = steps, len(experts) * stage.parameters
+    return table
+
+
+def profile(model, side=512, tokens=MAX_TOKENS, steps=1):
+    """`count`, with the latency of every stage. The text encoder is loaded last, when the others are done.
+
+    Raises OSError or ValueError where that fails.
+    """
+    dit, _, stem = parts(model)
+    table = count(model, side, tokens, steps)
     by_name = {stage.name: stage for stage in table}
-    for name, _, function, args in stages(model.vae, model.dit, None, side, tokens):
+    for name, _, function, args in stages(model.vae, dit, None, side, tokens, stem):
         by_name[name].ms = latency(function, args)
     text = Gemma2.from_pretrained(model.folder / "text_encoder", model.vae_dtype, model.device)
-    _, _, function, args = stages(model.vae, model.dit, text, side, tokens)[0]
+    _, _, function, args = stages(model.vae, dit, text, side, tokens)[0]
     by_name["text"].ms = latency(function, args)
     return table
 
@@ -132,12 +159,16 @@ def profile(model, side=512, tokens=MAX_TOKENS):
 def print_profile(table):
     """Print the table. The total leaves the text encoder out: a prompt's states are computed once, then cached."""
     def line(name, *cells):
-        return name.ljust(16) + "".join(cell.rjust(14) for cell in cells)
+        return name.ljust(24) + "".join(cell.rjust(14) for cell in cells)
 
     def numbers(name, parameters, macs, ms):
         return line(name, f"{parameters / 1e6:.2f} M", f"{macs / 1e9:.2f} G", f"{ms:.1f}")
     picture = [stage for stage in table if stage.name != "text"]
+    steps = max(stage.times for stage in picture)
     print(line("", "parameters", "MACs", "ms"))
     for stage in table:
-        print(numbers(stage.name, stage.parameters, stage.macs, stage.ms))
-    print(numbers("all but text", *(sum(getattr(s, key) for s in picture) for key in ("parameters", "macs", "ms"))))
+        name = f"{stage.name}, one step" if stage.times > 1 else stage.name
+        print(numbers(name, stage.parameters, stage.macs, stage.ms))
+    total = [sum(stage.parameters for stage in picture), *(sum(stage.times * getattr(stage, key) for stage in picture)
+                                                           for key in ("macs", "ms"))]
+    print(numbers("all but text" + (f", {steps} steps" if steps > 1 else ""), *total))

@@ -83,8 +83,8 @@ def test_both_tables_are_complete_and_nothing_is_made_twice(run, capsys, tmp_pat
 
 
 def test_rows_are_what_eval_says(run, tmp_path, tiny_model):
-    assert run("--only", "bicubic", "full", "autoencoder") == 0
-    assert list(rows(tmp_path / "out" / "stages.csv")) == ["bicubic", "autoencoder", "full"]
+    assert run("--only", "bicubic", "unsharp", "full", "autoencoder") == 0
+    assert list(rows(tmp_path / "out" / "stages.csv")) == ["bicubic", "unsharp", "autoencoder", "full"]
     evaluator.main(["lr", "--hr", "hr", "--model", str(tiny_model), "--metrics", "psnr,ssim", "--csv", "full.csv",
                     "--device", "cpu", "--compare", "--out", "full/"])
     mine, theirs = rows(tmp_path / "out/stages/full.csv"), rows(tmp_path / "full.csv")

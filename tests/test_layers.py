@@ -19,10 +19,11 @@ LAYERS = [  # each module may import, at the top or within a function, what stan
     ["metrics"],
     ["metrics.score", "objective"],
     ["metrics.report", "lab.profile", "lab.stability"],
-    ["eval", "train"],
+    ["eval", "train", "train_linearsr"],
     ["prune", "bench", "kernels.bench", "weights.__main__", "examples.comparison"],
     ["lab"],
     ["lab.pretrain", "lab.ablation", "lab.gpu", "lab.fault_inputs"],
+    ["lab.finish", "lab.linearsr"],
     ["lab.faults"],
 ]
 PLACE = {name: i for i, names in enumerate(LAYERS) for name in names}
@@ -60,7 +61,8 @@ def test_imports_are_found(tmp_path):
     assert imports("x", tmp_path / "x.py", modules()) == {"eval", "metrics", "metrics.score", "metrics.report"}
 
 
-@pytest.mark.parametrize("name", ["sanasr", "runs", "photos", "objective", "fast", "eval", "train", "prune"])
+@pytest.mark.parametrize("name", ["sanasr", "runs", "photos", "objective", "fast", "eval", "train", "prune", "linearsr",
+                                  "train_linearsr"])
 def test_importing_has_no_side_effect(name, tmp_path):
     """Nothing is printed or written, no thread count, seed, signal handler or allocator setting changes."""
     code = f"""

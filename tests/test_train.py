@@ -706,11 +706,6 @@ def test_a_damaged_state_is_one_line(run):
         train.main(["--name", "r", "--resume"])
 
 
-def test_knee_is_where_the_curve_bends():
-    assert train.knee([10, 6, 3, 1, 0.9, 0.8, 0.7, 0.6]) == 3
-    assert train.knee([5, 4, 3, 2, 1]) == 0 and train.knee([1, 2, 3]) == 0 and train.knee([1.0]) == 0
-
-
 def test_knee_stops_the_run(here, run, monkeypatch):
     values = iter([10, 6, 3, 1, 0.9, 0.8, 0.7, 0.6, 0.5])
     monkeypatch.setattr(train, "validate", lambda *a: (next(values), 20.0, Image.new("RGB", (3, 3))))

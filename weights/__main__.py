@@ -32,7 +32,7 @@ def main():
                 size = f"{known.gigabytes:.1f} GB" if title == "models" else f"{known.megabytes:.0f} MB"
                 state = f"absent   {size if known.repo else '':>9}  {known.repo or 'weights/'}"
                 state += f"/{known.filename}" if title == "files" and known.repo else ""
-            print(f"  {name:16}{state}\n{'':18}licence: {known.licence}")
+            print(f"  {name:18}{state}\n{'':20}licence: {known.licence}")
     raise SystemExit(1 if bad else 0)
 
 

@@ -1,0 +1,398 @@
+"""Finish the carried model on degraded photos: an adapter towards a teacher, then the decoder behind it.
+
+    python -m lab.finish pairs --data ./hq --count 4000       # runs/pretrain/pairs/{train,val}/{lr,hr}
+    # any restorer now fills pairs/{train,val}/teacher: pictures of the LR pictures, of the same names, 4× the size
+    python -m lab.finish adapter --init weights/embedded/adapter.safetensors --rank 64 --batch 16
+    python -m lab.finish decoder --rank 64 --batch 2 --lr 3e-4                # Ctrl-C saves, the same line goes on
+    python -m lab.finish control --rank 64 --batch 2 --lr 3e-4                # the same without an update
+    python -m lab.finish compare                              # what the update is worth, with intervals
+    python -m lab.finish export                               # into weights/embedded
+
+    x_L ── E ─► z_L ── one step ─► ẑ ── D ─► x̂         E is frozen; the adapter learns in `adapter` and `decoder`
+    x_T = teacher(LR),  z_T = E(x_T)                   a function of the input, where x_H is one of many answers
+
+A mean over all the details that x_H may have is blur, so both stages learn x_T. The carried model's teacher is
+Real-ESRGAN x4plus (BSD-3-Clause); without one, `--no-teacher` makes x_H the target. Stages take up the pairs whose
+teacher's picture has come since. The model is read from --model; what is trained lies under --out until `export`.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+import degrade
+import weights
+from lab.pretrain import fit, load_state, tags
+from metrics import DISTS, LPIPS
+from objective import Conditions, align_loss
+from photos import held_out, photo_paths
+from pictures import whole, write, write_bytes
+from runs import save_state
+from sanasr import (
+    DCAE,
+    SanaSR,
+    adapters_off,
+    build_prompt,
+    inject_lora,
+    lora_modules,
+    lora_parameters,
+    one_step,
+    open_weights,
+    save_lora,
+    save_module,
+    save_tensors,
+)
+
+TAU = 900.0   # of the carried adapter
+VAL_PAIRS = 128
+PAIR = 320    # pixels of x_H in a pair; a view of 288 then begins at any phase of the 32-pixel grid
+
+# --- Pairs, and the pictures that a teacher makes of them ---
+
+
+def write_pairs(args):
+    """OUT/pairs/{train,val}/{lr,hr}/NNNNN_{strong,mild}.png: crops of PAIR pixels and what `degrade` makes of them.
+
+    Photos are drawn in proportion to their area; one draw in four takes the photo at half size where it is large
+    enough. Every other pair is mild. Pair n depends on --seed and n alone. Files that exist are kept, so a longer run
+    adds to a shorter one. Validation pairs come from the photos that `photos.held_out` names.
+    """
+    found = {path: weights.sha256(path) for path in tqdm(photo_paths(args.data), "reading photos", leave=False)}
+    held, sizes = held_out(found.values()), {path: Image.open(path).size for path in found}
+    kept = [path for path in found if min(sizes[path]) >= PAIR]
+    parts = dict(train=([path for path in kept if found[path] not in held], args.count),
+                 val=([path for path in kept if found[path] in held], VAL_PAIRS))
+    for part, (paths, count) in parts.items():
+        if not paths:
+            sys.exit(f"error: --data: no {part} photos of at least {PAIR} pixels per side")
+        folder, areas = Path(args.out) / "pairs" / part, np.array([np.prod(sizes[path]) for path in paths], float)
+        for n in tqdm(range(count), f"{part} pairs"):
+            name = f"{n:05d}_{('strong', 'mild')[n % 2]}.png"
+            if (folder / "lr" / name).exists():
+                continue
+            rng = np.random.default_rng((args.seed, part == "val", n))
+            image = Image.open(paths[rng.choice(len(paths), p=areas / areas.sum())]).convert("RGB")
+            if rng.random() < 0.25 and min(image.size) >= 2 * PAIR:
+                image = image.reduce(2)
+            left, top = (int(rng.integers(side - PAIR + 1)) for side in image.size)
+            hr = image.crop((left, top, left + PAIR, top + PAIR))
+            write(hr, folder / "hr" / name)
+            write(degrade.to_image(degrade.degrade(degrade.to_tensor(hr), rng, mild=n % 2)), folder / "lr" / name)
+
+
+class Views:
+    """Crops of VIEW pixels from the pairs of OUT/pairs/PART, with their latents, which are encoded once.
+
+    Each pair gives `count` views. A view is (name, left, top, turn): its place, and which of the eight turns and
+    mirrorings it takes. `where` lists the views; `z` holds their scaled z_L and z_T, n,2,C,VIEW/32,VIEW/32 in fp16.
+    The target is the teacher's picture; with --no-teacher it is x_H, and z_T is z_H. Latents are kept in
+    OUT/views_PART_TARGET.pt. `reload` adds the views of pairs that have come since.
+    """
+
+    VIEW = 288
+
+    def __init__(self, args, part, model, count):
+        self.args, self.part, self.model, self.count = args, part, model, count
+        self.folder = Path(args.out) / "pairs" / part
+        self.target = "hr" if args.no_teacher else "teacher"
+        self.reload()
+
+    def reload(self):
+        path = Path(self.args.out) / f"views_{self.part}_{self.target}.pt"
+        state = torch.load(path, weights_only=True) if path.exists() else dict(where=[], z=[])
+        known = {row[0] for row in state["where"]}
+        names = sorted(p.name for p in (self.folder / self.target).glob("[0-9]*.png") if p.name not in known)
+        for name in tqdm(names, desc=f"encoding {self.part} views", leave=False):
+            rng = np.random.default_rng((self.args.seed, self.part == "val", int(name.split("_")[0])))
+            for _ in range(self.count):
+                view = name, *(4 * rng.integers((PAIR - self.VIEW) // 4 + 1, size=2)).tolist(), int(rng.integers(8))
+                state["where"].append(view)
+                state["z"].append(self.encode(torch.stack([self.picture("lr", view), self.picture(self.target, view)])))
+        if names:
+            save_state(path, state)
+        if not state["where"]:
+            sys.exit(f"error: {self.folder / self.target}: no pictures; run the stage `pairs`, then any restorer over "
+                     f"{self.folder / 'lr'}, or give --no-teacher")
+        self.where, self.z = state["where"], torch.stack(state["z"])
+
+    @torch.inference_mode()
+    def encode(self, x):
+        return (self.model.vae.encode(x.to(self.args.device)).float() * self.model.scaling_factor).half().cpu()
+
+    def picture(self, kind, view):
+        """x_L (`lr`, enlarged), x_H (`hr`) or x_T (`teacher`) of a view: 3,VIEW,VIEW in [-1, 1]."""
+        name, left, top, turn = view
+        image = Image.open(self.folder / kind / name)
+        x = degrade.enlarge(image) if kind == "lr" else degrade.to_tensor(image) * 2 - 1
+        x = x[:, top:top + self.VIEW, left:left + self.VIEW]
+        x = x.rot90(turn % 4, (1, 2))
+        return x.flip(2) if turn >= 4 else x
+
+    def pictures(self, kind, indices):
+        return torch.stack([self.picture(kind, self.where[i]) for i in indices]).to(self.args.device)
+
+    def latents(self, indices):
+        """(z_L, z_T) of these views, each n,C,h,w in float32."""
+        return self.z[indices].float().to(self.args.device).unbind(1)
+
+    def prompts(self):
+        """A line of colours for each view: what can be said of it without a tagger."""
+        lines = {}
+        for name, *_ in self.where:
+            if name not in lines:
+                image = np.asarray(Image.open(self.folder / "lr" / name))
+                lines[name] = build_prompt(tags(Path(name), image), "appendix")
+        return [lines[name] for name, *_ in self.where]
+
+
+def update(dit, z, c, m):
+    """One step (Eq. 4) of the adapted transformer through W + (α/r) B A: at this width cheaper than two products."""
+    merged = {f"{name}.weight": module.weight
+              + (module.adapter_scale * module.lora_B.weight @ module.lora_A.weight).view_as(module.weight)
+              for name, module in lora_modules(dit).items()}
+    with adapters_off(dit):
+        return one_step(lambda *args: torch.func.functional_call(dit, merged, args), z,
+                        torch.full((len(z),), TAU, device=z.device), c, m)
+
+
+@torch.no_grad()
+def open_adapted(args, adapter):
+    """--model in float32 with an adapter of --rank, kept apart.
+
+    The adapter starts from a file of the same or a lower rank, whose matrices become the first rows of A and the first
+    columns of B (α = r in both), or, where that is None, from zero output.
+    """
+    model = SanaSR.from_pretrained(args.model, args.device, torch.float32, adapter=False)
+    torch.manual_seed(args.seed)
+    inject_lora(model.dit, args.rank, targets="attn+ffn")
+    if adapter:
+        with open_weights(adapter) as file:
+            for key, p in lora_parameters(model.dit).items():
+                x = file.get_tensor(key)
+                if x.shape[0] > p.shape[0] or x.shape[1] > p.shape[1]:
+                    sys.exit(f"error: {adapter}: its rank is above --rank {args.rank}")
+                p[:x.shape[0], :x.shape[1]] = x
+    return model
+
+
+def train_adapter(args):
+    """The update of Eq. 4 in latent space: ẑ is to equal z_T, the latents of what a teacher makes of x_L.
+
+    A mean over all the details that x_H may have is blur; z_T is a function of x_L. The loss is the L1 distance, per
+    channel in units of the mean |z_T − z_L|, and a tenth of Eq. 5 with the identity as prior, which keeps each
+    channel's deviation. Reports ‖ẑ − z_T‖² / ‖z_L − z_T‖² on held-out pairs. Writes OUT/adapter.safetensors.
+    """
+    out, device = Path(args.out), args.device
+    model = open_adapted(args, args.init)
+    train, val = Views(args, "train", model, 4), Views(args, "val", model, 1)
+    z_l, z_t = (z.float() for z in train.z.unbind(1))
+    unit = (z_t - z_l).abs().mean((0, 2, 3))[:, None, None].to(device)
+    lines, conditions, plain = [], Conditions(model), build_prompt([], "appendix")
+
+    def loss_fn(dit, step):
+        if not lines or step % 200 == 0:
+            train.reload()
+            lines[:] = train.prompts()
+        rng = np.random.default_rng((args.seed, step))
+        pick = rng.integers(len(train.z), size=args.batch)
+        z_l, z_t = train.latents(pick)
+        z = update(dit, z_l, *conditions([lines[i] if rng.random() < 0.5 else plain for i in pick]))
+        l1, align = ((z - z_t).abs() / unit).mean(), align_loss(z, z_t, eps=1e-3)
+        return l1 + 0.1 * align, dict(l1=l1.item(), align=align.item())
+
+    def validate(dit):
+        z_l, z_t = val.latents(range(len(val.z)))
+        z = update(dit, z_l, *conditions([plain] * len(z_l)))
+        ratio = (z - z_t).square().mean((1, 2, 3)) / (z_l - z_t).square().mean((1, 2, 3))
+        deviation = (z.std((0, 2, 3)) / z_t.std((0, 2, 3))).quantile(torch.tensor([0.1, 0.5]))
+        mild = torch.tensor(["mild" in name for name, *_ in val.where])
+        return dict(val_strong=ratio[~mild].mean().item(), val_mild=ratio[mild].mean().item(),
+                    deviation_10=deviation[0].item(), deviation_50=deviation[1].item())
+
+    dit = fit("adapter", model.dit, loss_fn, validate, args, args.steps or 30_000, args.lr or 1e-3, weight_decay=0.0)
+    save_lora(dit, out / "adapter.safetensors", dict(timestep=str(TAU), suffix="appendix"))
+    print(f"wrote {out / 'adapter.safetensors'}: the stage `decoder`, and train.py --init, take it up")
+
+
+# --- The decoder ---
+
+
+class Restorer(nn.Module):
+    """What the stage `decoder` trains: the decoder, and the transformer's adapter with it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.dit, self.decoder = model.dit, model.vae.decoder
+
+
+def train_decoder(args):
+    """The stages decoder and control: D, and with it the adapter, on what the update makes of degraded photos.
+
+    Loss against x_T: L1 + LPIPS (AlexNet) + 0.1 of the latent L1 of the stage before, and with --dists the DISTS of one
+    patch. LPIPS sees both pictures shifted by 0 to 7 pixels, so that no grid hides from AlexNet's stride of 4. Half of
+    every second batch is clean, D(z_H) against x_H, so that the autoencoder stays one. The control decodes z_L; its
+    adapter does not move. Reports LPIPS and PSNR (RGB) against x_H on 48 held-out pairs, and LPIPS of D(E(x_H)).
+    Writes OUT/finish.pt and OUT/adapter_finish.safetensors, or control.pt.
+    """
+    out, device = Path(args.out), args.device
+    model = open_adapted(args, out / "adapter.safetensors")
+    train, val = Views(args, "train", model, 4), Views(args, "val", model, 1)
+    net, lpips = Restorer(model), LPIPS.from_pretrained("alex").to(device)
+    net.decoder.requires_grad_(True)
+    dists = DISTS.from_pretrained().to(device) if args.dists else None
+    conditions, plain = Conditions(model), build_prompt([], "appendix")
+    z_l, z_t = (z.float() for z in train.z.unbind(1))
+    unit = (z_t - z_l).abs().mean((0, 2, 3))[:, None, None].to(device)
+    control = args.stage == "control"
+    name = "control" if control else "finish"
+
+    def restored(net, z_l):
+        return z_l if control else update(net.dit, z_l, *conditions([plain] * len(z_l)))
+
+    def decode(net, z):
+        return net.decoder((z / model.scaling_factor).contiguous(memory_format=torch.channels_last)).float()
+
+    def loss_fn(net, step):
+        if step % 500 == 0:
+            train.reload()
+        rng = np.random.default_rng((args.seed, step))
+        pick = rng.integers(len(train.z), size=args.batch).tolist()
+        clean = args.batch // 2 if step % 2 else 0
+        x = torch.cat([train.pictures("hr", pick[:clean]), train.pictures(train.target, pick[clean:])]
+                      if clean else [train.pictures(train.target, pick)])
+        with torch.no_grad():
+            z_h = [model.vae.encode(x[:clean]).float() * model.scaling_factor] if clean else []
+        z_l, z_t = train.latents(pick[clean:])
+        z = restored(net, z_l)
+        y = decode(net, torch.cat([*z_h, z]))
+        dy, dx = rng.integers(8, size=2)
+        l1, perceptual = F.l1_loss(y, x), lpips(y[:, :, dy:, dx:], x[:, :, dy:, dx:]).mean()
+        latent = ((z - z_t).abs() / unit).mean()
+        loss = l1 + perceptual + (0 if control else 0.1 * latent)
+        parts = dict(l1=l1.item(), lpips=perceptual.item(), latent=latent.item())
+        if dists:
+            top, left = rng.integers(Views.VIEW - 128 + 1, size=2)
+            patches = (t[-1:, :, top:top + 128, left:left + 128] / 2 + 0.5 for t in (y, x))
+            texture = dists(*patches).mean()
+            loss, parts["dists"] = loss + args.dists * texture, texture.item()
+        return loss, parts
+
+    def validate(net):
+        scores = {}
+        for i in range(min(48, len(val.z))):
+            x_h, (z_l, _) = val.pictures("hr", [i]), val.latents([i])
+            kind = "mild" if "mild" in val.where[i][0] else "strong"
+            y = decode(net, restored(net, z_l)).clamp(-1, 1)
+            scores.setdefault(f"lpips_{kind}", []).append(lpips(y, x_h).item())
+            scores.setdefault(f"psnr_{kind}", []).append(-10 * (y - x_h).square().mean().div(4).log10().item())
+            if i % 4 == 0:
+                z_h = model.vae.encode(x_h).float() * model.scaling_factor
+                scores.setdefault("lpips_clean", []).append(lpips(decode(net, z_h).clamp(-1, 1), x_h).item())
+        return {k: sum(v) / len(v) for k, v in scores.items()}
+
+    net = fit(name, net, loss_fn, validate, args, args.steps or 20_000, args.lr or 2e-4)
+    if not control:
+        save_lora(net.dit, out / "adapter_finish.safetensors", dict(timestep=str(TAU), suffix="appendix"))
+
+
+@torch.inference_mode()
+def compare(args):
+    """What the update is worth: LPIPS of D(ẑ) less that of D(z_L), and less the control's, on all held-out pairs.
+
+    Strong and mild pairs apart, each with the 95 % interval of 10 000 bootstrap means. Reads finish.pt and control.pt,
+    EMA weights, and says after how many steps each was saved.
+    """
+    out, lpips, scores = Path(args.out), LPIPS.from_pretrained("alex").to(args.device), {}
+    for name in ("finish", "control"):
+        state = load_state(out / f"{name}.pt")
+        print(f"{name}: {state['step']} steps")
+        model = open_adapted(args, None)
+        net, val = Restorer(model), Views(args, "val", model, 1)
+        net.load_state_dict(state["ema"])
+        c, m = Conditions(model)([build_prompt([], "appendix")])
+        for i in tqdm(range(len(val.z)), name, leave=False):
+            z_l, _ = val.latents([i])
+            rows = {"D(ẑ)": update(net.dit, z_l, c, m), "D(z_L)": z_l} if name == "finish" else {"control": z_l}
+            for row, z in rows.items():
+                y = model.vae.decode(z / model.scaling_factor).clamp(-1, 1)
+                scores.setdefault(row, []).append(lpips(y, val.pictures("hr", [i])).item())
+    mild = np.array(["mild" in name for name, *_ in val.where])
+    for kind, chosen in (("strong", ~mild), ("mild", mild)):
+        of = {row: np.array(values)[chosen] for row, values in scores.items()}
+        print(f"{kind}, {chosen.sum()} pairs: " + ", ".join(f"{row} {v.mean():.4f}" for row, v in of.items()))
+        for other in ("D(z_L)", "control"):
+            gain = of["D(ẑ)"] - of[other]
+            means = gain[np.random.default_rng(0).integers(len(gain), size=(10_000, len(gain)))].mean(1)
+            low, high = np.quantile(means, [0.025, 0.975])
+            print(f"    D(ẑ) − {other}: {gain.mean():+.4f}  [{low:+.4f}, {high:+.4f}]")
+
+
+def export(args):
+    """The decoder and the adapter of finish.pt, averaged weights in fp16, into --model; its other parts stay."""
+    out, target = Path(args.out), weights.folder(args.model)
+    state, vae = load_state(out / "finish.pt"), DCAE.from_pretrained(target / "vae", torch.float32)
+    vae.decoder.load_state_dict({key.removeprefix("decoder."): x for key, x in state["ema"].items()
+                                 if key.startswith("decoder.")})
+    adapter = {key.removeprefix("dit."): x.half() for key, x in state["ema"].items() if ".lora_" in key}
+    rank = next(x.shape[0] for key, x in adapter.items() if ".lora_A." in key)
+    save_module(vae, target / "vae", torch.float16)
+    save_tensors(adapter, target / "adapter.safetensors", dict(timestep=str(TAU), suffix="appendix", rank=str(rank),
+                                                               alpha=str(rank), lora_targets="attn+ffn", tags="none"))
+    path = target / "provenance.json"
+    history = json.loads(path.read_text()) if path.exists() else {}
+    for name, title in (("adapter", "adapter towards the teacher"), ("finish", "decoder and adapter")):
+        if (out / f"{name}.pt").exists():
+            one = load_state(out / f"{name}.pt")
+            history[title] = dict(steps=one["step"], hours=round(one["seconds"] / 3600, 2))
+    write_bytes(path, json.dumps(history, indent=2) + "\n")
+    print(f"wrote {target}: {sum(f.stat().st_size for f in target.rglob('*') if f.is_file()) / 1e6:.1f} MB")
+
+
+STAGES = dict(pairs=write_pairs, adapter=train_adapter, decoder=train_decoder, control=train_decoder, compare=compare,
+              export=export)
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("stage", choices=list(STAGES))
+    add("--data", nargs="+", metavar="DIR", help="pairs: folders of clean photos")
+    add("--count", type=int, default=4000, metavar="N", help="pairs: for training (default %(default)s)")
+    add("--out", default="runs/pretrain", metavar="DIR", help="where pairs, states and logs go (default %(default)s)")
+    add("--model", default="embedded", metavar="NAME|FOLDER", help="the model to finish (default %(default)s)")
+    add("--init", metavar="FILE", help="adapter: start from this adapter instead of from zero output")
+    add("--no-teacher", action="store_true", help="the target is x_H, not the teacher's picture")
+    add("--dists", type=float, default=0.0, metavar="WEIGHT", help="decoder, control: adds WEIGHT times DISTS of one "
+        "patch of 128² a step; needs VGG16 (default %(default)s)")
+    add("--rank", type=int, default=64, help="of the adapter, on attention and FFN (default %(default)s)")
+    add("--steps", type=int, help="of the stage; the learning rate decays over the last quarter")
+    add("--batch", type=int, default=4, help="views a step (default %(default)s)")
+    add("--lr", type=float, help="peak learning rate (default: the stage's own)")
+    add("--ema", type=float, default=0.999, help="decay of the averaged weights (default %(default)s)")
+    add("--validate-every", type=int, default=500, metavar="N", help="steps (default %(default)s)")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast, faster where the processor has it")
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    if args.stage == "pairs" and not args.data:
+        parser.error("--data is needed: a folder of clean photos")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    try:
+        STAGES[args.stage](args)
+    except (ValueError, OSError, weights.Unavailable) as error:
+        sys.exit(f"error: {whole(error)}")
+
+
+if __name__ == "__main__":
+    main()

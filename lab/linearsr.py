@@ -1,0 +1,298 @@
+"""Measures LinearSR: its experts' losses, and the table of both systems.
+
+    python -m lab.linearsr losses --data ./hq                                held-out flow loss of each expert
+    python -m lab.linearsr table --lr lr/ --hr hr/ --tags tags.csv           SANA-SR, and LinearSR in 1 to 20 steps
+    python -m lab.linearsr table --lr lr/ --hr hr/ --pretrained runs/linearsr/pretrain --steps 4000
+                                                                             and experts: one, two, four, uniform
+    … --best ./best --fine-steps 500                                         and those fine-tuned on the best photos
+
+losses: on each expert's interval of t, the loss of the expert, of the network that all experts share, and of that with
+the condition switched off; then expert minus shared, with the 95 % bootstrap interval over the photos.
+
+table: every row is eval.py's, one CSV image by image. Each row of LinearSR is made for two seeds, of the noise and,
+where it is trained here, of the training: a smaller difference than that between two seeds means nothing. --steps are
+those of all experts of a row together, so the rows cost the same. --out keeps rows/NAME.csv, rows.csv (the table),
+NAME/ (the runs), models/ and tradeoff.png (LPIPS against PSNR over the steps). Rows that have their CSV are not made
+again; Ctrl-C saves, the same line goes on. ms: the median of the pictures; GMAC: of one of 512 × 512; both
+without the text encoder.
+"""
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import nn
+from tqdm import tqdm
+
+import train_linearsr
+import weights
+from lab.ablation import Bicubic, available, keep_settings, score, tabulate
+from lab.profile import count
+from metrics.score import folder_pairs
+from objective import Conditions, Latents
+from photos import find_tags, scan, split, validation_pairs
+from pictures import bicubic, png, whole, write_bytes
+from runs import load_linearsr, load_model, pick_device, pick_dtype, workers
+from sanasr import LinearDiT, build_prompt, conditioning, fingerprint
+from train_linearsr import Held, Network, interval
+
+SEEDS = 0, 1
+STEPS = 1, 2, 4, 8, 20
+VARIANTS = {  # name: (what, options of train_linearsr.py, the row whose experts are fine-tuned)
+    "pretrained": ("the pretrained network alone", [], None),
+    "one": ("one expert", ["--boundaries"], None),
+    "two": ("two experts", ["--boundaries", "0.875"], None),
+    "four": ("four experts", [], None),
+    "uniform": ("four experts, uniform boundaries", ["--boundaries", "0.25", "0.5", "0.75"], None),
+    "end": ("four experts, from the end of the pretraining", ["--start", "end"], None),
+    "fine": ("four experts, fine-tuned from the knee", [], "four"),
+    "fine-end": ("four experts, fine-tuned from the end", ["--start", "end"], "end"),
+}
+
+# --- losses ---
+
+
+class Off(nn.Module):
+    """In the place of a stem: no condition."""
+
+    def __init__(self, stem):
+        super().__init__()
+        self.width = stem.config["width"]
+
+    def forward(self, x):
+        return x.new_zeros(len(x), self.width, x.shape[2] // 8, x.shape[3] // 8)
+
+
+def bootstrap(differences, n=10_000):
+    """The 95 % interval of the mean of `differences`, by resampling."""
+    x = np.asarray(differences)
+    means = x[np.random.default_rng(0).integers(len(x), size=(n, len(x)))].mean(1)
+    return np.percentile(means, [2.5, 97.5])
+
+
+def losses(args):
+    """Print the table of losses."""
+    model = load_linearsr(args.model, args.device, torch.float32)
+    folder = weights.folder(args.model)
+    shared = LinearDiT.from_pretrained(folder / "transformer", torch.float32, args.device)
+    side = shared.config["sample_size"] * model.vae.factor
+    photos, report = scan(args.data, side, args.out / "data.json", workers(4))
+    _, held = split(photos)
+    held = held[:args.val]
+    pairs = validation_pairs(held, {}, side, 0, None, args.mild)
+    suffix = conditioning(model.metadata)["suffix"]
+    tags = find_tags(args.tags or "none", [p.path for p in held], lambda i: bicubic(pairs[i][1])) or [[]] * len(held)
+    data = Held(pairs, [build_prompt(line, suffix) for line in tags], Latents(model.vae, model.scaling_factor),
+                Conditions(model), args.device)
+    print(f"{args.model}: {report}; {len(pairs)} held-out photos, {args.draws} times each")
+    print(f"{'t':16}{'expert':>10}{'shared':>10}{'no condition':>14}   expert − shared (95 %)")
+    for k, expert in enumerate(model.experts):
+        ends = interval(k, model.boundaries)
+        own, common, off = (data.flow(Network(dit, stem), ends, args.draws).mean(1) for dit, stem in (
+            (expert, model.stem), (shared, model.stem), (shared, Off(model.stem))))
+        low, high = bootstrap(own - common)
+        print(f"{ends[0]:5.3f} to {ends[1]:5.3f}  {own.mean():10.4f}{common.mean():10.4f}{off.mean():14.4f}   "
+              f"{(own - common).mean():+.4f} ({low:+.4f} to {high:+.4f})", flush=True)
+    return 0
+
+
+# --- table ---
+
+
+class Timed:
+    """A model that notes the milliseconds of each restoration, without the text encoder."""
+
+    def __init__(self, model):
+        self.model, self.ms = model, []
+
+    def restore(self, *args, **options):
+        result = self.model.restore(*args, **options)
+        self.ms.append(sum(ms for stage, ms in self.model.stages.items() if stage != "text"))
+        return result
+
+
+def table_rows(args):
+    """{name: (what, function that makes the row at a path)} of all rows, in the order of the table."""
+    dtype = pick_dtype("auto", args.device)
+
+    def make(path, model, tags=None, **options):
+        timed = Timed(model)
+        gmac = sum(stage.times * stage.macs for stage in count(model, 512, steps=options.get("steps", 1))
+                   if stage.name != "text") / 1e9
+        score(timed, args.pairs, path, args, tags, **options)
+        write_bytes(path.with_suffix(".json"), json.dumps({"ms": f"{median(timed.ms):.0f}", "GMAC": f"{gmac:.1f}"}))
+
+    def sanasr(path, tags=None):
+        make(path, load_model(args.sanasr, args.device, dtype, fast="auto"), tags)
+
+    def linear(path, steps, seed, tags=None, name=args.model):
+        make(path, load_linearsr(name, args.device, dtype, "auto"), tags, steps=steps, seed=seed)
+
+    def variant(path, name, seed):
+        linear(path, 20, seed, name=train_variant(args, name, seed))
+
+    rows = {"bicubic": ("bicubic", lambda path: score(Bicubic(), args.pairs, path, args)),
+            "sana-sr": ("SANA-SR, 1 step", sanasr)}
+    if args.tags:
+        rows["sana-sr-tags"] = "SANA-SR, 1 step, tags", lambda path: sanasr(path, args.tags)
+    for seed in SEEDS:
+        for n in STEPS:
+            rows[f"steps-{n}-{seed}"] = (f"LinearSR, {n} step{'s' * (n > 1)}, seed {seed}",
+                                         lambda path, n=n, seed=seed: linear(path, n, seed))
+        if args.tags:
+            rows[f"tags-{seed}"] = (f"LinearSR, 20 steps, tags, seed {seed}",
+                                    lambda path, seed=seed: linear(path, 20, seed, args.tags))
+    for name, (what, _, tuned) in VARIANTS.items() if args.pretrained else ():
+        if args.best or not tuned:
+            for seed in SEEDS:
+                rows[f"{name}-{seed}"] = f"{what}, seed {seed}", lambda path, n=name, s=seed: variant(path, n, s)
+    return rows
+
+
+def train_variant(args, name, seed):
+    """Train a variant's experts, or go on with them, and export the model. Returns its folder."""
+    _, options, tuned = VARIANTS[name]
+    model, run = args.out / "models" / f"{name}-{seed}", (args.out / f"{tuned or name}-{seed}").resolve()
+    count = {"one": 1, "two": 2}.get(name, 4)
+    lines, of = [], "finetune" if tuned else "experts"
+    if name == "pretrained":
+        run, of = Path(args.pretrained).resolve().parent, "pretrain"
+    else:
+        lines.append(["--stage", "experts", "--pretrained", args.pretrained, "--seed", seed,
+                      "--steps", args.steps // count, "--every", args.every])
+    if tuned:
+        lines.append(["--stage", "finetune", "--data", args.best, "--steps", args.fine_steps // count,
+                      "--every", args.every])
+    for line in [*lines, ["--stage", "export", "--to", model, "--of", of]]:
+        if train_linearsr.main([str(a) for a in (*line, "--name", run, "--device", args.device.type, *options)]):
+            raise KeyboardInterrupt
+    return model
+
+
+def tradeoff(path, folder, width=640, height=480):
+    """Draw LPIPS against PSNR: bicubic, SANA-SR, and LinearSR's steps joined, one line a seed."""
+    def mean(name):
+        file = folder / f"{name}.csv"
+        if not file.exists():
+            return None
+        with open(file, newline="", encoding="utf-8") as f:
+            row = next(row for row in csv.DictReader(f) if row["image"] == "mean")
+        return float(row["psnr"]), float(row["lpips"])
+    lines = [("bicubic", "#606060", ["bicubic"]), ("SANA-SR", "#c01010", ["sana-sr"])]
+    lines += [(f"LinearSR, seed {s}", colour, [f"steps-{n}-{s}" for n in STEPS])
+              for s, colour in zip(SEEDS, ("#1040c0", "#40a0e0"), strict=True)]
+    found = [(what, colour, [(name, mean(name)) for name in names if mean(name)]) for what, colour, names in lines]
+    points = np.array([point for *_, named in found for _, point in named])
+    if len(points) < 2:
+        return
+    low, high = points.min(0), points.max(0)
+    low, high = low - 0.1 * (high - low) - 1e-6, high + 0.1 * (high - low) + 1e-6
+    canvas = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(canvas)
+    left, top, w, h = 60, 20, width - 80, height - 70
+    draw.rectangle((left, top, left + w, top + h), outline="#808080")
+    for f in (0, 0.5, 1):
+        x, y = low + f * (high - low)
+        draw.text((left + f * w - 12, top + h + 6), f"{x:.2f}", "black")
+        draw.text((left - 48, top + (1 - f) * h - 6), f"{y:.3f}", "black")
+    draw.text((left + w / 2 - 40, top + h + 24), "PSNR (dB), higher is better", "black")
+    draw.text((left + 6, top + 4), "LPIPS, lower is better", "black")
+    for what, colour, named in found:
+        share = [(point - low) / (high - low) for _, point in named]
+        at = [(left + w * x, top + h * (1 - y)) for x, y in share]
+        if len(at) > 1:
+            draw.line(at, colour, 2)
+        for (name, _), (x, y) in zip(named, at, strict=True):
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
+            draw.text((x + 6, y - 6), name.split("-")[1] if name.startswith("steps") else what, colour)
+        if named and named[0][0].startswith("steps"):
+            draw.text((left + w - 150, top + 6 + 14 * int(what[-1])), f"{what} (steps)", colour)
+    write_bytes(path, png(canvas))
+
+
+def table(args):
+    """Make the rows that are lacking, and the table. Returns the exit code."""
+    try:
+        args.pairs = folder_pairs(args.lr, args.hr)[:args.limit]
+        args.metrics = available(args.metrics, args.device)
+    except ValueError as error:
+        sys.exit(f"error: {whole(error)}")
+    rows, folder = table_rows(args), args.out / "rows"
+    if unknown := set(args.only or ()) - set(rows):
+        sys.exit(f"error: --only: no row {', '.join(sorted(unknown))}; there are {', '.join(rows)}")
+    model = weights.folder(args.model)
+    keep_settings(folder, {
+        "lr": Path(args.lr).resolve(), "hr": Path(args.hr).resolve(), "pairs": len(args.pairs),
+        "metrics": ",".join(args.metrics), "tags": args.tags and weights.sha256(Path(args.tags)),
+        "linearsr": [fingerprint(model / part) for part in ("transformer", "stem")],
+        "sanasr": fingerprint(weights.folder(args.sanasr) / "vae"), "pretrained": args.pretrained,
+        "steps": args.pretrained and args.steps, "best": args.best, "fine-steps": args.best and args.fine_steps})
+    words = {name: what for name, (what, _) in rows.items()}
+
+    def written():
+        costs = {name: json.loads((folder / f"{name}.json").read_text()) for name in words
+                 if (folder / f"{name}.json").exists()}
+        tradeoff(args.out / "tradeoff.png", folder)
+        return tabulate(folder, words, costs)
+    try:
+        bar = tqdm([name for name in args.only or rows if not (folder / f"{name}.csv").exists()], unit="row")
+        for name in bar:
+            bar.set_postfix_str(name)
+            rows[name][1](folder / f"{name}.csv")
+            written()
+    except KeyboardInterrupt:
+        print("interrupted; the same line goes on", file=sys.stderr)
+        return 130
+    print(f"\n{args.model} and {args.sanasr}, {len(args.pairs)} pairs\n\n{written()}")
+    return 0
+
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1],
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("command", choices=["losses", "table"])
+    add("--model", default="linearsr-embedded", metavar="NAME|FOLDER", help="LinearSR")
+    add("--tags", metavar="FILE.csv", help="tags of the pictures, columns image and tags")
+    add("--out", type=Path, default=Path("runs/lab-linearsr"), metavar="DIR")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    add = p.add_argument_group("losses").add_argument
+    add("--data", nargs="+", metavar="DIR", help="photos, those of the training")
+    add("--val", type=int, default=64, metavar="N", help="held-out photos")
+    add("--draws", type=int, default=8, metavar="N", help="times t on each photo and interval")
+    add("--mild", type=float, default=0.5, metavar="SHARE", help="of the pairs, as in the training")
+    add = p.add_argument_group("table").add_argument
+    add("--lr", metavar="DIR", help="low-quality photos")
+    add("--hr", metavar="DIR", help="their references")
+    add("--sanasr", default="embedded", metavar="NAME|FOLDER", help="SANA-SR")
+    add("--pretrained", metavar="DIR", help="the folder of a pretraining, from which the experts' rows are trained")
+    add("--steps", type=int, default=4000, help="of each of these rows, all its experts together")
+    add("--best", metavar="DIR", help="the best photos, for the fine-tuned rows")
+    add("--fine-steps", type=int, default=1000, help="of the fine-tuning, all experts together")
+    add("--every", type=int, default=250, metavar="N", help="validate every N steps of a training")
+    add("--only", nargs="+", metavar="NAME", help="make only these rows")
+    add("--limit", type=int, metavar="N", help="use the first N pairs")
+    add("--metrics", default="psnr,ssim,lpips,dists,niqe")
+    args = p.parse_args(argv)
+    args.device = pick_device(args.device)
+    needed = ["data"] if args.command == "losses" else ["lr", "hr"]
+    if lacking := [f"--{name}" for name in needed if not getattr(args, name)]:
+        p.error(f"{args.command} needs {' and '.join(lacking)}")
+    for path in [*(args.data or ()), *filter(None, (args.lr, args.hr, args.tags, args.pretrained, args.best))]:
+        if not Path(path).exists():
+            p.error(f"{path}: no such file or folder")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    return losses(args) if args.command == "losses" else table(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""The last stages of the carried model's training, on a tiny model and noise: what moves, what stays, what repeats."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import weights
+from lab import finish
+from photos import held_out
+from sanasr import SanaSR, inject_lora, load_lora, lora_parameters, one_step, save_lora
+
+
+@pytest.fixture
+def run(tmp_path, tiny_model):
+    """finish.main with a tiny model and a folder of 20 photos; returns what it leaves under `out`."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "hq").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        small = Image.fromarray(rng.integers(0, 256, (20, 21, 3), np.uint8))
+        small.resize((336, 320), Image.Resampling.BICUBIC).save(tmp_path / "hq" / f"{i}.webp", lossless=True)
+
+    def main(stage, *options):
+        finish.main([stage, "--out", str(tmp_path / "out"), "--model", str(tmp_path / "model"), "--device", "cpu",
+                     "--rank", "2", "--batch", "2", *map(str, options)])
+        return tmp_path / "out"
+    return main
+
+
+@pytest.fixture
+def pairs(run, tmp_path, monkeypatch):
+    """Four training and four held-out pairs, whose teacher's pictures are x_H."""
+    monkeypatch.setattr(finish, "VAL_PAIRS", 4)
+    out = run("pairs", "--data", tmp_path / "hq", "--count", 4)
+    for part in ("train", "val"):
+        shutil.copytree(out / "pairs" / part / "hr", out / "pairs" / part / "teacher")
+    return out
+
+
+def test_pairs_repeat_grow_and_keep_held_out_photos_apart(run, pairs, tmp_path):
+    first = {p: p.read_bytes() for p in pairs.rglob("train/[lh]r/*.png")}
+    assert len(first) == 8
+    run("pairs", "--data", tmp_path / "hq", "--count", 6)
+    assert len(list(pairs.rglob("train/lr/*.png"))) == 6 and all(p.read_bytes() == x for p, x in first.items())
+    photos = {weights.sha256(p): np.asarray(Image.open(p).convert("RGB")) for p in (tmp_path / "hq").iterdir()}
+    held = held_out(photos)
+
+    def source(crop):  # the photo that a crop comes from: its rows are found there
+        return {sha for sha, x in photos.items() for left in range(x.shape[1] - 319)
+                if np.array_equal(x[:, left:left + 320], crop)}
+    for part in ("train", "val"):
+        for path in (pairs / "pairs" / part / "hr").glob("*.png"):
+            found = source(np.asarray(Image.open(path)))
+            assert found and (found <= held) == (part == "val")
+
+
+def test_the_update_is_eq_4_and_a_lower_rank_starts_a_higher_one(tmp_path, tiny_model):
+    model = SanaSR.from_pretrained(tiny_model, adapter=False)
+    torch.manual_seed(0)
+    inject_lora(model.dit, 2, targets="attn+ffn")
+    with torch.no_grad():
+        for p in lora_parameters(model.dit).values():
+            p.normal_(std=0.1)
+    z, c, m = torch.randn(2, 8, 3, 3), torch.randn(2, 5, 32), torch.ones(2, 5)
+    expected = one_step(model.dit, z, torch.full((2,), finish.TAU), c, m)
+    torch.testing.assert_close(finish.update(model.dit, z, c, m), expected, rtol=1e-4, atol=1e-5)
+    save_lora(model.dit, tmp_path / "low.safetensors")
+    args = finish.parse(["adapter", "--model", str(tiny_model), "--rank", "5", "--device", "cpu"])
+    higher = finish.open_adapted(args, tmp_path / "low.safetensors")
+    torch.testing.assert_close(finish.update(higher.dit, z, c, m), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_stages_move_what_they_say_and_the_export_loads(run, pairs, tmp_path, capsys):
+    before = {part: getattr(SanaSR.from_pretrained(tmp_path / "model"), part).state_dict() for part in ("vae", "dit")}
+    out = run("adapter", "--steps", 2, "--validate-every", 1)
+    assert len(torch.load(out / "views_train_teacher.pt", weights_only=True)["where"]) == 16
+    run("decoder", "--steps", 3, "--validate-every", 3)
+    run("control", "--steps", 3, "--validate-every", 3)
+    run("compare")
+    text = capsys.readouterr().out
+    assert "strong, 2 pairs: D(ẑ)" in text and text.count("D(ẑ) − control") == 2
+    fresh = finish.open_adapted(finish.parse(["adapter", "--model", str(tmp_path / "model"), "--rank", "2"]), None)
+    start = finish.Restorer(fresh).state_dict()
+    moved = {}
+    for name in ("finish", "control"):
+        state = torch.load(out / f"{name}.pt", weights_only=True)["model"]
+        adapter = torch.load(out / "adapter.pt", weights_only=True)["ema"]
+        known = {k: adapter[k.removeprefix("dit.")] if k.startswith("dit.") else x for k, x in start.items()}
+        moved[name] = {"lora" if ".lora_" in k else k.split(".")[0] for k, x in state.items()
+                       if not torch.equal(x, known[k])}
+    assert moved == {"finish": {"decoder", "lora"}, "control": {"decoder"}}
+    run("export")
+    model = SanaSR.from_pretrained(tmp_path / "model", merge=False)
+    after = model.vae.state_dict()
+    assert {k.split(".")[0] for k in after if not torch.equal(after[k], before["vae"][k].half())} == {"decoder"}
+    assert load_lora(model.dit, tmp_path / "model" / "adapter.safetensors")["timestep"] == "900.0"
+    assert json.loads((tmp_path / "model" / "provenance.json").read_text())["decoder and adapter"]["steps"] == 3
+
+
+def test_a_stage_that_lacks_its_input_says_what_to_do(run, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="no pictures; run the stage `pairs`, then any restorer"):
+        run("adapter", "--steps", 1)
+    with pytest.raises(SystemExit):
+        run("pairs")
+    assert "--data is needed" in capsys.readouterr().err
