@@ -20,12 +20,12 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
 
+from pictures import atomically, whole, why, write_bytes
+
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-
-from pictures import atomically, whole, why, write_bytes
 
 # --- Device, dtype, model ---
 
@@ -178,6 +178,28 @@ def write_csv(path, columns, rows, digits=".6g", end="\r\n"):
     write_bytes(path, text.getvalue())
 
 
+@contextlib.contextmanager
+def claimed(folder, name=""):
+    """A context in which no other process may claim `folder`, or the part `name` of it. The folder is made if missing.
+
+    The claim ends with the process, however that ends. Where the file system knows no locks, all are let in.
+    Raises SystemExit in one line where another process has the folder, or where it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / f".{name}.lock", "a")
+    except OSError as error:
+        sys.exit(f"error: {folder} cannot be written ({why(error)})")
+    with lock:
+        try:
+            if fcntl:  # lockf: worker processes do not inherit it, so one that outlives a killed run blocks nothing
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                sys.exit(f"error: {folder} is in use by another process: wait until it ends, or choose another name")
+        yield
+
+
 def read_log(path, last=math.inf):
     """The rows of log.csv up to step `last`, as dicts of numbers; empty cells are left out. Without the file, none.
 
@@ -275,28 +297,6 @@ def knee(values, tolerance=0.05):
     if len(y) > 2:
         y[1:-1] = np.median([y[:-2], y[1:-1], y[2:]], 0)
     return int(np.argmax(y <= y.min() + tolerance * (y[0] - y.min())))
-
-
-@contextlib.contextmanager
-def claimed(folder):
-    """A context in which no other process may claim `folder`; it is made where it is missing.
-
-    The claim ends with the process, however that ends. Where the file system knows no locks, all are let in.
-    Raises SystemExit in one line where another process has the folder, or where it cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a")
-    except OSError as error:
-        sys.exit(f"error: {folder} cannot be written ({why(error)})")
-    with lock:
-        try:
-            if fcntl:  # lockf: worker processes do not inherit it, so one that outlives a killed run blocks nothing
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                sys.exit(f"error: {folder} is in use by another process: wait until it ends, or choose another name")
-        yield
 
 
 # --- Several processes ---

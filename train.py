@@ -112,7 +112,7 @@ def save_run(folder, state, model, adapter, metadata):
 
 
 def export(folder, step, model, adapter, metadata):
-    """The adapter, under its name and as a checkpoint. A resumed run does it again: it may have been killed."""
+    """The adapter, under its name and as a checkpoint. A resumed run does it again: it may have been killed here."""
     for path in (folder / "adapter.safetensors", folder / "checkpoints" / f"{step:06d}.safetensors"):
         try:
             save_lora(model, path, metadata, adapter)
@@ -317,9 +317,8 @@ def train(args, state=None):
     def save():
         if run:
             run.picture("curves.png", curves(read_log(args.run / "log.csv"), CURVES))
-            state = {"step": step, "settings": settings, "masters": masters, "ema": ema, "scaler": scaler.state_dict(),
-                     "optimizer": optimizer.state_dict()}
-            save_run(args.run, state, model.dit, *averaged())
+            save_run(args.run, {"step": step, "settings": settings, "masters": masters, "ema": ema, "scaler":
+                     scaler.state_dict(), "optimizer": optimizer.state_dict()}, model.dit, *averaged())
     if run and state:
         export(args.run, step, model.dit, *averaged())
 

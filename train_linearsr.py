@@ -49,6 +49,7 @@ from runs import (
     Run,
     Signals,
     average,
+    claimed,
     copy,
     curves,
     dtype_name,
@@ -465,8 +466,9 @@ def run_stage(args):
         dit = deepcopy(model.dit)
         dit.checkpointing = args.checkpointing
         network = Network(dit, Stem({"width": dit.config["cross_attention_dim"]}).to(device))
-        stop = fit(folder, None if args.stage == "pretrain" else k, args, network, start, pairs, prompts, conditions,
-                   held, judge)
+        with claimed(folder) if rank == 0 else contextlib.nullcontext():
+            stop = fit(folder, None if args.stage == "pretrain" else k, args, network, start, pairs, prompts,
+                       conditions, held, judge)
         network = dit = None
         if stop:
             if rank == 0:

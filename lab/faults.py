@@ -40,6 +40,7 @@ import prune
 import sanasr
 import tagger
 import train
+import train_linearsr
 from lab import pretrain
 from lab.fault_inputs import (
     ROOT,
@@ -76,7 +77,7 @@ def with_argv(main):
 
 
 COMMANDS = {"eval.py": eval.main, "train.py": train.main, "prune.py": prune.main, "tagger.py": with_argv(tagger.main),
-            "SanaSR": api, "lab.pretrain": with_argv(pretrain.main)}
+            "SanaSR": api, "train_linearsr.py": train_linearsr.main, "lab.pretrain": with_argv(pretrain.main)}
 
 
 def start(command, argv, cwd, log, env=None, prepare=None):
@@ -324,7 +325,7 @@ def tiny_pretrain():
 
 
 def stage(name, shared, out):
-    more = ["--init", shared / "start"] * (name == "autoencoder")  # the linear start takes a minute
+    more = ["--init", shared / "start"] if name == "autoencoder" else []  # the linear start takes a minute
     return [name, "--data", shared / "photos", "--out", out, "--steps", "6", "--validate-every", "2", "--batch", "1",
             "--crop", "96", "--latents", "6", *more]
 
@@ -342,6 +343,9 @@ def runs(shared):
         "train.py": ("train.py", lambda out: resumed(
             ["--data", shared / "photos", "--model", shared / "model", "--name", out, "--steps", "8", "--every", "2",
              "--workers", "1", *TRAIN], out, "state.pt"), None),
+        "train_linearsr.py": ("train_linearsr.py", lambda out: [
+            "--stage", "pretrain", "--data", shared / "photos", "--model", shared / "model", "--name", out, "--steps", "6",
+            "--every", "2", "--batch", "1", "--pairs", "4", "--crop", "96", "--val", "1", "--workers", "0"], None),
         **stages,
         "prune.py": ("prune.py", lambda out: resumed(prune_argv(shared, out), out, "calibration.pt", "transformer"),
                      quick_saves),

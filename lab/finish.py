@@ -34,7 +34,7 @@ from metrics import DISTS, LPIPS
 from objective import Conditions, align_loss
 from photos import held_out, photo_paths
 from pictures import whole, write, write_bytes
-from runs import claimed, save_state
+from runs import save_state
 from sanasr import (
     DCAE,
     SanaSR,
@@ -389,8 +389,7 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     try:
-        with claimed(Path(args.out)):
-            STAGES[args.stage](args)
+        STAGES[args.stage](args)
     except (ValueError, OSError, FloatingPointError, weights.Unavailable) as error:
         sys.exit(f"error: {whole(error)}")
 

@@ -167,8 +167,12 @@ def fit(name, model, loss_fn, validate, args, steps, lr, weight_decay=0.01):
     The state lies in OUT/name.pt and is taken up where it ended; SIGTERM and Ctrl-C save. Every --validate-every steps
     a line with `validate(ema_model) -> {name: value}` goes to the screen and to OUT/name.csv.
     """
+    with runs.claimed(Path(args.out), name):
+        return _fit(name, model, loss_fn, validate, args, steps, lr, weight_decay)
+
+
+def _fit(name, model, loss_fn, validate, args, steps, lr, weight_decay):
     path = Path(args.out) / f"{name}.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
     model.to(args.device).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -550,8 +554,7 @@ def main():
         return write_tags(args)
     photos = Photos(args.data, args.crop, mirror=args.stage == "prior")
     try:
-        with runs.claimed(Path(args.out)):
-            dict(autoencoder=train_autoencoder, decoder=train_autoencoder, prior=train_prior)[args.stage](photos, args)
+        dict(autoencoder=train_autoencoder, decoder=train_autoencoder, prior=train_prior)[args.stage](photos, args)
     except (OSError, ValueError, FloatingPointError, Unavailable) as error:
         sys.exit(f"error: {whole(error)}")
 

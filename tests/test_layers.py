@@ -23,7 +23,8 @@ LAYERS = [  # each module may import, at the top or within a function, what stan
     ["prune", "bench", "kernels.bench", "weights.__main__", "examples.comparison"],
     ["lab"],
     ["lab.pretrain", "lab.ablation", "lab.gpu", "lab.fault_inputs"],
-    ["lab.finish", "lab.linearsr", "lab.faults"],
+    ["lab.finish", "lab.linearsr"],
+    ["lab.faults"],
 ]
 PLACE = {name: i for i, names in enumerate(LAYERS) for name in names}
 
