@@ -192,8 +192,9 @@ def kept_exif(image):
 def read(path) -> Picture:
     """Decode `path`, a file name or a file object. Raises whatever Pillow does: OSError, ValueError, SyntaxError…"""
     with Image.open(path) as image:
-        exif = kept_exif(image)  # first: load() closes a TIFF file, whose directories are read on demand
-        image.load()
+        early = kept_exif(image) if image.format == "TIFF" else None  # load() closes the file, read on demand
+        image.load()  # for PNG this must come first: getexif() loads it as well, and kept_exif hides what is broken
+        exif = kept_exif(image) if early is None else early
         image = ImageOps.exif_transpose(image)
     if 0 in image.size:
         raise ValueError("it has no pixels")
