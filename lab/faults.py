@@ -194,7 +194,7 @@ def fingerprint(folder):
     return found
 
 
-TIMED = ("images_per_s", "memory_gb", "hours", "seconds")  # what differs from run to run
+TIMED = ("images_per_s", "samples_per_s", "memory_gb", "hours", "seconds")  # what differs from run to run
 
 
 def content(path):
