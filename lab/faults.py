@@ -194,7 +194,7 @@ def fingerprint(folder):
     return found
 
 
-TIMED = ("images_per_s", "memory_gb", "hours", "seconds")  # what differs from run to run
+TIMED = ("images_per_s", "samples_per_s", "memory_gb", "hours", "seconds")  # what differs from run to run
 
 
 def content(path):
@@ -344,9 +344,8 @@ def runs(shared):
             ["--data", shared / "photos", "--model", shared / "model", "--name", out, "--steps", "8", "--every", "2",
              "--workers", "1", *TRAIN], out, "state.pt"), None),
         "train_linearsr.py": ("train_linearsr.py", lambda out: [
-            "--stage", "pretrain", "--data", shared / "photos", "--model", shared / "model", "--name", out,
-            "--steps", "6", "--every", "2", "--batch", "1", "--pairs", "4", "--crop", "96", "--val", "1",
-            "--workers", "0"], None),
+            "--stage", "pretrain", "--data", shared / "photos", "--model", shared / "model", "--name", out, "--steps",
+            "6", "--every", "2", "--batch", "1", "--pairs", "4", "--crop", "96", "--val", "1", "--workers", "0"], None),
         **stages,
         "prune.py": ("prune.py", lambda out: resumed(prune_argv(shared, out), out, "calibration.pt", "transformer"),
                      quick_saves),
