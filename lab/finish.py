@@ -390,7 +390,7 @@ def main(argv=None):
     args = parse(argv)
     try:
         STAGES[args.stage](args)
-    except (ValueError, OSError, weights.Unavailable) as error:
+    except (ValueError, OSError, FloatingPointError, weights.Unavailable) as error:
         sys.exit(f"error: {whole(error)}")
 
 
