@@ -596,7 +596,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: the cores)")
     parser.add_argument("--moments", type=int, default=50, help="signals to each command (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the inputs, two signals to each command")
+    parser.add_argument("--quick", action="store_true", help="one input in 20 of each kind, two signals to each command")
     parser.add_argument("--only", default="", metavar="TEXT", help="of inputs: KIND, signals, machine: those that "
                         "contain this text; their files are kept")
     args = parser.parse_args(argv)
@@ -611,7 +611,7 @@ def main(argv=None):
     cases = [case for case in every_case(args.seed, shared) if args.only in f"inputs: {case.kind}"]
     if args.quick:
         seen = Counter()
-        cases = [c for c in cases if (seen.update([c.kind]), (seen[c.kind] - 1) % 10 == 0)[1]]
+        cases = [c for c in cases if (seen.update([c.kind]), (seen[c.kind] - 1) % 20 == 0)[1]]
     moments = 2 if args.quick else args.moments
     names = list(runs(shared))
 
