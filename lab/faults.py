@@ -596,7 +596,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: the cores)")
     parser.add_argument("--moments", type=int, default=50, help="signals to each command (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="one input in 20 of each kind, two signals to each command")
+    parser.add_argument("--quick", action="store_true", help="one input in 20 of each kind, two signals a command")
     parser.add_argument("--only", default="", metavar="TEXT", help="of inputs: KIND, signals, machine: those that "
                         "contain this text; their files are kept")
     args = parser.parse_args(argv)
