@@ -273,7 +273,10 @@ def read_checkpoint(path):
         raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}); fetch it again") from error
     except Exception as error:  # pickle.UnpicklingError and relatives: what weights_only refuses
         raise ValueError(f"{path}: holds more than tensors, it is not the official file; fetch it again") from error
-    return state.get("model", state)
+    state = state.get("model", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: holds no tensors by name, it is not the official file; fetch it again")
+    return state
 
 
 def _pick(state, shapes, path):

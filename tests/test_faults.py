@@ -18,6 +18,7 @@ import eval
 import photos
 import runs
 import sanasr
+import tagger
 import train
 from lab import pretrain
 
@@ -193,6 +194,13 @@ def test_a_killed_stage_of_pretraining_logs_no_step_twice(tmp_path):
     path.write_text("step,loss\n2,1\n4,1\n6,1\n")
     pretrain.cut_log(path, 4)
     assert path.read_text() == "step,loss\n2,1\n4,1\n"
+
+
+@pytest.mark.parametrize("value", [[], 3, {"model": [1]}])
+def test_a_tagger_checkpoint_of_something_else_is_named(tmp_path, value):
+    torch.save(value, tmp_path / "ram.pth")
+    with pytest.raises(ValueError, match="ram.pth: holds no tensors by name"):
+        tagger.read_checkpoint(tmp_path / "ram.pth")
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
