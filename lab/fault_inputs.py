@@ -105,12 +105,8 @@ def pictures(rng):
             yield "pictures with flipped bytes", f"{suffix} {i}", f"x.{suffix}", bytes(bad), "either"
         yield "wrong suffix", f"{suffix} called .png", "x.png", data, "result"
     for name, data in (
-        ("text", b"no picture"),
-        ("zip", b"PK\3\4" + bytes(60)),
-        ("elf", b"\x7fELF" + bytes(60)),
-        ("zeros", bytes(4096)),
-        ("noise", rng.randbytes(4096)),
-        ("html", b"<html><img></html>"),
+        ("text", b"no picture"), ("zip", b"PK\3\4" + bytes(60)), ("elf", b"\x7fELF" + bytes(60)),
+        ("zeros", bytes(4096)), ("noise", rng.randbytes(4096)), ("html", b"<html><img></html>"),
     ):
         yield "wrong suffix", f"{name} called .png", "x.png", data, "error"
     for suffix in (*FORMATS, "ico", "tga", "jp2"):
@@ -119,14 +115,12 @@ def pictures(rng):
     side = 60_000
     text = zlib.compress(bytes(200_000_000))
     bombs = {
-        "png.png": png_header(side, side),
-        "small png.png": png_header(2**31 - 1, 1),
+        "png.png": png_header(side, side), "small png.png": png_header(2**31 - 1, 1),
         "itxt.png": png_header(8, 8, png_chunk(b"zTXt", b"k\0\0" + text)),
         "iccp.png": png_header(8, 8, png_chunk(b"iCCP", b"k\0\0" + text)),
         "bmp.bmp": good["bmp"][:18] + struct.pack("<ii", side, side) + good["bmp"][26:],
         "gif.gif": good["gif"][:6] + struct.pack("<HH", 65535, 65535) + good["gif"][10:],
-        "ppm.ppm": b"P6 %d %d 255\n" % (side, side) + bytes(99),
-        "pgm.pgm": b"P5 1 4000000000 255\n" + bytes(99),
+        "ppm.ppm": b"P6 %d %d 255\n" % (side, side) + bytes(99), "pgm.pgm": b"P5 1 4000000000 255\n" + bytes(99),
         "zeros.png": png_header(12_000, 12_000, png_chunk(b"IDAT", zlib.compress(bytes(12_000 * 36_001)))),
     }
     for name, data in bombs.items():
@@ -142,29 +136,18 @@ def pictures(rng):
 
     grey, floats = np.asarray(photo().convert("L")), np.asarray(photo().convert("L"), np.float32) / 255
     modes = {
-        "cmyk.jpg": photo().convert("CMYK"),
-        "cmyk.tif": photo().convert("CMYK"),
-        "ycbcr.tif": photo().convert("YCbCr"),
-        "lab.tif": photo().convert("LAB"),
-        "grey.png": photo().convert("L"),
-        "bits.png": photo().convert("1"),
-        "16 bits.png": Image.fromarray(grey.astype(np.uint16) * 257),
+        "cmyk.jpg": photo().convert("CMYK"), "cmyk.tif": photo().convert("CMYK"),
+        "ycbcr.tif": photo().convert("YCbCr"), "lab.tif": photo().convert("LAB"), "grey.png": photo().convert("L"),
+        "bits.png": photo().convert("1"), "16 bits.png": Image.fromarray(grey.astype(np.uint16) * 257),
         "16 bits.tif": Image.fromarray(grey.astype(np.uint16) * 257),
-        "32 bits.tif": Image.fromarray(grey.astype(np.int32) * 257),
-        "floats.tif": Image.fromarray(floats),
-        "la.png": photo().convert("LA"),
-        "rgba.png": photo().convert("RGBA"),
-        "rgba.webp": photo().convert("RGBA"),
-        "palette.png": photo().convert("P"),
-        "palette.gif": photo().convert("P"),
+        "32 bits.tif": Image.fromarray(grey.astype(np.int32) * 257), "floats.tif": Image.fromarray(floats),
+        "la.png": photo().convert("LA"), "rgba.png": photo().convert("RGBA"), "rgba.webp": photo().convert("RGBA"),
+        "palette.png": photo().convert("P"), "palette.gif": photo().convert("P"),
     }
     for name, image in modes.items():
         yield (
-            "modes",
-            name,
-            name.replace(" ", "_"),
-            encoded(image, FORMATS[name[-3:].replace("ebp", "webp")] if name[-3:] != "ebp" else "WEBP"),
-            "result",
+            "modes", name, name.replace(" ", "_"),
+            encoded(image, FORMATS[name[-3:].replace("ebp", "webp")] if name[-3:] != "ebp" else "WEBP"), "result",
         )
     for name, data in (
         ("palette with transparency.png", encoded(photo().convert("P"), "PNG", transparency=3)),
@@ -183,43 +166,23 @@ def pictures(rng):
         yield "EXIF", f"orientation {i}", "x.jpg", encoded(photo(), "JPEG", exif=exif(i)), "result"
     whole_ = exif(6)
     for name, data in (
-        ("orientation 0", exif(0)),
-        ("orientation 9", exif(9)),
-        ("orientation 65535", exif(65535)),
-        ("orientation as text", exif(6, 2)),
-        ("orientation as a fraction", exif(6, 5)),
-        ("unknown type", exif(6, 99)),
-        ("noise", b"Exif\0\0" + rng.randbytes(200)),
-        ("empty", b"Exif\0\0"),
-        ("loop", whole_[:-4] + struct.pack("<I", 8)),
-        *((f"cut after {n}", whole_[:n]) for n in (8, 12, 15, 20, 26)),
+        ("orientation 0", exif(0)), ("orientation 9", exif(9)), ("orientation 65535", exif(65535)),
+        ("orientation as text", exif(6, 2)), ("orientation as a fraction", exif(6, 5)), ("unknown type", exif(6, 99)),
+        ("noise", b"Exif\0\0" + rng.randbytes(200)), ("empty", b"Exif\0\0"),
+        ("loop", whole_[:-4] + struct.pack("<I", 8)), *((f"cut after {n}", whole_[:n]) for n in (8, 12, 15, 20, 26)),
     ):
         yield "EXIF", name, "x.jpg", encoded(photo(), "JPEG", exif=data), "result"
     for name, data in (
-        ("noise", rng.randbytes(600)),
-        ("one byte", b"x"),
-        ("zeros", bytes(4000)),
-        ("huge", bytes(300_000)),
+        ("noise", rng.randbytes(600)), ("one byte", b"x"), ("zeros", bytes(4000)), ("huge", bytes(300_000)),
     ):
         for suffix in ("png", "jpg", "webp"):
             yield (
-                "ICC",
-                f"{name}, {suffix}",
-                f"x.{suffix}",
-                encoded(photo(), FORMATS[suffix], icc_profile=data),
+                "ICC", f"{name}, {suffix}", f"x.{suffix}", encoded(photo(), FORMATS[suffix], icc_profile=data),
                 "result",
             )
     for name in (
-        "two words.png",
-        "new\nline.png",
-        "tab\tstop.png",
-        "ünï çødé.png",
-        "照片 图.png",
-        "صورة.png",
-        "😀.png",
-        "-dash.png",
-        "--help.png",
-        "percent%s%d.png",
+        "two words.png", "new\nline.png", "tab\tstop.png", "ünï çødé.png", "照片 图.png", "صورة.png", "😀.png",
+        "-dash.png", "--help.png", "percent%s%d.png",
         "quote'\".png",
         "dollar$HOME.png",
         "star*.png",
@@ -230,10 +193,7 @@ def pictures(rng):
         "a" * 251 + ".png",
     ):
         yield (
-            "names",
-            name[:20].replace("\n", "\\n") + f" ({len(name)})",
-            name,
-            encoded(photo(), "PNG"),
+            "names", name[:20].replace("\n", "\\n") + f" ({len(name)})", name, encoded(photo(), "PNG"),
             ("result" if len(name) < 240 else "error"),
         )
         if len(name) < 240:
@@ -241,20 +201,14 @@ def pictures(rng):
 
     png = encoded(photo(), "PNG")
     links = {
-        "link to itself": lambda p: p.symlink_to(p.name),
-        "link to nothing": lambda p: p.symlink_to("gone.png"),
-        "folder": lambda p: p.mkdir(),
-        "pipe": os.mkfifo,
-        "device": lambda p: p.symlink_to("/dev/zero"),
+        "link to itself": lambda p: p.symlink_to(p.name), "link to nothing": lambda p: p.symlink_to("gone.png"),
+        "folder": lambda p: p.mkdir(), "pipe": os.mkfifo, "device": lambda p: p.symlink_to("/dev/zero"),
         "file in a file": lambda p: None,
     }
     for name, make in links.items():
         yield "no files", name, "x.png/y.png" if name == "file in a file" else "x.png", make, "error"
     yield (
-        "no files",
-        "link to a picture",
-        "x.png",
-        lambda p: [(p.parent / "y").write_bytes(png), p.symlink_to("y")],
+        "no files", "link to a picture", "x.png", lambda p: [(p.parent / "y").write_bytes(png), p.symlink_to("y")],
         ("result"),
     )
 
@@ -278,19 +232,12 @@ def picture_cases(rng, shared):
 
         shown = " ".join(file.split())
         yield Case(
-            kind,
-            name,
-            "eval.py",
-            setup,
-            expect,
-            (file, shown, shown[:60], "File name too long"),
+            kind, name, "eval.py", setup, expect, (file, shown, shown[:60], "File name too long"),
             prepare=without_privileges if kind == "unreadable files" else None,
             memory=4200 if name == "zeros.png" else 600,  # a whole picture of 144 megapixels
         )
     broken = [
-        ("a.png", b""),
-        ("b.png", b"no"),
-        ("c.jpg", encoded(photo(), "JPEG")[:99]),
+        ("a.png", b""), ("b.png", b"no"), ("c.jpg", encoded(photo(), "JPEG")[:99]),
         ("d.png", png_header(60000, 60000)),
         ("e.tif", encoded(Image.fromarray(np.full((4, 4), np.nan, np.float32)), "TIFF")),
     ]
@@ -315,24 +262,8 @@ def picture_cases(rng, shared):
     train_, prune_ = (
         ["--name", "@out", *photos["steps"]],
         [
-            "--out",
-            "@out",
-            "--model",
-            shared / "model",
-            "--steps",
-            "1",
-            "--workers",
-            "0",
-            "--crop",
-            "96",
-            "--tags",
-            "none",
-            "--lpips",
-            "alex",
-            "--val",
-            "1",
-            "--keep",
-            "2",
+            "--out", "@out", "--model", shared / "model", "--steps", "1", "--workers", "0", "--crop", "96", "--tags",
+            "none", "--lpips", "alex", "--val", "1", "--keep", "2",
         ],
     )
     for command, argv in (("train.py", train_), ("prune.py", prune_)):
@@ -346,12 +277,8 @@ def picture_cases(rng, shared):
             "photos to train on", "no folder", command, lambda f, a=argv: ["--data", "@in/gone", *a], "error", ("gone",)
         )
         yield Case(
-            "photos to train on",
-            "a file",
-            command,
-            lambda f, a=argv: [(f / "x").write_text("x") and "--data", "@in/x", *a],
-            "error",
-            ("in/x",),
+            "photos to train on", "a file", command,
+            lambda f, a=argv: [(f / "x").write_text("x") and "--data", "@in/x", *a], "error", ("in/x",),
         )
         for name, data in (
             ("not JSON", "{"),
@@ -383,12 +310,8 @@ def picture_cases(rng, shared):
 
             yield Case("real LR pictures", name, command, lq, "result" if name == "right" else "error", ("lq",))
     for name, data in (
-        ("truncated", encoded(photo(), "PNG")[:80]),
-        ("empty", b""),
-        ("text", b"x"),
-        ("folder", None),
-        ("missing", ...),
-        ("pickle", pickle.dumps({})),
+        ("truncated", encoded(photo(), "PNG")[:80]), ("empty", b""), ("text", b"x"), ("folder", None),
+        ("missing", ...), ("pickle", pickle.dumps({})),
     ):
 
         def tag(folder, data=data):
@@ -402,14 +325,8 @@ def picture_cases(rng, shared):
             return ["--tagger", "ram", "@in/x.png"]
 
         yield Case(
-            "pictures for the tagger",
-            name,
-            "tagger.py",
-            tag,
-            "error",
-            ("x.png",),
-            env={"SANASR_WEIGHTS": "@weights"},
-            prepare=tiny_tagger,
+            "pictures for the tagger", name, "tagger.py", tag, "error", ("x.png",),
+            env={"SANASR_WEIGHTS": "@weights"}, prepare=tiny_tagger,
         )
 
 
@@ -442,16 +359,9 @@ def changed(data, how, rng):
     if how.startswith("header length"):
         return int(how.split()[-1]).to_bytes(8, "little", signed=True) + data[8:]
     raw = {
-        "empty": b"",
-        "7 bytes": data[:7],
-        "only the header": data[: 8 + n],
-        "cut in the header": data[: 8 + n // 2],
-        "cut in the data": data[:-5],
-        "more bytes": data + bytes(64),
-        "noise": rng.randbytes(999),
-        "zeros": bytes(999),
-        "zip": b"PK\3\4" + bytes(99),
-        "header is no JSON": data[:8] + b"x" * n + body,
+        "empty": b"", "7 bytes": data[:7], "only the header": data[: 8 + n], "cut in the header": data[: 8 + n // 2],
+        "cut in the data": data[:-5], "more bytes": data + bytes(64), "noise": rng.randbytes(999),
+        "zeros": bytes(999), "zip": b"PK\3\4" + bytes(99), "header is no JSON": data[:8] + b"x" * n + body,
         "header is a list": (2).to_bytes(8, "little") + b"[]",
         "deep header": (200_000).to_bytes(8, "little") + b"[" * 200_000,
         "header is not UTF-8": data[:8] + b"\xff" * n + body,
@@ -467,22 +377,14 @@ def changed(data, how, rng):
         ]
     elif how.startswith("offsets"):
         entry["data_offsets"] = {
-            "beyond the end": [start_ + 10**9, end + 10**9],
-            "reversed": [end, start_],
-            "negative": [-8, end - start_ - 8],
-            "huge": [0, 2**63],
-            "texts": ["0", "4"],
-            "one": [start_],
+            "beyond the end": [start_ + 10**9, end + 10**9], "reversed": [end, start_],
+            "negative": [-8, end - start_ - 8], "huge": [0, 2**63], "texts": ["0", "4"], "one": [start_],
         }[how.removeprefix("offsets ")]
     elif how.startswith("dtype"):
         entry["dtype"] = how.split()[1]
     elif how.startswith("shape"):
         entry["shape"] = {
-            "reversed": [*entry["shape"], 1],
-            "huge": [2**62, 4],
-            "negative": [-1, -1],
-            "text": ["a"],
-            "empty": [],
+            "reversed": [*entry["shape"], 1], "huge": [2**62, 4], "negative": [-1, -1], "text": ["a"], "empty": [],
         }[how.removeprefix("shape ")]
     elif how == "missing key":
         body = body[:start_] + body[end:]
@@ -596,37 +498,12 @@ def model_cases(rng, shared):
             return {
                 "eval.py": ["@in/x.png", "--out", "@out/", "--model", model],
                 "train.py": [
-                    "--data",
-                    shared / "photos",
-                    "--name",
-                    "@out",
-                    "--model",
-                    model,
-                    "--steps",
-                    "1",
-                    "--workers",
-                    "0",
+                    "--data", shared / "photos", "--name", "@out", "--model", model, "--steps", "1", "--workers", "0",
                     *TRAIN,
                 ],
                 "prune.py": [
-                    "--data",
-                    shared / "photos",
-                    "--out",
-                    "@out",
-                    "--model",
-                    model,
-                    "--steps",
-                    "1",
-                    "--workers",
-                    "0",
-                    "--crop",
-                    "96",
-                    "--tags",
-                    "none",
-                    "--lpips",
-                    "alex",
-                    "--keep",
-                    "2",
+                    "--data", shared / "photos", "--out", "@out", "--model", model, "--steps", "1", "--workers", "0",
+                    "--crop", "96", "--tags", "none", "--lpips", "alex", "--keep", "2",
                 ],
             }[command]
 
@@ -669,8 +546,7 @@ def model_cases(rng, shared):
 
             yield Case("config", f"{part}: {how}", "SanaSR", copy_of(change), "error", (part,))
         for how, change in {
-            "no folder": lambda p: shutil.rmtree(p),
-            "no config.json": lambda p: (p / "config.json").unlink(),
+            "no folder": lambda p: shutil.rmtree(p), "no config.json": lambda p: (p / "config.json").unlink(),
             "no weights": lambda p: [f.unlink() for f in p.glob("*.safetensors")],
             "folder for config.json": lambda p: [(p / "config.json").unlink(), (p / "config.json").mkdir()],
             "folder for the weights": lambda p: [[f.unlink(), f.mkdir()] for f in [*p.glob("*.safetensors")]],
@@ -681,11 +557,7 @@ def model_cases(rng, shared):
             ],
         }.items():
             yield Case(
-                "model folders",
-                f"{part}: {how}",
-                "SanaSR",
-                copy_of(lambda m, p=part, c=change: c(m / p)),
-                "error",
+                "model folders", f"{part}: {how}", "SanaSR", copy_of(lambda m, p=part, c=change: c(m / p)), "error",
                 (part,),
             )
 
@@ -698,23 +570,16 @@ def model_cases(rng, shared):
     first = next(iter(vocab))
     for how, model in (
         ("vocab of texts", {"vocab": {k: str(v) for k, v in vocab.items()}}),
-        ("negative id", {"vocab": vocab | {"a": -5}}),
-        ("id beyond the embedding", {"vocab": vocab | {"a": 10**6}}),
-        ("fraction for an id", {"vocab": vocab | {"a": 1.5}}),
-        ("merge of three", {"merges": ["a b c"]}),
-        ("merge of unknown", {"merges": ["zz yy"]}),
-        ("merge is a number", {"merges": [3]}),
+        ("negative id", {"vocab": vocab | {"a": -5}}), ("id beyond the embedding", {"vocab": vocab | {"a": 10**6}}),
+        ("fraction for an id", {"vocab": vocab | {"a": 1.5}}), ("merge of three", {"merges": ["a b c"]}),
+        ("merge of unknown", {"merges": ["zz yy"]}), ("merge is a number", {"merges": [3]}),
         ("no unknown token", {"vocab": {k: v for k, v in vocab.items() if k != "<unk>"}}),
-        ("equal ids", {"vocab": dict.fromkeys(vocab, 0)}),
-        ("one entry", {"vocab": {first: 0}}),
+        ("equal ids", {"vocab": dict.fromkeys(vocab, 0)}), ("one entry", {"vocab": {first: 0}}),
     ):
         changes.append((how, bpe | {"model": bpe["model"] | model}))
     for how, tokens in (
-        ("without content", [{"id": 1}]),
-        ("without id", [{"content": "<bos>"}]),
-        ("texts", ["<bos>"]),
-        ("empty content", [*added, {"id": 3, "content": ""}]),
-        ("without <bos>", added[:2]),
+        ("without content", [{"id": 1}]), ("without id", [{"content": "<bos>"}]), ("texts", ["<bos>"]),
+        ("empty content", [*added, {"id": 3, "content": ""}]), ("without <bos>", added[:2]),
         ("id is a text", [{**t, "id": "x"} for t in added]),
     ):
         changes.append((f"added tokens {how}", bpe | {"added_tokens": tokens}))
@@ -740,28 +605,13 @@ def model_cases(rng, shared):
             return ["@in/x.png", "--out", "@out/", "--model", shared / "model", "--adapter", "@in/a.safetensors"]
 
         yield Case(
-            "adapters",
-            how,
-            "eval.py",
-            change,
-            "either" if how in ("NaN", "header length 3", "shape reversed") else "error",
-            ("a.safetensors",),
+            "adapters", how, "eval.py", change,
+            "either" if how in ("NaN", "header length 3", "shape reversed") else "error", ("a.safetensors",),
         )
     for how, value in (
-        ("rank", "x"),
-        ("alpha", "x"),
-        ("alpha", "0"),
-        ("alpha", "-1"),
-        ("alpha", "nan"),
-        ("alpha", "1e400"),
-        ("timestep", "x"),
-        ("timestep", "0"),
-        ("timestep", "-3"),
-        ("timestep", "99999"),
-        ("suffix", "x" * 10**5),
-        ("suffix", "\n\0"),
-        ("instruction", "y" * 10**5),
-        ("protocol", "x"),
+        ("rank", "x"), ("alpha", "x"), ("alpha", "0"), ("alpha", "-1"), ("alpha", "nan"), ("alpha", "1e400"),
+        ("timestep", "x"), ("timestep", "0"), ("timestep", "-3"), ("timestep", "99999"), ("suffix", "x" * 10**5),
+        ("suffix", "\n\0"), ("instruction", "y" * 10**5), ("protocol", "x"),
     ):
 
         def metadata(folder, key=how, value=value):
@@ -783,13 +633,8 @@ def model_cases(rng, shared):
 
         yield Case("adapters", how, "eval.py", setup, "error", ("in",))
     for name, model in (
-        ("no such name", "nothing-600m"),
-        ("a file", "@in/x.png"),
-        ("empty folder", "@in/e"),
-        ("official", "sana-600m-512"),
-        ("parent", "@in/.."),
-        ("empty name", ""),
-        ("null byte", "a\0b"),
+        ("no such name", "nothing-600m"), ("a file", "@in/x.png"), ("empty folder", "@in/e"),
+        ("official", "sana-600m-512"), ("parent", "@in/.."), ("empty name", ""), ("null byte", "a\0b"),
     ):
 
         def setup(folder, model=model):
@@ -799,21 +644,10 @@ def model_cases(rng, shared):
 
         yield Case("model folders", name, "eval.py", setup, "error")
         yield Case(
-            "model folders",
-            name,
-            "train.py",
+            "model folders", name, "train.py",
             lambda f, m=model: [
-                (f / "e").mkdir() or "--data",
-                shared / "photos",
-                "--name",
-                "@out",
-                "--model",
-                m,
-                "--steps",
-                "1",
-                "--workers",
-                "0",
-                *TRAIN,
+                (f / "e").mkdir() or "--data", shared / "photos", "--name", "@out", "--model", m, "--steps", "1",
+                "--workers", "0", *TRAIN,
             ],
             "error",
         )
@@ -824,16 +658,10 @@ def model_cases(rng, shared):
 
 def table_cases(rng, shared):
     tables = {
-        "right": b'image,tags\nx.png,"tree, sky"\n',
-        "byte order mark": b"\xef\xbb\xbfimage,tags\nx.png,tree\n",
-        "UTF-16": "image,tags\nx.png,tree\n".encode("utf-16"),
-        "no columns": b"a,b\n1,2\n",
-        "no tags": b"image\nx\n",
-        "empty": b"",
-        "only a header": b"image,tags\n",
-        "short row": b"image,tags\nx.png\n\n,\n",
-        "empty name": b"tags,image\ntree\n",
-        "long row": b"image,tags\nx.png,a,b,c,d\n",
+        "right": b'image,tags\nx.png,"tree, sky"\n', "byte order mark": b"\xef\xbb\xbfimage,tags\nx.png,tree\n",
+        "UTF-16": "image,tags\nx.png,tree\n".encode("utf-16"), "no columns": b"a,b\n1,2\n", "no tags": b"image\nx\n",
+        "empty": b"", "only a header": b"image,tags\n", "short row": b"image,tags\nx.png\n\n,\n",
+        "empty name": b"tags,image\ntree\n", "long row": b"image,tags\nx.png,a,b,c,d\n",
         "open quote": b'image,tags\n"x.png,tree\n',
         "quotes": b'image,tags\n"x"".png","a""b"\n',
         "null bytes": b"image,tags\nx.png,\0\0\n",
@@ -867,27 +695,14 @@ def table_cases(rng, shared):
         def train_tags(folder, data=data):
             (folder / "t.csv").write_bytes(data)
             return [
-                "--data",
-                shared / "photos",
-                "--name",
-                "@out",
-                "--model",
-                shared / "model",
-                "--steps",
-                "1",
-                "--workers",
-                "0",
-                *TRAIN,
-                "--tags",
-                "@in/t.csv",
+                "--data", shared / "photos", "--name", "@out", "--model", shared / "model", "--steps", "1",
+                "--workers", "0", *TRAIN, "--tags", "@in/t.csv",
             ]
 
         yield Case("tables", how, "train.py", train_tags, expect, ("t.csv",))
     for how, make in (
-        ("missing", lambda p: None),
-        ("a folder", lambda p: p.mkdir()),
-        ("not UTF-8", lambda p: p.write_bytes(b"\xff\xfe")),
-        ("huge", lambda p: p.write_text("tree " * 10**5)),
+        ("missing", lambda p: None), ("a folder", lambda p: p.mkdir()),
+        ("not UTF-8", lambda p: p.write_bytes(b"\xff\xfe")), ("huge", lambda p: p.write_text("tree " * 10**5)),
         ("empty", lambda p: p.write_text("")),
     ):
 
@@ -900,13 +715,8 @@ def table_cases(rng, shared):
             "texts", how, "eval.py", instruction, "result" if how == "empty" else "error", ("i.txt", "the instruction")
         )
     for how, text in (
-        ("long", "tree " * 10**5),
-        ("not printable", "\1\2\x7f"),
-        ("surrogate", "a\udcff"),
-        ("emoji", "😀" * 99),
-        ("special tokens", "<bos><eos><pad><unk>"),
-        ("spaces", " \t\n"),
-        ("separator", "▁▁"),
+        ("long", "tree " * 10**5), ("not printable", "\1\2\x7f"), ("surrogate", "a\udcff"), ("emoji", "😀" * 99),
+        ("special tokens", "<bos><eos><pad><unk>"), ("spaces", " \t\n"), ("separator", "▁▁"),
     ):
 
         def prompt(folder, text=text):
@@ -917,23 +727,16 @@ def table_cases(rng, shared):
 
     scored = ["--metrics", "psnr"]
     for how, argv, expect in (
-        ("no reference", ["--hr", "@in/none"], "error"),
-        ("other sizes", ["--hr", "@in/small"], "error"),
-        ("broken reference", ["--hr", "@in/broken"], "error"),
-        ("no folder", ["--hr", "@in/x"], "error"),
-        ("right", ["--hr", "@in/hr"], "result"),
-        ("table is a folder", ["--hr", "@in/hr", "--csv", "@in"], "error"),
+        ("no reference", ["--hr", "@in/none"], "error"), ("other sizes", ["--hr", "@in/small"], "error"),
+        ("broken reference", ["--hr", "@in/broken"], "error"), ("no folder", ["--hr", "@in/x"], "error"),
+        ("right", ["--hr", "@in/hr"], "result"), ("table is a folder", ["--hr", "@in/hr", "--csv", "@in"], "error"),
         ("no such metric", ["--hr", "@in/hr", "--metrics", "x"], "error"),
         ("metric without weights", ["--hr", "@in/hr", "--metrics", "musiq"], "error"),
     ):
 
         def references(folder, argv=argv):
             for name, size in (
-                ("lr", (24, 20)),
-                ("hr", (96, 80)),
-                ("small", (50, 50)),
-                ("none", (96, 80)),
-                ("broken", None),
+                ("lr", (24, 20)), ("hr", (96, 80)), ("small", (50, 50)), ("none", (96, 80)), ("broken", None),
             ):
                 (folder / name).mkdir()
                 target = folder / name / ("y.png" if name == "none" else "x.png")
@@ -941,11 +744,7 @@ def table_cases(rng, shared):
             return ["@in/lr", "--out", "@out/", "--model", shared / "model", *scored, *argv]
 
         yield Case(
-            "references",
-            how,
-            "eval.py",
-            references,
-            expect,
+            "references", how, "eval.py", references, expect,
             outputs=1
             if how in ("right", "other sizes", "broken reference", "table is a folder", "metric without weights")
             else 0,
@@ -963,30 +762,19 @@ def table_cases(rng, shared):
     def states(good, mark):
         """(name, bytes or None) of broken states."""
         yield from (
-            ("empty", b""),
-            ("cut", good[: len(good) // 2]),
-            ("cut at the end", good[:-9]),
-            ("noise", rng.randbytes(999)),
-            ("pickle", pickle.dumps(Mark(mark))),
+            ("empty", b""), ("cut", good[: len(good) // 2]), ("cut at the end", good[:-9]),
+            ("noise", rng.randbytes(999)), ("pickle", pickle.dumps(Mark(mark))),
             ("pickle of protocol 2", pickle.dumps(Mark(mark), protocol=2)),
         )
         f = BytesIO()
         torch.save({"step": 1, "evil": Mark(mark)}, f)
         yield "pickle in an archive", f.getvalue()
         for name, value in (
-            ("a list", []),
-            ("a number", 3),
-            ("no keys", {}),
+            ("a list", []), ("a number", 3), ("no keys", {}),
             (
                 "keys without content",
                 {
-                    "step": 1,
-                    "settings": {},
-                    "masters": [],
-                    "ema": [],
-                    "optimizer": {},
-                    "scaler": {},
-                    "sums": {},
+                    "step": 1, "settings": {}, "masters": [], "ema": [], "optimizer": {}, "scaler": {}, "sums": {},
                     "model": {},
                 },
             ),
@@ -1033,13 +821,9 @@ def table_cases(rng, shared):
 
         yield Case("weights of the tagger", how, "tagger.py", ram, "error", ("ram.pth",), env={"SANASR_WEIGHTS": "@in"})
         yield Case(
-            "weights of the tagger",
-            f"{how}, lean",
-            "tagger.py",
+            "weights of the tagger", f"{how}, lean", "tagger.py",
             lambda f, d=data: [
-                (f / "ram_fp16.safetensors").write_bytes(d) and "--tagger" or "--tagger",
-                "ram",
-                str(photo_at(f)),
+                (f / "ram_fp16.safetensors").write_bytes(d) and "--tagger" or "--tagger", "ram", str(photo_at(f)),
             ],
             "error",
             ("ram_fp16.safetensors",),
@@ -1064,9 +848,7 @@ def table_cases(rng, shared):
     def index(folder):
         shutil.copytree(shared / "model", folder / "model")
         for part, name in (
-            ("transformer", "diffusion_pytorch_model"),
-            ("vae", "diffusion_pytorch_model"),
-            ("text_encoder", "model"),
+            ("transformer", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model"),
         ):
             keys = list(json.loads((folder / "model" / part / "config.json").read_text()))
             (folder / "model" / part / f"{name}.safetensors.index.json").write_text(
@@ -1085,11 +867,7 @@ def table_cases(rng, shared):
         return ["@in/x.png", "--out", "@out/", "--model", "@in/model"]
 
     yield Case(
-        "hostile files",
-        "a model folder full of modules",
-        "eval.py",
-        modules,
-        "result",
+        "hostile files", "a model folder full of modules", "eval.py", modules, "result",
         prepare=lambda: os.chdir("in/model"),
     )
     for key in ("auto_map", "custom_pipelines", "trust_remote_code", "_target_", "_class_name"):
@@ -1101,11 +879,7 @@ def table_cases(rng, shared):
             return ["@in/x.png", "--out", "@out/", "--model", "@in/model"]
 
         yield Case(
-            "hostile files",
-            f"{key} in config.json",
-            "eval.py",
-            code,
-            "result" if key[0] == "_" else "error",
+            "hostile files", f"{key} in config.json", "eval.py", code, "result" if key[0] == "_" else "error",
             ("config.json",),
         )
 
@@ -1117,25 +891,6 @@ def photo_at(folder):
 
 def prune_argv(shared, out, *more):
     return [
-        "--data",
-        shared / "photos",
-        "--out",
-        out,
-        "--model",
-        shared / "model",
-        "--steps",
-        "6",
-        "--workers",
-        "0",
-        "--crop",
-        "96",
-        "--tags",
-        "none",
-        "--lpips",
-        "alex",
-        "--val",
-        "1",
-        "--keep",
-        "2",
-        *more,
+        "--data", shared / "photos", "--out", out, "--model", shared / "model", "--steps", "6", "--workers", "0",
+        "--crop", "96", "--tags", "none", "--lpips", "alex", "--val", "1", "--keep", "2", *more,
     ]
