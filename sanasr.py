@@ -79,7 +79,7 @@ def read_config(name, config, defaults, neutral=None, ignored=()):
     neutral = neutral or {}
     for key, value in config.items():
         if key in defaults and not usable(key, value, defaults[key]):
-            raise ValueError(f"{name} config: {key} = {str(value)[:100]!r} cannot be used")
+            raise ValueError(f"{name} config: {key} = {repr(value)[:100]} cannot be used")
         if key in defaults or key in ignored or key.startswith("_"):
             continue
         if key not in neutral:
@@ -487,7 +487,7 @@ class Gemma2(nn.Module):
         count = config["num_hidden_layers"]
         kinds = (config["layer_types"] or ["sliding_attention", "full_attention"] * count)[:count]  # even layers slide
         if len(kinds) < count or not {*kinds} <= {"sliding_attention", "full_attention"}:
-            raise ValueError(f"Gemma2 config: layer_types = {str(kinds)[:100]!r} cannot be used")
+            raise ValueError(f"Gemma2 config: layer_types = {repr(kinds)[:100]} cannot be used")
         self.slides = [kind == "sliding_attention" for kind in kinds]
         self.embed_tokens = nn.Embedding(config["vocab_size"], config["hidden_size"])
         self.layers = nn.ModuleList(GemmaLayer(config) for _ in range(config["num_hidden_layers"]))

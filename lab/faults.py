@@ -280,7 +280,7 @@ def check(case, folder, shared):
         wrong.append(f"exit code 0 with an error: {errors[:1]}")
     made = [p for p in files(folder) if inputs not in p.parents and p.parent != folder
             and present.get(p) != p.read_bytes()]
-    wrong += [f"a temporary file is left: {p.name}" for p in made if p.name.endswith(".tmp")]
+    wrong += [f"a temporary file is left: {p.name}" for p in made if p.suffix[1:] == "tmp"]
     wrong += [f"{p.name} is not whole: {problem}" for p in made if (problem := problem_of(p))]
     count = case.outputs if case.outputs is not None else None if case.command != "eval.py" else int(ended == 0)
     if count is not None and len(files(out)) != count:
