@@ -148,11 +148,12 @@ def read_linearsr(folder):
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict) or config.get("system") != SYSTEM:
             raise ValueError(f'there is no "system": "{SYSTEM}" in it')
-        defaults = dict(system=SYSTEM, base=None, boundaries=BOUNDARIES, suffix="appendix")
+        defaults = dict(system=SYSTEM, base=None, boundaries=None, suffix="appendix")
         config = read_config("LinearSR", config, defaults)
         if not isinstance(config["base"], str):
             raise ValueError("base must name a model, or its folder relative to this one")
-        return config | {"boundaries": check_boundaries(config["boundaries"])}
+        boundaries = BOUNDARIES if config["boundaries"] is None else config["boundaries"]
+        return config | {"boundaries": check_boundaries(boundaries)}
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -61,7 +61,7 @@ def usable(key, value, default):
     if isinstance(default, tuple):  # a number for each stage; of qkv_multiscales a list of numbers
         if not isinstance(value, list | tuple) or not 0 < len(value) <= MAX_STAGES:
             return False
-        limit = MAX_LAYERS if "block_out" not in key else MAX_SIZE
+        limit = MAX_SIZE if "channels" in key else MAX_LAYERS
         numbers = [n for v in value for n in (v if isinstance(v, list | tuple) else [v])]
         return all(type(n) is int and 0 <= n <= limit for n in numbers)
     return True
