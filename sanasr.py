@@ -967,9 +967,14 @@ def sort_header(path):
 
 
 def save_tensors(state, path, metadata=None):
-    """Write {key: tensor} as a safetensors file, whole or not at all."""
+    """Write {key: tensor} as a safetensors file, whole or not at all. Raises OSError that names the file."""
     with atomically(path) as temporary:
-        save_file({key: x.contiguous() for key, x in state.items()}, temporary, metadata)
+        try:
+            save_file({key: x.contiguous() for key, x in state.items()}, temporary, metadata)
+        except SafetensorError as error:  # a full disk is one, too
+            code = re.search(r"\(os error (\d+)\)", str(error))
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) if code else OSError(
+                f"{path} cannot be written ({error})") from None
         sort_header(temporary)
 
 

@@ -28,7 +28,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -116,7 +115,7 @@ def export(folder, step, model, adapter, metadata):
     for path in (folder / "adapter.safetensors", folder / "checkpoints" / f"{step:06d}.safetensors"):
         try:
             save_lora(model, path, metadata, adapter)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             sys.exit(f"error: {path} cannot be written ({why(error, path)}); {folder}/state.pt is whole")
 
 

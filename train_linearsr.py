@@ -195,7 +195,7 @@ class EncodedPairs:
         parts = [range(first, min(first + SHARD, count)) for first in range(0, count, SHARD)]
         files = [folder / f"{part.start:06d}-{part.stop:06d}.safetensors" for part in parts]
         lacking = [k for k, file in enumerate(files) if not file.exists()][rank::world]
-        for k in tqdm(lacking, f"encoding {count} pairs", unit="file", disable=rank > 0):
+        for k in tqdm(lacking, f"encoding {count} pairs", unit="file", disable=rank > 0 or not lacking):
             loader = DataLoader(Subset(Crops(pairs), parts[k]), 8, num_workers=workers, worker_init_fn=outlive_signals)
             rows = [(self.encode(latents, batch.pop("hr"), device), batch["lr"], batch["photo"]) for batch in loader]
             z, lr, photo = map(torch.cat, zip(*rows, strict=True))

@@ -36,6 +36,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import eval
+import lab.finish
 import prune
 import sanasr
 import tagger
@@ -77,7 +78,8 @@ def with_argv(main):
 
 
 COMMANDS = {"eval.py": eval.main, "train.py": train.main, "prune.py": prune.main, "tagger.py": with_argv(tagger.main),
-            "SanaSR": api, "train_linearsr.py": train_linearsr.main, "lab.pretrain": with_argv(pretrain.main)}
+            "SanaSR": api, "train_linearsr.py": train_linearsr.main, "lab.pretrain": with_argv(pretrain.main),
+            "lab.finish": lab.finish.main}
 
 
 def start(command, argv, cwd, log, env=None, prepare=None):
@@ -330,6 +332,11 @@ def stage(name, shared, out):
             "--crop", "96", "--latents", "6", *more]
 
 
+def tiny_finish():
+    """Views are small, and AlexNet is the only judge."""
+    lab.finish.Views.VIEW = 96
+
+
 def resumed(argv, out, *files):
     """argv, with --resume where a run has left one of the files."""
     return argv + ["--resume"] * any((out / file).exists() for file in files)
@@ -347,6 +354,9 @@ def runs(shared):
             "--stage", "pretrain", "--data", shared / "photos", "--model", shared / "model", "--name", out, "--steps",
             "6", "--every", "2", "--batch", "1", "--pairs", "4", "--crop", "96", "--val", "1", "--workers", "0"], None),
         **stages,
+        "lab.finish decoder": ("lab.finish", lambda out: [
+            "decoder", "--model", shared / "model", "--out", out, "--steps", "6", "--validate-every", "2", "--batch",
+            "1", "--rank", "2", "--gan", "1", "--no-teacher"], tiny_finish),
         "prune.py": ("prune.py", lambda out: resumed(prune_argv(shared, out), out, "calibration.pt", "transformer"),
                      quick_saves),
         "eval.py": ("eval.py", lambda out: [shared / "lr", "--out", f"{out}/", "--model", shared / "model"], None)}
@@ -386,6 +396,9 @@ def begin(shared, name, out):
     out.mkdir(parents=True)
     if name in ("lab.pretrain decoder", "lab.pretrain prior"):
         shutil.copyfile(shared / "autoencoder.pt", out / "autoencoder.pt")
+    if name == "lab.finish decoder":
+        shutil.copyfile(shared / "warm.safetensors", out / "adapter.safetensors")
+        shutil.copytree(shared / "pairs", out / "pairs")
 
 
 def finish(shared, name, out, log):
@@ -491,7 +504,7 @@ def bad_disks(shared, name, folder):
 
     for size in ("24k", "200k", "600k"):
         begin(shared, name, out)
-        kept = {p.name: p.read_bytes() for p in files(out)}
+        kept = {p.relative_to(out): p.read_bytes() for p in files(out)}
         mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", out], capture_output=True)
         if mounted.returncode:
             yield "full disk", None
@@ -499,6 +512,7 @@ def bad_disks(shared, name, folder):
         try:
             try:
                 for file, data in kept.items():
+                    (out / file).parent.mkdir(parents=True, exist_ok=True)
                     (out / file).write_bytes(data)
             except OSError:
                 continue
@@ -569,6 +583,10 @@ def make_shared(shared):
         (shared / folder).mkdir()
         for i in range(count):
             photo(*size, seed=i).save(shared / folder / f"{i}.png")
+    for part, name in ((part, name) for part in ("train", "val") for name in ("00000_strong.png", "00001_mild.png")):
+        for kind, size in (("lr", 80), ("hr", 320)):
+            (shared / "pairs" / part / kind).mkdir(parents=True, exist_ok=True)
+            photo(size, size, seed=size + len(part)).save(shared / "pairs" / part / kind / name)
     (shared / "nothing").mkdir()
     torch.manual_seed(0)
     sanasr.save_module(sanasr.DCAE(TINY_AUTOENCODER), shared / "start" / "vae")
@@ -576,6 +594,9 @@ def make_shared(shared):
     torch.manual_seed(0)
     sanasr.inject_lora(dit, 2)
     sanasr.save_lora(dit, shared / "adapter.safetensors", {"timestep": "900"})
+    dit = sanasr.LinearDiT.from_pretrained(shared / "model" / "transformer")
+    sanasr.inject_lora(dit, 2, targets="attn+ffn")
+    sanasr.save_lora(dit, shared / "warm.safetensors", {})
     for name, folder in (("train.py", "run"), ("prune.py", "pruned"), ("lab.pretrain autoencoder", "autoencoder")):
         (shared / folder).mkdir()
         if wrong := finish(shared, name, shared / folder, shared / folder):

@@ -52,6 +52,7 @@ from sanasr import (
 
 TAU = 900.0   # of the carried adapter
 VAL_PAIRS = 128
+CROP = 128    # pixels of a view that VGG16 judges
 PAIR = 320    # pixels of x_H in a pair; a view of 288 then begins at any phase of the 32-pixel grid
 
 # --- Pairs, and the pictures that a teacher makes of them ---
@@ -224,29 +225,56 @@ def train_adapter(args):
 # --- The decoder ---
 
 
-class Restorer(nn.Module):
-    """What the stage `decoder` trains: the decoder, and the transformer's adapter with it."""
+class Critic(nn.Module):
+    """PatchGAN (pix2pix, arXiv 1611.07004) with spectral norms: a picture B,3,H,W -> B,1,H/8,W/8, above 0 for real."""
 
-    def __init__(self, model):
+    def __init__(self):
+        super().__init__()
+        convs = [nn.Conv2d(a, b, k, stride, padding=1) for a, b, k, stride in
+                 ((3, 32, 4, 2), (32, 64, 4, 2), (64, 128, 4, 2), (128, 128, 3, 1), (128, 1, 3, 1))]
+        self.convs = nn.ModuleList(torch.nn.utils.parametrizations.spectral_norm(conv) for conv in convs)
+
+    def forward(self, x):
+        for conv in self.convs[:-1]:
+            x = F.leaky_relu(conv(x), 0.2)
+        return self.convs[-1](x)
+
+    def losses(self, fake, real):
+        """(hinge loss of the critic, -score of `fake`). The first moves the critic alone, the second `fake` alone."""
+        own = F.relu(1 - self(real)).mean() + F.relu(1 + self(fake.detach())).mean()
+        self.requires_grad_(False)
+        score = self(fake).mean()
+        self.requires_grad_(True)
+        return own, -score
+
+
+class Restorer(nn.Module):
+    """What the stage `decoder` trains: the decoder, the transformer's adapter with it, and a critic if there is one."""
+
+    def __init__(self, model, critic=False):
         super().__init__()
         self.dit, self.decoder = model.dit, model.vae.decoder
+        if critic:
+            self.critic = Critic()
 
 
 def train_decoder(args):
     """The stages decoder and control: D, and with it the adapter, on what the update makes of degraded photos.
 
-    Loss against x_T: L1 + LPIPS (AlexNet) + 0.1 of the latent L1 of the stage before, and with --dists the DISTS of one
-    patch. LPIPS sees both pictures shifted by 0 to 7 pixels, so that no grid hides from AlexNet's stride of 4. Half of
-    every second batch is clean, D(z_H) against x_H, so that the autoencoder stays one. The control decodes z_L; its
-    adapter does not move. Reports LPIPS and PSNR (RGB) against x_H on 48 held-out pairs, and LPIPS of D(E(x_H)).
-    Writes OUT/finish.pt and OUT/adapter_finish.safetensors, or control.pt.
+    Loss against x_T: 3 L1, LPIPS and 0.1 of the latent L1 of the stage before. LPIPS is AlexNet's, or with --vgg 0.4 of
+    it and 0.6 of VGG16's on a crop of CROP pixels; AlexNet sees both pictures shifted by 0 to 7 pixels, so that no grid
+    hides from its stride of 4. With --gan also a critic's verdict, which learns to tell results from x_H. A third of
+    every batch is clean, D(z_H) against x_H, so that the autoencoder stays one. The control decodes z_L; its adapter
+    does not move. Reports LPIPS and PSNR (RGB) against x_H on 48 held-out pairs, LPIPS of D(E(x_H)), and with --vgg
+    DISTS on a third of them. Writes OUT/finish.pt and OUT/adapter_finish.safetensors, or control.pt.
     """
     out, device = Path(args.out), args.device
     model = open_adapted(args, out / "adapter.safetensors")
     train, val = Views(args, "train", model, 4), Views(args, "val", model, 1)
-    net, lpips = Restorer(model), LPIPS.from_pretrained("alex").to(device)
+    torch.manual_seed(args.seed)
+    net, alex = Restorer(model, args.gan > 0), LPIPS.from_pretrained("alex").to(device)
     net.decoder.requires_grad_(True)
-    dists = DISTS.from_pretrained().to(device) if args.dists else None
+    vgg, dists = (LPIPS.from_pretrained("vgg").to(device), DISTS.from_pretrained().to(device)) if args.vgg else (0, 0)
     conditions, plain = Conditions(model), build_prompt([], "appendix")
     z_l, z_t = (z.float() for z in train.z.unbind(1))
     unit = (z_t - z_l).abs().mean((0, 2, 3))[:, None, None].to(device)
@@ -264,37 +292,42 @@ def train_decoder(args):
             train.reload()
         rng = np.random.default_rng((args.seed, step))
         pick = rng.integers(len(train.z), size=args.batch).tolist()
-        clean = args.batch // 2 if step % 2 else 0
-        x = torch.cat([train.pictures("hr", pick[:clean]), train.pictures(train.target, pick[clean:])]
-                      if clean else [train.pictures(train.target, pick)])
+        clean = args.batch // 3
+        x_h = train.pictures("hr", pick)
+        x = torch.cat([x_h[:clean], train.pictures(train.target, pick[clean:])])
         with torch.no_grad():
             z_h = [model.vae.encode(x[:clean]).float() * model.scaling_factor] if clean else []
         z_l, z_t = train.latents(pick[clean:])
         z = restored(net, z_l)
         y = decode(net, torch.cat([*z_h, z]))
         dy, dx = rng.integers(8, size=2)
-        l1, perceptual = F.l1_loss(y, x), lpips(y[:, :, dy:, dx:], x[:, :, dy:, dx:]).mean()
+        l1, perceptual = F.l1_loss(y, x), alex(y[:, :, dy:, dx:], x[:, :, dy:, dx:]).mean()
+        parts = dict(l1=l1.item(), alex=perceptual.item())
+        if vgg:
+            top, left = rng.integers(Views.VIEW - CROP + 1, size=2)
+            fine = vgg(*(t[:, :, top:top + CROP, left:left + CROP] for t in (y, x))).mean()
+            perceptual, parts["vgg"] = 0.4 * perceptual + 0.6 * fine, fine.item()
         latent = ((z - z_t).abs() / unit).mean()
-        loss = l1 + perceptual + (0 if control else 0.1 * latent)
-        parts = dict(l1=l1.item(), lpips=perceptual.item(), latent=latent.item())
-        if dists:
-            top, left = rng.integers(Views.VIEW - 128 + 1, size=2)
-            patches = (t[-1:, :, top:top + 128, left:left + 128] / 2 + 0.5 for t in (y, x))
-            texture = dists(*patches).mean()
-            loss, parts["dists"] = loss + args.dists * texture, texture.item()
+        loss, parts["latent"] = 3 * l1 + perceptual + (0 if control else 0.1 * latent), latent.item()
+        if args.gan:
+            critic, verdict = net.critic.losses(y, x_h)
+            loss, parts["critic"] = loss + critic + args.gan * verdict, critic.item()
         return loss, parts
 
     def validate(net):
         scores = {}
+
+        def note(kind, y, x):
+            y = y.clamp(-1, 1)
+            scores.setdefault(f"lpips_{kind}", []).append(alex(y, x).item())
+            scores.setdefault(f"psnr_{kind}", []).append(-10 * (y - x).square().mean().div(4).log10().item())
+            if dists and i % 6 < 2:
+                scores.setdefault(f"dists_{kind}", []).append(dists(y / 2 + 0.5, x / 2 + 0.5).item())
         for i in range(min(48, len(val.z))):
             x_h, (z_l, _) = val.pictures("hr", [i]), val.latents([i])
-            kind = "mild" if "mild" in val.where[i][0] else "strong"
-            y = decode(net, restored(net, z_l)).clamp(-1, 1)
-            scores.setdefault(f"lpips_{kind}", []).append(lpips(y, x_h).item())
-            scores.setdefault(f"psnr_{kind}", []).append(-10 * (y - x_h).square().mean().div(4).log10().item())
-            if i % 4 == 0:
-                z_h = model.vae.encode(x_h).float() * model.scaling_factor
-                scores.setdefault("lpips_clean", []).append(lpips(decode(net, z_h).clamp(-1, 1), x_h).item())
+            note("mild" if "mild" in val.where[i][0] else "strong", decode(net, restored(net, z_l)), x_h)
+            if i % 3 == 0:
+                note("clean", decode(net, model.vae.encode(x_h).float() * model.scaling_factor), x_h)
         return {k: sum(v) / len(v) for k, v in scores.items()}
 
     net = fit(name, net, loss_fn, validate, args, args.steps or 20_000, args.lr or 2e-4)
@@ -315,7 +348,7 @@ def compare(args):
         print(f"{name}: {state['step']} steps")
         model = open_adapted(args, None)
         net, val = Restorer(model), Views(args, "val", model, 1)
-        net.load_state_dict(state["ema"])
+        net.load_state_dict({key: x for key, x in state["ema"].items() if not key.startswith("critic.")})
         c, m = Conditions(model)([build_prompt([], "appendix")])
         for i in tqdm(range(len(val.z)), name, leave=False):
             z_l, _ = val.latents([i])
@@ -369,8 +402,9 @@ def parse(argv=None):
     add("--model", default="embedded", metavar="NAME|FOLDER", help="the model to finish (default %(default)s)")
     add("--init", metavar="FILE", help="adapter: start from this adapter instead of from zero output")
     add("--no-teacher", action="store_true", help="the target is x_H, not the teacher's picture")
-    add("--dists", type=float, default=0.0, metavar="WEIGHT", help="decoder, control: adds WEIGHT times DISTS of one "
-        "patch of 128² a step; needs VGG16 (default %(default)s)")
+    add("--vgg", action="store_true", help="decoder, control: LPIPS by VGG16 beside AlexNet; takes VGG16's weights")
+    add("--gan", type=float, default=0.0, metavar="WEIGHT", help="decoder, control: of the critic's verdict "
+        "(default %(default)s, no critic)")
     add("--rank", type=int, default=64, help="of the adapter, on attention and FFN (default %(default)s)")
     add("--steps", type=int, help="of the stage; the learning rate decays over the last quarter")
     add("--batch", type=int, default=4, help="views a step (default %(default)s)")

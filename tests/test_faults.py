@@ -1,6 +1,7 @@
 """lab.faults in its short form, and a test of every fault that it has found."""
 import json
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -261,3 +262,16 @@ def test_a_run_killed_between_state_and_checkpoint_makes_the_checkpoint_when_res
         path.unlink()
     assert train.main([*argv, "--resume"]) == 0
     assert [path.read_bytes() for path in made] == before
+
+
+def test_weights_on_a_full_disk_are_an_os_error_that_names_the_file(tmp_path):
+    path = tmp_path / "w.safetensors"
+    sanasr.save_tensors({"x": torch.zeros(4)}, path)
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="w.safetensors"):
+            sanasr.save_tensors({"x": torch.zeros(4000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["w.safetensors"]
