@@ -226,7 +226,7 @@ def contents(folder):
 
 def lines_of_error(text):
     """The lines of stderr that are neither a progress bar, nor usage, nor a note."""
-    lines = [part for line in text.split("\n") for part in line.split("\r")[-1:]]
+    lines = [part for line in text.replace("\x1b[A", "").split("\n") for part in line.split("\r")[-1:]]
     usage, found = False, []
     for line in lines:
         usage = line.startswith("usage:") or (usage and line.startswith(" "))
