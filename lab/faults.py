@@ -356,7 +356,7 @@ def runs(shared):
         **stages,
         "lab.finish decoder": ("lab.finish", lambda out: [
             "decoder", "--model", shared / "model", "--out", out, "--steps", "6", "--validate-every", "2", "--batch",
-            "1", "--rank", "2", "--gan", "1", "--no-teacher"], tiny_finish),
+            "1", "--rank", "2", "--no-teacher"], tiny_finish),
         "prune.py": ("prune.py", lambda out: resumed(prune_argv(shared, out), out, "calibration.pt", "transformer"),
                      quick_saves),
         "eval.py": ("eval.py", lambda out: [shared / "lr", "--out", f"{out}/", "--model", shared / "model"], None)}

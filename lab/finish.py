@@ -2,6 +2,7 @@
 
     python -m lab.finish pairs --data ./hq --count 4000       # runs/pretrain/pairs/{train,val}/{lr,hr}
     # any restorer now fills pairs/{train,val}/teacher: pictures of the LR pictures, of the same names, 4× the size
+    python -m lab.finish encoder --batch 4 --lr 5e-4          # E towards the teacher
     python -m lab.finish adapter --init weights/embedded/adapter.safetensors --rank 64 --batch 16
     python -m lab.finish decoder --rank 64 --batch 2 --lr 3e-4                # Ctrl-C saves, the same line goes on
     python -m lab.finish control --rank 64 --batch 2 --lr 3e-4                # the same without an update
@@ -16,6 +17,7 @@ Real-ESRGAN x4plus (BSD-3-Clause); without one, `--no-teacher` makes x_H the tar
 teacher's picture has come since. The model is read from --model; what is trained lies under --out until `export`.
 """
 import argparse
+import copy
 import json
 import sys
 from pathlib import Path
@@ -52,7 +54,7 @@ from sanasr import (
 
 TAU = 900.0   # of the carried adapter
 VAL_PAIRS = 128
-CROP = 128    # pixels of a view that VGG16 judges
+CROP = 192    # pixels of a view that DISTS judges
 PAIR = 320    # pixels of x_H in a pair; a view of 288 then begins at any phase of the 32-pixel grid
 
 # --- Pairs, and the pictures that a teacher makes of them ---
@@ -153,6 +155,60 @@ class Views:
         return [lines[name] for name, *_ in self.where]
 
 
+# --- The encoder ---
+
+
+def train_encoder(args):
+    """E on degraded photos: E(x_L) is to equal z_T, and E(x_H) to stay z_H, both made by the E that it starts from.
+
+    The loss is the L1 distance, per channel in units of the mean |z_T − z_L|; one view in four is clean. E sees pixels,
+    so what is the same at every phase of the 32-pixel grid it learns once. Reports ‖E(x_L) − z_T‖² / ‖z_L − z_T‖² on
+    32 held-out pairs, and LPIPS of D(E(·)) against x_H on 16. Writes OUT/vae, which the later stages take up.
+    """
+    out, device = Path(args.out), args.device
+    model = SanaSR.from_pretrained(args.model, device, torch.float32, adapter=False)
+    train, val = Views(args, "train", model, 4), Views(args, "val", model, 1)
+    z_l, z_t = (z.float() for z in train.z.unbind(1))
+    unit = (z_t - z_l).abs().mean((0, 2, 3))[:, None, None].to(device)
+    lpips, encoder = LPIPS.from_pretrained("alex").to(device), copy.deepcopy(model.vae.encoder).requires_grad_(True)
+
+    def encode(encoder, x):
+        return encoder(x.contiguous(memory_format=torch.channels_last)).float() * model.scaling_factor
+
+    def loss_fn(encoder, step):
+        if step % 500 == 0:
+            train.reload()
+        rng = np.random.default_rng((args.seed, step))
+        pick = rng.integers(len(train.z), size=args.batch).tolist()
+        clean = args.batch // 4
+        x_h = train.pictures("hr", pick)[:clean]
+        with torch.no_grad():
+            z_h = [encode(model.vae.encoder, x_h)] if clean else []
+        target = torch.cat([*z_h, train.latents(pick[clean:])[1]])
+        error = (encode(encoder, torch.cat([x_h, train.pictures("lr", pick[clean:])])) - target).abs() / unit
+        return error.mean(), dict(l1=error.mean().item())
+
+    def validate(encoder):
+        scores = {}
+        for i in range(min(32, len(val.z))):
+            kind, (z_l, z_t) = "mild" if "mild" in val.where[i][0] else "strong", val.latents([i])
+            z, x_h = encode(encoder, val.pictures("lr", [i])), val.pictures("hr", [i])
+            ratio = (z - z_t).square().mean() / (z_l - z_t).square().mean()
+            scores.setdefault(f"ratio_{kind}", []).append(ratio.item())
+            for name, code in ((kind, z), ("clean", encode(encoder, x_h))) if i < 16 else ():
+                y = model.vae.decode(code / model.scaling_factor).clamp(-1, 1)
+                scores.setdefault(f"lpips_{name}", []).append(lpips(y, x_h).item())
+        return {k: sum(v) / len(v) for k, v in scores.items()}
+
+    encoder = fit("encoder", encoder, loss_fn, validate, args, args.steps or 20_000, args.lr or 3e-4)
+    model.vae.encoder.load_state_dict(encoder.state_dict())
+    save_module(model.vae, out / "vae", torch.float16)
+    print(f"wrote {out / 'vae'}: the stages `adapter`, `decoder` and `control` take it up")
+
+
+# --- The update ---
+
+
 def update(dit, z, c, m):
     """One step (Eq. 4) of the adapted transformer through W + (α/r) B A: at this width cheaper than two products."""
     merged = {f"{name}.weight": module.weight
@@ -225,67 +281,61 @@ def train_adapter(args):
 # --- The decoder ---
 
 
-class Critic(nn.Module):
-    """PatchGAN (pix2pix, arXiv 1611.07004) with spectral norms: a picture B,3,H,W -> B,1,H/8,W/8, above 0 for real."""
-
-    def __init__(self):
-        super().__init__()
-        convs = [nn.Conv2d(a, b, k, stride, padding=1) for a, b, k, stride in
-                 ((3, 32, 4, 2), (32, 64, 4, 2), (64, 128, 4, 2), (128, 128, 3, 1), (128, 1, 3, 1))]
-        self.convs = nn.ModuleList(torch.nn.utils.parametrizations.spectral_norm(conv) for conv in convs)
-
-    def forward(self, x):
-        for conv in self.convs[:-1]:
-            x = F.leaky_relu(conv(x), 0.2)
-        return self.convs[-1](x)
-
-    def losses(self, fake, real):
-        """(hinge loss of the critic, -score of `fake`). The first moves the critic alone, the second `fake` alone."""
-        own = F.relu(1 - self(real)).mean() + F.relu(1 + self(fake.detach())).mean()
-        self.requires_grad_(False)
-        score = self(fake).mean()
-        self.requires_grad_(True)
-        return own, -score
-
-
 class Restorer(nn.Module):
-    """What the stage `decoder` trains: the decoder, the transformer's adapter with it, and a critic if there is one."""
+    """What the stage `decoder` trains: the autoencoder, and between its halves the transformer's adapter."""
 
-    def __init__(self, model, critic=False):
+    def __init__(self, model, args):
         super().__init__()
-        self.dit, self.decoder = model.dit, model.vae.decoder
-        if critic:
-            self.critic = Critic()
+        self.dit, self.vae, self.scale = model.dit, model.vae, model.scaling_factor
+        if (Path(args.out) / "vae").exists():
+            self.vae = DCAE.from_pretrained(Path(args.out) / "vae", torch.float32, args.device)
+
+    def encode(self, x):  # B,3,H,W in [-1, 1] -> B,C,h,w, scaled
+        return self.vae.encode(x).float() * self.scale
+
+    def decode(self, z):
+        return self.vae.decode((z / self.scale).contiguous(memory_format=torch.channels_last)).float()
+
+
+def balanced(terms, y):
+    """Σ w (∂l/∂y / ‖∂l/∂y‖) / B, the norm of every picture by itself: a gradient at y: B,C,H,W.
+
+    terms: (w, l) each, l the losses of the pictures y: B. LPIPS and DISTS divide by features that are close to zero
+    where a picture is flat: the gradient of a sky is several times that of a meadow, and either is fifty times L1's.
+
+    A weight of 0.5 for L1 blurs all the same: its small gradient has one direction, where the others' have many.
+    """
+    total = torch.zeros_like(y)
+    for weight, values in terms:
+        g, = torch.autograd.grad(values.sum(), y, retain_graph=True)
+        total += weight * F.normalize(g.flatten(1)).view_as(g)
+    return total / len(y)
 
 
 def train_decoder(args):
-    """The stages decoder and control: D, and with it the adapter, on what the update makes of degraded photos.
+    """The stages decoder and control: E, the adapter and D in one, on degraded photos.
 
-    Loss against x_T: 3 L1, LPIPS and 0.1 of the latent L1 of the stage before. LPIPS is AlexNet's, or with --vgg 0.4 of
-    it and 0.6 of VGG16's on a crop of CROP pixels; AlexNet sees both pictures shifted by 0 to 7 pixels, so that no grid
-    hides from its stride of 4. With --gan also a critic's verdict, which learns to tell results from x_H. A third of
-    every batch is clean, D(z_H) against x_H, so that the autoencoder stays one. The control decodes z_L; its adapter
-    does not move. Reports LPIPS and PSNR (RGB) against x_H on 48 held-out pairs, LPIPS of D(E(x_H)), and with --vgg
-    DISTS on a third of them. Writes OUT/finish.pt and OUT/adapter_finish.safetensors, or control.pt.
+    Loss: 0.05 L1 and 1 LPIPS (AlexNet) against x_T, with --dists 1 DISTS of a crop against x_H, each balanced (see
+    there), and 0.1 of the L1 distance of the latents from z_T, as in the stages before. LPIPS sees both pictures
+    shifted by 0 to 7 pixels, so that no grid hides from AlexNet's stride of 4. Most of DISTS compares means of features
+    over the picture, which are no blur of x_H's many possible details. A third of every batch is clean, D(E(x_H))
+    against x_H and E(x_H) against z_H, so that the autoencoder stays one. The control has no update: D(E(x_L)). Reports
+    LPIPS and PSNR (RGB) against x_H on 48 held-out pairs and of D(E(x_H)), with --dists DISTS on a third. Writes
+    OUT/finish.pt, or control.pt.
     """
-    out, device = Path(args.out), args.device
-    model = open_adapted(args, out / "adapter.safetensors")
+    model = open_adapted(args, Path(args.out) / "adapter.safetensors")
     train, val = Views(args, "train", model, 4), Views(args, "val", model, 1)
-    torch.manual_seed(args.seed)
-    net, alex = Restorer(model, args.gan > 0), LPIPS.from_pretrained("alex").to(device)
-    net.decoder.requires_grad_(True)
-    vgg, dists = (LPIPS.from_pretrained("vgg").to(device), DISTS.from_pretrained().to(device)) if args.vgg else (0, 0)
+    frozen = copy.deepcopy(model.vae.encoder).requires_grad_(False)  # made z_T
+    net, lpips = Restorer(model, args), LPIPS.from_pretrained("alex").to(args.device)
+    net.vae.requires_grad_(True)
+    dists = DISTS.from_pretrained().to(args.device) if args.dists else None
     conditions, plain = Conditions(model), build_prompt([], "appendix")
     z_l, z_t = (z.float() for z in train.z.unbind(1))
-    unit = (z_t - z_l).abs().mean((0, 2, 3))[:, None, None].to(device)
+    unit = (z_t - z_l).abs().mean((0, 2, 3))[:, None, None].to(args.device)
     control = args.stage == "control"
-    name = "control" if control else "finish"
 
-    def restored(net, z_l):
-        return z_l if control else update(net.dit, z_l, *conditions([plain] * len(z_l)))
-
-    def decode(net, z):
-        return net.decoder((z / model.scaling_factor).contiguous(memory_format=torch.channels_last)).float()
+    def updated(net, z):
+        return z if control else update(net.dit, z, *conditions([plain] * len(z)))
 
     def loss_fn(net, step):
         if step % 500 == 0:
@@ -296,43 +346,39 @@ def train_decoder(args):
         x_h = train.pictures("hr", pick)
         x = torch.cat([x_h[:clean], train.pictures(train.target, pick[clean:])])
         with torch.no_grad():
-            z_h = [model.vae.encode(x[:clean]).float() * model.scaling_factor] if clean else []
-        z_l, z_t = train.latents(pick[clean:])
-        z = restored(net, z_l)
-        y = decode(net, torch.cat([*z_h, z]))
+            z_h = [frozen(x_h[:clean]).float() * net.scale] if clean else []
+        target = torch.cat([*z_h, train.latents(pick[clean:])[1]])
+        z = net.encode(torch.cat([x_h[:clean], train.pictures("lr", pick[clean:])]))
+        z = torch.cat([z[:clean], updated(net, z[clean:])])
+        y = net.decode(z)
+        leaf = y.detach().requires_grad_()
         dy, dx = rng.integers(8, size=2)
-        l1, perceptual = F.l1_loss(y, x), alex(y[:, :, dy:, dx:], x[:, :, dy:, dx:]).mean()
-        parts = dict(l1=l1.item(), alex=perceptual.item())
-        if vgg:
+        terms = dict(l1=(0.05, (leaf - x).abs().mean((1, 2, 3))),
+                     lpips=(1, lpips(leaf[:, :, dy:, dx:], x[:, :, dy:, dx:])))
+        if dists:
             top, left = rng.integers(Views.VIEW - CROP + 1, size=2)
-            fine = vgg(*(t[:, :, top:top + CROP, left:left + CROP] for t in (y, x))).mean()
-            perceptual, parts["vgg"] = 0.4 * perceptual + 0.6 * fine, fine.item()
-        latent = ((z - z_t).abs() / unit).mean()
-        loss, parts["latent"] = 3 * l1 + perceptual + (0 if control else 0.1 * latent), latent.item()
-        if args.gan:
-            critic, verdict = net.critic.losses(y, x_h)
-            loss, parts["critic"] = loss + critic + args.gan * verdict, critic.item()
-        return loss, parts
+            terms["dists"] = 1, dists(*(t[:, :, top:top + CROP, left:left + CROP] / 2 + 0.5 for t in (leaf, x_h)))
+        latent = ((z - target).abs() / unit).mean()
+        loss = 0.02 * (y * balanced(terms.values(), leaf)).sum() + 0.1 * latent
+        return loss, dict(latent=latent.item(), **{key: values.mean().item() for key, (_, values) in terms.items()})
 
     def validate(net):
         scores = {}
 
         def note(kind, y, x):
             y = y.clamp(-1, 1)
-            scores.setdefault(f"lpips_{kind}", []).append(alex(y, x).item())
+            scores.setdefault(f"lpips_{kind}", []).append(lpips(y, x).item())
             scores.setdefault(f"psnr_{kind}", []).append(-10 * (y - x).square().mean().div(4).log10().item())
             if dists and i % 6 < 2:
                 scores.setdefault(f"dists_{kind}", []).append(dists(y / 2 + 0.5, x / 2 + 0.5).item())
         for i in range(min(48, len(val.z))):
-            x_h, (z_l, _) = val.pictures("hr", [i]), val.latents([i])
-            note("mild" if "mild" in val.where[i][0] else "strong", decode(net, restored(net, z_l)), x_h)
+            x_h, z = val.pictures("hr", [i]), net.encode(val.pictures("lr", [i]))
+            note("mild" if "mild" in val.where[i][0] else "strong", net.decode(updated(net, z)), x_h)
             if i % 3 == 0:
-                note("clean", decode(net, model.vae.encode(x_h).float() * model.scaling_factor), x_h)
+                note("clean", net.decode(net.encode(x_h)), x_h)
         return {k: sum(v) / len(v) for k, v in scores.items()}
 
-    net = fit(name, net, loss_fn, validate, args, args.steps or 20_000, args.lr or 2e-4)
-    if not control:
-        save_lora(net.dit, out / "adapter_finish.safetensors", dict(timestep=str(TAU), suffix="appendix"))
+    fit("control" if control else "finish", net, loss_fn, validate, args, args.steps or 20_000, args.lr or 2e-4)
 
 
 @torch.inference_mode()
@@ -347,14 +393,14 @@ def compare(args):
         state = load_state(out / f"{name}.pt")
         print(f"{name}: {state['step']} steps")
         model = open_adapted(args, None)
-        net, val = Restorer(model), Views(args, "val", model, 1)
-        net.load_state_dict({key: x for key, x in state["ema"].items() if not key.startswith("critic.")})
+        net, val = Restorer(model, args), Views(args, "val", model, 1)
+        net.load_state_dict(state["ema"])
         c, m = Conditions(model)([build_prompt([], "appendix")])
         for i in tqdm(range(len(val.z)), name, leave=False):
-            z_l, _ = val.latents([i])
+            z_l = net.encode(val.pictures("lr", [i]))
             rows = {"D(ẑ)": update(net.dit, z_l, c, m), "D(z_L)": z_l} if name == "finish" else {"control": z_l}
             for row, z in rows.items():
-                y = model.vae.decode(z / model.scaling_factor).clamp(-1, 1)
+                y = net.decode(z).clamp(-1, 1)
                 scores.setdefault(row, []).append(lpips(y, val.pictures("hr", [i])).item())
     mild = np.array(["mild" in name for name, *_ in val.where])
     for kind, chosen in (("strong", ~mild), ("mild", mild)):
@@ -368,11 +414,10 @@ def compare(args):
 
 
 def export(args):
-    """The decoder and the adapter of finish.pt, averaged weights in fp16, into --model; its other parts stay."""
+    """The autoencoder and the adapter of finish.pt, averaged weights in fp16, into --model; its other parts stay."""
     out, target = Path(args.out), weights.folder(args.model)
     state, vae = load_state(out / "finish.pt"), DCAE.from_pretrained(target / "vae", torch.float32)
-    vae.decoder.load_state_dict({key.removeprefix("decoder."): x for key, x in state["ema"].items()
-                                 if key.startswith("decoder.")})
+    vae.load_state_dict({key.removeprefix("vae."): x for key, x in state["ema"].items() if key.startswith("vae.")})
     adapter = {key.removeprefix("dit."): x.half() for key, x in state["ema"].items() if ".lora_" in key}
     rank = next(x.shape[0] for key, x in adapter.items() if ".lora_A." in key)
     save_module(vae, target / "vae", torch.float16)
@@ -380,7 +425,8 @@ def export(args):
                                                                alpha=str(rank), lora_targets="attn+ffn", tags="none"))
     path = target / "provenance.json"
     history = json.loads(path.read_text()) if path.exists() else {}
-    for name, title in (("adapter", "adapter towards the teacher"), ("finish", "decoder and adapter")):
+    for name, title in (("encoder", "encoder towards the teacher"), ("adapter", "adapter towards the teacher"),
+                        ("finish", "autoencoder and adapter")):
         if (out / f"{name}.pt").exists():
             one = load_state(out / f"{name}.pt")
             history[title] = dict(steps=one["step"], hours=round(one["seconds"] / 3600, 2))
@@ -388,8 +434,8 @@ def export(args):
     print(f"wrote {target}: {sum(f.stat().st_size for f in target.rglob('*') if f.is_file()) / 1e6:.1f} MB")
 
 
-STAGES = dict(pairs=write_pairs, adapter=train_adapter, decoder=train_decoder, control=train_decoder, compare=compare,
-              export=export)
+STAGES = dict(pairs=write_pairs, encoder=train_encoder, adapter=train_adapter, decoder=train_decoder,
+              control=train_decoder, compare=compare, export=export)
 
 
 def parse(argv=None):
@@ -402,9 +448,7 @@ def parse(argv=None):
     add("--model", default="embedded", metavar="NAME|FOLDER", help="the model to finish (default %(default)s)")
     add("--init", metavar="FILE", help="adapter: start from this adapter instead of from zero output")
     add("--no-teacher", action="store_true", help="the target is x_H, not the teacher's picture")
-    add("--vgg", action="store_true", help="decoder, control: LPIPS by VGG16 beside AlexNet; takes VGG16's weights")
-    add("--gan", type=float, default=0.0, metavar="WEIGHT", help="decoder, control: of the critic's verdict "
-        "(default %(default)s, no critic)")
+    add("--dists", action="store_true", help="decoder, control: DISTS as a loss, too; takes VGG16, and twice the time")
     add("--rank", type=int, default=64, help="of the adapter, on attention and FFN (default %(default)s)")
     add("--steps", type=int, help="of the stage; the learning rate decays over the last quarter")
     add("--batch", type=int, default=4, help="views a step (default %(default)s)")

@@ -10,7 +10,7 @@ from PIL import Image
 import weights
 from lab import finish
 from photos import held_out
-from sanasr import SanaSR, inject_lora, load_lora, lora_parameters, one_step, save_lora
+from sanasr import DCAE, SanaSR, inject_lora, load_lora, lora_parameters, one_step, save_lora
 
 
 @pytest.fixture
@@ -75,29 +75,43 @@ def test_the_update_is_eq_4_and_a_lower_rank_starts_a_higher_one(tmp_path, tiny_
 
 def test_the_stages_move_what_they_say_and_the_export_loads(run, pairs, tmp_path, capsys):
     before = {part: getattr(SanaSR.from_pretrained(tmp_path / "model"), part).state_dict() for part in ("vae", "dit")}
-    out = run("adapter", "--steps", 2, "--validate-every", 1)
+    out = run("encoder", "--steps", 2, "--validate-every", 1)
+    vae = DCAE.from_pretrained(out / "vae").state_dict()
+    assert {k.split(".")[0] for k in vae if not torch.equal(vae[k], before["vae"][k].half())} == {"encoder"}
+    run("adapter", "--steps", 2, "--validate-every", 1)
     assert len(torch.load(out / "views_train_teacher.pt", weights_only=True)["where"]) == 16
     run("decoder", "--steps", 3, "--validate-every", 3)
     run("control", "--steps", 3, "--validate-every", 3)
     run("compare")
     text = capsys.readouterr().out
     assert "strong, 2 pairs: D(ẑ)" in text and text.count("D(ẑ) − control") == 2
-    fresh = finish.open_adapted(finish.parse(["adapter", "--model", str(tmp_path / "model"), "--rank", "2"]), None)
-    start = finish.Restorer(fresh).state_dict()
+    args = finish.parse(["adapter", "--model", str(tmp_path / "model"), "--rank", "2", "--out", str(out)])
+    start = finish.Restorer(finish.open_adapted(args, None), args).state_dict()
     moved = {}
     for name in ("finish", "control"):
         state = torch.load(out / f"{name}.pt", weights_only=True)["model"]
         adapter = torch.load(out / "adapter.pt", weights_only=True)["ema"]
         known = {k: adapter[k.removeprefix("dit.")] if k.startswith("dit.") else x for k, x in start.items()}
-        moved[name] = {"lora" if ".lora_" in k else k.split(".")[0] for k, x in state.items()
+        moved[name] = {"lora" if ".lora_" in k else k.split(".")[1] for k, x in state.items()
                        if not torch.equal(x, known[k])}
-    assert moved == {"finish": {"decoder", "lora"}, "control": {"decoder"}}
+    assert moved == {"finish": {"encoder", "decoder", "lora"}, "control": {"encoder", "decoder"}}
     run("export")
     model = SanaSR.from_pretrained(tmp_path / "model", merge=False)
     after = model.vae.state_dict()
-    assert {k.split(".")[0] for k in after if not torch.equal(after[k], before["vae"][k].half())} == {"decoder"}
+    changed = {k.split(".")[0] for k in after if not torch.equal(after[k], before["vae"][k].half())}
+    assert changed == {"encoder", "decoder"}
     assert load_lora(model.dit, tmp_path / "model" / "adapter.safetensors")["timestep"] == "900.0"
-    assert json.loads((tmp_path / "model" / "provenance.json").read_text())["decoder and adapter"]["steps"] == 3
+    assert json.loads((tmp_path / "model" / "provenance.json").read_text())["autoencoder and adapter"]["steps"] == 3
+
+
+def test_balanced_gives_every_loss_and_picture_the_same_say():
+    torch.manual_seed(0)
+    y = torch.randn(3, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    one, other = y.square().sum((1, 2, 3)), (y * torch.tensor([1e-3, 1, 1e3]).view(3, 1, 1, 1)).abs().sum((1, 2, 3))
+    g = finish.balanced([(1, one)], y)
+    torch.testing.assert_close(g.flatten(1).norm(dim=1), torch.full((3,), 1 / 3, dtype=torch.float64))
+    torch.testing.assert_close(g * 3, y / y.flatten(1).norm(dim=1).view(3, 1, 1, 1))
+    torch.testing.assert_close(finish.balanced([(1, one), (0.5, other)], y) - g, finish.balanced([(0.5, 7 * other)], y))
 
 
 def test_a_stage_that_lacks_its_input_says_what_to_do(run, tmp_path, capsys):
