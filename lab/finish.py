@@ -1,18 +1,18 @@
-"""Finish the carried model on degraded photos: an adapter towards a teacher, then the decoder behind it.
+"""Finish the carried model on degraded photos: encoder and adapter towards a teacher, then both with the decoder.
 
     python -m lab.finish pairs --data ./hq --count 4000       # runs/pretrain/pairs/{train,val}/{lr,hr}
     # any restorer now fills pairs/{train,val}/teacher: pictures of the LR pictures, of the same names, 4× the size
     python -m lab.finish encoder --batch 4 --lr 5e-4          # E towards the teacher
     python -m lab.finish adapter --init weights/embedded/adapter.safetensors --rank 64 --batch 16
-    python -m lab.finish decoder --rank 64 --batch 2 --lr 3e-4                # Ctrl-C saves, the same line goes on
-    python -m lab.finish control --rank 64 --batch 2 --lr 3e-4                # the same without an update
+    python -m lab.finish decoder --dists --batch 3 --lr 1e-4  # Ctrl-C saves, the same line goes on
+    python -m lab.finish control --dists --batch 3 --lr 1e-4  # the same without an update
     python -m lab.finish compare                              # what the update is worth, with intervals
     python -m lab.finish export                               # into weights/embedded
 
-    x_L ── E ─► z_L ── one step ─► ẑ ── D ─► x̂         E is frozen; the adapter learns in `adapter` and `decoder`
+    x_L ── E ─► z_L ── one step ─► ẑ ── D ─► x̂         all three learn in `decoder`, the first two before by themselves
     x_T = teacher(LR),  z_T = E(x_T)                   a function of the input, where x_H is one of many answers
 
-A mean over all the details that x_H may have is blur, so both stages learn x_T. The carried model's teacher is
+A mean over all the details that x_H may have is blur, so all stages learn x_T. The carried model's teacher is
 Real-ESRGAN x4plus (BSD-3-Clause); without one, `--no-teacher` makes x_H the target. Stages take up the pairs whose
 teacher's picture has come since. The model is read from --model; what is trained lies under --out until `export`.
 """
