@@ -125,6 +125,13 @@ class Views:
                      f"{self.folder / 'lr'}, or give --no-teacher")
         self.where, self.z = state["where"], torch.stack(state["z"])
 
+    def draw(self, step):
+        """A step's random numbers, and the views of its batch; every 500th step looks for new pairs."""
+        if step % 500 == 0:
+            self.reload()
+        rng = np.random.default_rng((self.args.seed, step))
+        return rng, rng.integers(len(self.z), size=self.args.batch).tolist()
+
     @torch.inference_mode()
     def encode(self, x):
         return (self.model.vae.encode(x.to(self.args.device)).float() * self.model.scaling_factor).half().cpu()
@@ -176,10 +183,7 @@ def train_encoder(args):
         return encoder(x.contiguous(memory_format=torch.channels_last)).float() * model.scaling_factor
 
     def loss_fn(encoder, step):
-        if step % 500 == 0:
-            train.reload()
-        rng = np.random.default_rng((args.seed, step))
-        pick = rng.integers(len(train.z), size=args.batch).tolist()
+        _, pick = train.draw(step)
         clean = args.batch // 4
         x_h = train.pictures("hr", pick)[:clean]
         with torch.no_grad():
@@ -338,10 +342,7 @@ def train_decoder(args):
         return z if control else update(net.dit, z, *conditions([plain] * len(z)))
 
     def loss_fn(net, step):
-        if step % 500 == 0:
-            train.reload()
-        rng = np.random.default_rng((args.seed, step))
-        pick = rng.integers(len(train.z), size=args.batch).tolist()
+        rng, pick = train.draw(step)
         clean = args.batch // 3
         x_h = train.pictures("hr", pick)
         x = torch.cat([x_h[:clean], train.pictures(train.target, pick[clean:])])
