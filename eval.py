@@ -7,7 +7,7 @@
     python eval.py lr/ --hr hr/ --csv scores.csv --report report.html      restores, then scores against references
     python eval.py --sr results/ --hr hr/ --metrics all                    scores pictures of any method
     python eval.py --profile                       parameters, multiply-accumulates and latency by stage
-    python eval.py lr.png --model linearsr --steps 20      LinearSR (train_linearsr.py): many steps, --seed's noise
+    python eval.py lr.png --model linearsr-embedded --steps 20             LinearSR: many steps, from --seed's noise
     python eval.py photos/ --stability             what degradations change in latents and in pixels (the paper's §3.1)
 
 Reads every picture format that Pillow decodes, with EXIF orientation applied. Grey pictures come out grey, alpha is

@@ -1,6 +1,6 @@
-"""Makes the picture of the README: the photos of this folder, enlarged by Pillow and restored by SANA-SR, side by side.
+"""Makes the picture of the README: the photos of this folder, enlarged by Pillow and restored by both systems.
 
-Of each result the central 480×480 pixels are shown, so that the page shows them without shrinking.
+Of each result the central 320×320 pixels are shown, so that the page shows them without shrinking.
 
     python -m examples.comparison                          # -> examples/picture/comparison.jpg, with the carried model
     python -m examples.comparison a.jpg photos/ --out c.jpg --model sana-600m-512 --device cuda
@@ -11,10 +11,11 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from eval import bicubic, find_inputs, pick_device, read_rgb
+from linearsr import LinearSR
 from sanasr import SanaSR
 
 HERE = Path(__file__).resolve().parent
-SIDE, GAP, HEAD, LETTERS = 480, 8, 28, 20  # pixels: shown of a picture, between pictures, of the labels' line
+SIDE, GAP, HEAD, LETTERS = 320, 8, 28, 20  # pixels: shown of a picture, between pictures, of the labels' line
 
 
 def central(image):
@@ -45,15 +46,20 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="*", default=[HERE], help="pictures and folders (default: this folder)")
     parser.add_argument("--out", type=Path, default=HERE / "picture" / "comparison.jpg")
-    parser.add_argument("--model", default="embedded", help="see `python -m weights`")
+    parser.add_argument("--model", default="embedded", help="SANA-SR, see `python -m weights`")
     parser.add_argument("--adapter", help="LoRA weights (default: the model's own)")
+    parser.add_argument("--linearsr", default="linearsr-embedded", help="LinearSR")
+    parser.add_argument("--steps", type=int, default=20, help="of LinearSR")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     args = parser.parse_args(argv)
-    model = SanaSR.from_pretrained(args.model, pick_device(args.device), adapter=args.adapter)
+    device = pick_device(args.device)
+    one, many = SanaSR.from_pretrained(args.model, device, adapter=args.adapter), LinearSR.from_pretrained(
+        args.linearsr, device)
     photos = [read_rgb(path) for path in find_inputs(args.inputs)]
-    rows = [(central(bicubic(photo)), central(model.restore(photo))) for photo in photos]
+    rows = [[central(x) for x in (bicubic(photo), one.restore(photo), many.restore(photo, steps=args.steps))]
+            for photo in photos]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    side_by_side(rows, ["bicubic", "SANA-SR, one step"]).save(args.out, quality=88)
+    side_by_side(rows, ["bicubic", "SANA-SR, one step", f"LinearSR, {args.steps} steps"]).save(args.out, quality=88)
     print(args.out)
 
 

@@ -1,18 +1,18 @@
-"""Finish the carried model on degraded photos: encoder and adapter towards a teacher, then both with the decoder.
+"""Finish the carried model on degraded photos: encoder and adapter towards a teacher, then the decoder behind both.
 
     python -m lab.finish pairs --data ./hq --count 4000       # runs/pretrain/pairs/{train,val}/{lr,hr}
     # any restorer now fills pairs/{train,val}/teacher: pictures of the LR pictures, of the same names, 4× the size
     python -m lab.finish encoder --batch 4 --lr 5e-4          # E towards the teacher
     python -m lab.finish adapter --init weights/embedded/adapter.safetensors --rank 64 --batch 16
-    python -m lab.finish decoder --dists --batch 3 --lr 1e-4  # Ctrl-C saves, the same line goes on
-    python -m lab.finish control --dists --batch 3 --lr 1e-4  # the same without an update
+    python -m lab.finish decoder --dists --no-teacher         # D on ẑ; Ctrl-C saves, the same line goes on
+    python -m lab.finish control --dists --no-teacher         # the same without an update
     python -m lab.finish compare                              # what the update is worth, with intervals
     python -m lab.finish export                               # into weights/embedded
 
-    x_L ── E ─► z_L ── one step ─► ẑ ── D ─► x̂         all three learn in `decoder`, the first two before by themselves
+    x_L ── E ─► z_L ── one step ─► ẑ ── D ─► x̂         each stage trains one of the three
     x_T = teacher(LR),  z_T = E(x_T)                   a function of the input, where x_H is one of many answers
 
-A mean over all the details that x_H may have is blur, so all stages learn x_T. The carried model's teacher is
+A mean over all the details that x_H may have is blur, so E and the adapter learn x_T. The carried model's teacher is
 Real-ESRGAN x4plus (BSD-3-Clause); without one, `--no-teacher` makes x_H the target. Stages take up the pairs whose
 teacher's picture has come since. The model is read from --model; what is trained lies under --out until `export`.
 """
@@ -26,7 +26,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
 from tqdm import tqdm
 
 import degrade
@@ -129,8 +128,10 @@ class Views:
         """A step's random numbers, and the views of its batch; every 500th step looks for new pairs."""
         if step % 500 == 0:
             self.reload()
-        rng = np.random.default_rng((self.args.seed, step))
-        return rng, rng.integers(len(self.z), size=self.args.batch).tolist()
+        rng, mild = np.random.default_rng((self.args.seed, step)), np.array(["mild" in name for name, *_ in self.where])
+        kinds = rng.random(self.args.batch) < self.args.mild
+        kinds = [np.flatnonzero(mild == kind) for kind in kinds]
+        return rng, [int(rng.choice(of if len(of) else len(mild))) for of in kinds]
 
     @torch.inference_mode()
     def encode(self, x):
@@ -285,20 +286,14 @@ def train_adapter(args):
 # --- The decoder ---
 
 
-class Restorer(nn.Module):
-    """What the stage `decoder` trains: the autoencoder, and between its halves the transformer's adapter."""
-
-    def __init__(self, model, args):
-        super().__init__()
-        self.dit, self.vae, self.scale = model.dit, model.vae, model.scaling_factor
-        if (Path(args.out) / "vae").exists():
-            self.vae = DCAE.from_pretrained(Path(args.out) / "vae", torch.float32, args.device)
-
-    def encode(self, x):  # B,3,H,W in [-1, 1] -> B,C,h,w, scaled
-        return self.vae.encode(x).float() * self.scale
-
-    def decode(self, z):
-        return self.vae.decode((z / self.scale).contiguous(memory_format=torch.channels_last)).float()
+def open_restorer(args):
+    """--model in float32 with what OUT holds: the autoencoder of the stage `encoder`, the adapter of `adapter`."""
+    out, adapter = Path(args.out), Path(args.out) / "adapter.safetensors"
+    model = SanaSR.from_pretrained(args.model, args.device, torch.float32, adapter if adapter.exists() else None)
+    if (out / "vae").exists():
+        model.vae = DCAE.from_pretrained(out / "vae", torch.float32, args.device)
+    model.vae.requires_grad_(False)
+    return model
 
 
 def balanced(terms, y):
@@ -306,8 +301,6 @@ def balanced(terms, y):
 
     terms: (w, l) each, l the losses of the pictures y: B. LPIPS and DISTS divide by features that are close to zero
     where a picture is flat: the gradient of a sky is several times that of a meadow, and either is fifty times L1's.
-
-    A weight of 0.5 for L1 blurs all the same: its small gradient has one direction, where the others' have many.
     """
     total = torch.zeros_like(y)
     for weight, values in terms:
@@ -316,70 +309,82 @@ def balanced(terms, y):
     return total / len(y)
 
 
+def flatness(x, levels=4):
+    """Where x is flat: B,3,H,W in [-1, 1] -> B,1,H,W, 1 without any texture, 1/2 where the deviation in 9×9 pixels is
+    `levels` grey levels."""
+    def mean(t):
+        return F.avg_pool2d(F.pad(t, (4, 4, 4, 4), mode="replicate"), 9, 1)
+    variance = (mean(x * x) - mean(x).square()).clamp(min=0).mean(1, keepdim=True)
+    return 1 / (1 + variance * (127.5 / levels) ** 2)
+
+
 def train_decoder(args):
-    """The stages decoder and control: E, the adapter and D in one, on degraded photos.
+    """The stages decoder and control: D on ẑ of degraded photos, behind the frozen E and the frozen update.
 
-    Loss: 0.05 L1 and 1 LPIPS (AlexNet) against x_T, with --dists 1 DISTS of a crop against x_H, each balanced (see
-    there), and 0.1 of the L1 distance of the latents from z_T, as in the stages before. LPIPS sees both pictures
-    shifted by 0 to 7 pixels, so that no grid hides from AlexNet's stride of 4. Most of DISTS compares means of features
-    over the picture, which are no blur of x_H's many possible details. A third of every batch is clean, D(E(x_H))
-    against x_H and E(x_H) against z_H, so that the autoencoder stays one. The control has no update: D(E(x_L)). Reports
-    LPIPS and PSNR (RGB) against x_H on 48 held-out pairs and of D(E(x_H)), with --dists DISTS on a third. Writes
-    OUT/finish.pt, or control.pt.
+    Losses, each balanced (see there): 0.25 LPIPS (AlexNet), 0.2 L1 and 0.2 L1 where the target is flat, with --dists 1
+    DISTS of a crop against x_H. LPIPS and DISTS disagree about texture: at equal weights LPIPS wins, and DISTS gets
+    worse. LPIPS sees both pictures shifted by 0 to 7 pixels, so that no grid hides from AlexNet's stride of 4. A
+    quarter of the views is clean, D(E(x_H)) against x_H, so that the autoencoder stays one. The control has no update:
+    D(E(x_L)). Reports LPIPS and PSNR (RGB) against x_H on 48 held-out pairs and of D(E(x_H)), with --dists DISTS on a
+    third. Writes OUT/finish.pt, or control.pt.
     """
-    model = open_adapted(args, Path(args.out) / "adapter.safetensors")
+    model = open_restorer(args)
     train, val = Views(args, "train", model, 4), Views(args, "val", model, 1)
-    frozen = copy.deepcopy(model.vae.encoder).requires_grad_(False)  # made z_T
-    net, lpips = Restorer(model, args), LPIPS.from_pretrained("alex").to(args.device)
-    net.vae.requires_grad_(True)
+    decoder, lpips = model.vae.decoder.requires_grad_(True), LPIPS.from_pretrained("alex").to(args.device)
     dists = DISTS.from_pretrained().to(args.device) if args.dists else None
-    conditions, plain = Conditions(model), build_prompt([], "appendix")
-    z_l, z_t = (z.float() for z in train.z.unbind(1))
-    unit = (z_t - z_l).abs().mean((0, 2, 3))[:, None, None].to(args.device)
-    control = args.stage == "control"
+    restore = restoration(model, update=args.stage != "control")
 
-    def updated(net, z):
-        return z if control else update(net.dit, z, *conditions([plain] * len(z)))
-
-    def loss_fn(net, step):
+    def loss_fn(decoder, step):
         rng, pick = train.draw(step)
-        clean = args.batch // 3
+        clean = int(args.batch / 4 + rng.random())
         x_h = train.pictures("hr", pick)
         x = torch.cat([x_h[:clean], train.pictures(train.target, pick[clean:])])
         with torch.no_grad():
-            z_h = [frozen(x_h[:clean]).float() * net.scale] if clean else []
-        target = torch.cat([*z_h, train.latents(pick[clean:])[1]])
-        z = net.encode(torch.cat([x_h[:clean], train.pictures("lr", pick[clean:])]))
-        z = torch.cat([z[:clean], updated(net, z[clean:])])
-        y = net.decode(z)
+            z = restore(torch.cat([x_h[:clean], train.pictures("lr", pick[clean:])]), clean)
+        y = decoder(z.contiguous(memory_format=torch.channels_last)).float()
         leaf = y.detach().requires_grad_()
-        dy, dx = rng.integers(8, size=2)
-        terms = dict(l1=(0.05, (leaf - x).abs().mean((1, 2, 3))),
-                     lpips=(1, lpips(leaf[:, :, dy:, dx:], x[:, :, dy:, dx:])))
+        (dy, dx), error = rng.integers(8, size=2), (leaf - x).abs()
+        terms = dict(l1=(0.2, error.mean((1, 2, 3))), flat=(0.2, (error * flatness(x)).mean((1, 2, 3))),
+                     lpips=(0.25, lpips(leaf[:, :, dy:, dx:], x[:, :, dy:, dx:])))
         if dists:
             top, left = rng.integers(Views.VIEW - CROP + 1, size=2)
             terms["dists"] = 1, dists(*(t[:, :, top:top + CROP, left:left + CROP] / 2 + 0.5 for t in (leaf, x_h)))
-        latent = ((z - target).abs() / unit).mean()
-        loss = 0.02 * (y * balanced(terms.values(), leaf)).sum() + 0.1 * latent
-        return loss, dict(latent=latent.item(), **{key: values.mean().item() for key, (_, values) in terms.items()})
+        loss = 0.02 * (y * balanced(terms.values(), leaf)).sum()
+        return loss, {key: values.mean().item() for key, (_, values) in terms.items()}
 
-    def validate(net):
+    def validate(decoder):
         scores = {}
 
-        def note(kind, y, x):
-            y = y.clamp(-1, 1)
+        def note(kind, z, x):
+            y = decoder(z).clamp(-1, 1)
             scores.setdefault(f"lpips_{kind}", []).append(lpips(y, x).item())
             scores.setdefault(f"psnr_{kind}", []).append(-10 * (y - x).square().mean().div(4).log10().item())
             if dists and i % 6 < 2:
                 scores.setdefault(f"dists_{kind}", []).append(dists(y / 2 + 0.5, x / 2 + 0.5).item())
-        for i in range(min(48, len(val.z))):
-            x_h, z = val.pictures("hr", [i]), net.encode(val.pictures("lr", [i]))
-            note("mild" if "mild" in val.where[i][0] else "strong", net.decode(updated(net, z)), x_h)
+        for i in range(min(48, len(val.where))):
+            x_h = val.pictures("hr", [i])
+            note("mild" if "mild" in val.where[i][0] else "strong", restore(val.pictures("lr", [i])), x_h)
             if i % 3 == 0:
-                note("clean", net.decode(net.encode(x_h)), x_h)
+                note("clean", model.vae.encode(x_h), x_h)
         return {k: sum(v) / len(v) for k, v in scores.items()}
 
-    fit("control" if control else "finish", net, loss_fn, validate, args, args.steps or 20_000, args.lr or 2e-4)
+    fit("control" if args.stage == "control" else "finish", decoder, loss_fn, validate, args, args.steps or 20_000,
+        args.lr or 1e-4)
+
+
+def restoration(model, update=True):
+    """(x_L: B,3,H,W in [-1, 1], clean=0) -> what D is given: ẑ / s, of the first `clean` pictures, or without the
+    update of all, z_L / s."""
+    c, m = Conditions(model)([build_prompt([], "appendix")])
+
+    def restore(x, clean=0):
+        z = model.vae.encode(x).float()
+        if not update:
+            return z
+        t, s = torch.full((len(z),), TAU, device=z.device), model.scaling_factor
+        updated = one_step(model.dit, s * z, t, c.expand(len(z), -1, -1), m.expand(len(z), -1)) / s
+        return torch.cat([z[:clean], updated[clean:]])
+    return restore
 
 
 @torch.inference_mode()
@@ -387,27 +392,27 @@ def compare(args):
     """What the update is worth: LPIPS of D(ẑ) less that of D(z_L), and less the control's, on all held-out pairs.
 
     Strong and mild pairs apart, each with the 95 % interval of 10 000 bootstrap means. Reads finish.pt and control.pt,
-    EMA weights, and says after how many steps each was saved.
+    EMA weights, and says after how many steps each was saved; without control.pt its column is missing.
     """
-    out, lpips, scores = Path(args.out), LPIPS.from_pretrained("alex").to(args.device), {}
+    out, model, scores = Path(args.out), open_restorer(args), {}
+    lpips, val = LPIPS.from_pretrained("alex").to(args.device), Views(args, "val", model, 1)
     for name in ("finish", "control"):
+        if name == "control" and not (out / "control.pt").exists():
+            continue
         state = load_state(out / f"{name}.pt")
         print(f"{name}: {state['step']} steps")
-        model = open_adapted(args, None)
-        net, val = Restorer(model, args), Views(args, "val", model, 1)
-        net.load_state_dict(state["ema"])
-        c, m = Conditions(model)([build_prompt([], "appendix")])
-        for i in tqdm(range(len(val.z)), name, leave=False):
-            z_l = net.encode(val.pictures("lr", [i]))
-            rows = {"D(ẑ)": update(net.dit, z_l, c, m), "D(z_L)": z_l} if name == "finish" else {"control": z_l}
-            for row, z in rows.items():
-                y = net.decode(z).clamp(-1, 1)
+        model.vae.decoder.load_state_dict(state["ema"])
+        rows = {"D(ẑ)": True, "D(z_L)": False} if name == "finish" else {"control": False}
+        for row, update in rows.items():
+            restore = restoration(model, update)
+            for i in tqdm(range(len(val.where)), row, leave=False):
+                y = model.vae.decode(restore(val.pictures("lr", [i]))).clamp(-1, 1)
                 scores.setdefault(row, []).append(lpips(y, val.pictures("hr", [i])).item())
     mild = np.array(["mild" in name for name, *_ in val.where])
     for kind, chosen in (("strong", ~mild), ("mild", mild)):
         of = {row: np.array(values)[chosen] for row, values in scores.items()}
         print(f"{kind}, {chosen.sum()} pairs: " + ", ".join(f"{row} {v.mean():.4f}" for row, v in of.items()))
-        for other in ("D(z_L)", "control"):
+        for other in list(of)[1:]:
             gain = of["D(ẑ)"] - of[other]
             means = gain[np.random.default_rng(0).integers(len(gain), size=(10_000, len(gain)))].mean(1)
             low, high = np.quantile(means, [0.025, 0.975])
@@ -415,19 +420,18 @@ def compare(args):
 
 
 def export(args):
-    """The autoencoder and the adapter of finish.pt, averaged weights in fp16, into --model; its other parts stay."""
-    out, target = Path(args.out), weights.folder(args.model)
-    state, vae = load_state(out / "finish.pt"), DCAE.from_pretrained(target / "vae", torch.float32)
-    vae.load_state_dict({key.removeprefix("vae."): x for key, x in state["ema"].items() if key.startswith("vae.")})
-    adapter = {key.removeprefix("dit."): x.half() for key, x in state["ema"].items() if ".lora_" in key}
-    rank = next(x.shape[0] for key, x in adapter.items() if ".lora_A." in key)
-    save_module(vae, target / "vae", torch.float16)
-    save_tensors(adapter, target / "adapter.safetensors", dict(timestep=str(TAU), suffix="appendix", rank=str(rank),
-                                                               alpha=str(rank), lora_targets="attn+ffn", tags="none"))
+    """The autoencoder with finish.pt's averaged decoder, and the adapter, in fp16, into --model; the rest stays."""
+    out, target, model = Path(args.out), weights.folder(args.model), open_restorer(args)
+    model.vae.decoder.load_state_dict(load_state(out / "finish.pt")["ema"])
+    save_module(model.vae, target / "vae", torch.float16)
+    if (out / "adapter.safetensors").exists():
+        with open_weights(out / "adapter.safetensors") as file:
+            save_tensors({key: file.get_tensor(key).half() for key in file.keys()}, target / "adapter.safetensors",
+                         file.metadata())
     path = target / "provenance.json"
     history = json.loads(path.read_text()) if path.exists() else {}
     for name, title in (("encoder", "encoder towards the teacher"), ("adapter", "adapter towards the teacher"),
-                        ("finish", "autoencoder and adapter")):
+                        ("finish", "decoder on the update")):
         if (out / f"{name}.pt").exists():
             one = load_state(out / f"{name}.pt")
             history[title] = dict(steps=one["step"], hours=round(one["seconds"] / 3600, 2))
@@ -451,6 +455,7 @@ def parse(argv=None):
     add("--no-teacher", action="store_true", help="the target is x_H, not the teacher's picture")
     add("--dists", action="store_true", help="decoder, control: DISTS as a loss, too; takes VGG16, and twice the time")
     add("--rank", type=int, default=64, help="of the adapter, on attention and FFN (default %(default)s)")
+    add("--mild", type=float, default=0.5, metavar="SHARE", help="of mild pairs in a batch (default %(default)s)")
     add("--steps", type=int, help="of the stage; the learning rate decays over the last quarter")
     add("--batch", type=int, default=4, help="views a step (default %(default)s)")
     add("--lr", type=float, help="peak learning rate (default: the stage's own)")

@@ -257,8 +257,7 @@ def parse(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("command", choices=["losses", "table"])
-    add("--model", default="linearsr", metavar="NAME|FOLDER",
-        help="LinearSR, a folder that `train_linearsr.py --stage export` wrote (default: %(default)s)")
+    add("--model", default="linearsr-embedded", metavar="NAME|FOLDER", help="LinearSR (default: %(default)s)")
     add("--tags", metavar="FILE.csv", help="tags of the pictures, columns image and tags")
     add("--out", type=Path, default=Path("runs/lab-linearsr"), metavar="DIR")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")

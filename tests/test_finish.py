@@ -80,28 +80,32 @@ def test_the_stages_move_what_they_say_and_the_export_loads(run, pairs, tmp_path
     assert {k.split(".")[0] for k in vae if not torch.equal(vae[k], before["vae"][k].half())} == {"encoder"}
     run("adapter", "--steps", 2, "--validate-every", 1)
     assert len(torch.load(out / "views_train_teacher.pt", weights_only=True)["where"]) == 16
-    run("decoder", "--steps", 3, "--validate-every", 3)
+    run("decoder", "--steps", 3, "--validate-every", 3, "--mild", 0.7)
+    run("compare")
+    assert capsys.readouterr().out.count("D(ẑ) − D(z_L)") == 2
     run("control", "--steps", 3, "--validate-every", 3)
     run("compare")
     text = capsys.readouterr().out
     assert "strong, 2 pairs: D(ẑ)" in text and text.count("D(ẑ) − control") == 2
-    args = finish.parse(["adapter", "--model", str(tmp_path / "model"), "--rank", "2", "--out", str(out)])
-    start = finish.Restorer(finish.open_adapted(args, None), args).state_dict()
-    moved = {}
-    for name in ("finish", "control"):
-        state = torch.load(out / f"{name}.pt", weights_only=True)["model"]
-        adapter = torch.load(out / "adapter.pt", weights_only=True)["ema"]
-        known = {k: adapter[k.removeprefix("dit.")] if k.startswith("dit.") else x for k, x in start.items()}
-        moved[name] = {"lora" if ".lora_" in k else k.split(".")[1] for k, x in state.items()
-                       if not torch.equal(x, known[k])}
-    assert moved == {"finish": {"encoder", "decoder", "lora"}, "control": {"encoder", "decoder"}}
+    trained = {name: torch.load(out / f"{name}.pt", weights_only=True)["model"] for name in ("finish", "control")}
+    for state in trained.values():
+        assert {f"decoder.{k}" for k in state} == {k for k in vae if k.startswith("decoder.")}
+        assert any(not torch.equal(x.half(), vae[f"decoder.{k}"]) for k, x in state.items())
     run("export")
     model = SanaSR.from_pretrained(tmp_path / "model", merge=False)
-    after = model.vae.state_dict()
-    changed = {k.split(".")[0] for k in after if not torch.equal(after[k], before["vae"][k].half())}
-    assert changed == {"encoder", "decoder"}
+    after, ema = model.vae.state_dict(), torch.load(out / "finish.pt", weights_only=True)["ema"]
+    assert all(torch.equal(after[k], ema[k.removeprefix("decoder.")].half().float() if k.startswith("decoder.")
+                           else vae[k].float()) for k in after)
     assert load_lora(model.dit, tmp_path / "model" / "adapter.safetensors")["timestep"] == "900.0"
-    assert json.loads((tmp_path / "model" / "provenance.json").read_text())["autoencoder and adapter"]["steps"] == 3
+    assert json.loads((tmp_path / "model" / "provenance.json").read_text())["decoder on the update"]["steps"] == 3
+
+
+def test_flatness_is_one_half_where_the_texture_has_four_grey_levels():
+    checker = torch.ones(12, 12)
+    checker[::2, ::2] = checker[1::2, 1::2] = -1
+    x = (checker * torch.tensor([0, 4, 400]).view(3, 1, 1, 1) / 127.5).expand(3, 3, 12, 12)
+    flat = finish.flatness(x)[:, 0, 6, 6]
+    torch.testing.assert_close(flat, torch.tensor([1, 0.5, 1e-4]), rtol=0.01, atol=1e-6)
 
 
 def test_balanced_gives_every_loss_and_picture_the_same_say():

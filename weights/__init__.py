@@ -55,6 +55,7 @@ class File:
 _SANA = "NVIDIA Source Code License NSCL v2-custom, non-commercial; text encoder: Gemma Terms of Use"
 MODELS = {
     "embedded": Model("this project's own, see weights/embedded/README.md"),
+    "linearsr-embedded": Model("this project's own, see weights/linearsr-embedded/README.md"),
     "sana-600m-512": Model(_SANA, "Efficient-Large-Model/Sana_600M_512px_diffusers", gigabytes=8.9),
     "sana-600m-1024": Model(_SANA, "Efficient-Large-Model/Sana_600M_1024px_diffusers", gigabytes=8.9),
     "sana-1600m-1024": Model(_SANA, "Efficient-Large-Model/Sana_1600M_1024px_diffusers", gigabytes=12.9),
