@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 import degrade
@@ -51,10 +51,11 @@ from sanasr import (
     save_tensors,
 )
 
-TAU = 900.0   # of the carried adapter
+TAU = 900.0       # of the carried adapter
 VAL_PAIRS = 128
-CROP = 192    # pixels of a view that DISTS judges
-PAIR = 320    # pixels of x_H in a pair; a view of 288 then begins at any phase of the 32-pixel grid
+CROP = 192        # pixels of a view that DISTS judges
+BLUR = 0.5, 4.5   # σ in pixels of x_H, of the pairs that are only blurred and reduced
+PAIR = 320        # pixels of x_H in a pair; a view of 288 then begins at any phase of the 32-pixel grid
 
 # --- Pairs, and the pictures that a teacher makes of them ---
 
@@ -137,17 +138,23 @@ class Views:
     def encode(self, x):
         return (self.model.vae.encode(x.to(self.args.device)).float() * self.model.scaling_factor).half().cpu()
 
-    def picture(self, kind, view):
-        """x_L (`lr`, enlarged), x_H (`hr`) or x_T (`teacher`) of a view: 3,VIEW,VIEW in [-1, 1]."""
+    def picture(self, kind, view, blur=0.0):
+        """x_L (`lr`, enlarged), x_H (`hr`) or x_T (`teacher`) of a view: 3,VIEW,VIEW in [-1, 1].
+
+        blur: instead of the pair's LR picture take x_H, blurred by so many pixels (σ) and reduced, without noise.
+        """
         name, left, top, turn = view
-        image = Image.open(self.folder / kind / name)
+        image = Image.open(self.folder / ("hr" if blur else kind) / name).convert("RGB")
+        if blur:
+            image = image.filter(ImageFilter.GaussianBlur(blur)).reduce(4)
         x = degrade.enlarge(image) if kind == "lr" else degrade.to_tensor(image) * 2 - 1
         x = x[:, top:top + self.VIEW, left:left + self.VIEW]
         x = x.rot90(turn % 4, (1, 2))
         return x.flip(2) if turn >= 4 else x
 
-    def pictures(self, kind, indices):
-        return torch.stack([self.picture(kind, self.where[i]) for i in indices]).to(self.args.device)
+    def pictures(self, kind, indices, blurs=None):
+        views = zip((self.where[i] for i in indices), blurs or [0.0] * len(indices), strict=True)
+        return torch.stack([self.picture(kind, view, blur) for view, blur in views]).to(self.args.device)
 
     def latents(self, indices):
         """(z_L, z_T) of these views, each n,C,h,w in float32."""
@@ -323,10 +330,11 @@ def train_decoder(args):
 
     Losses, each balanced (see there): 0.25 LPIPS (AlexNet), 0.2 L1 and 0.2 L1 where the target is flat, with --dists 1
     DISTS of a crop against x_H. LPIPS and DISTS disagree about texture: at equal weights LPIPS wins, and DISTS gets
-    worse. LPIPS sees both pictures shifted by 0 to 7 pixels, so that no grid hides from AlexNet's stride of 4. A
-    quarter of the views is clean, D(E(x_H)) against x_H, so that the autoencoder stays one. The control has no update:
-    D(E(x_L)). Reports LPIPS and PSNR (RGB) against x_H on 48 held-out pairs and of D(E(x_H)), with --dists DISTS on a
-    third. Writes OUT/finish.pt, or control.pt.
+    worse. LPIPS sees both pictures shifted by 0 to 7 pixels, so that no grid hides from AlexNet's stride of 4. An
+    eighth of the views is clean, D(E(x_H)) against x_H, so that the autoencoder stays one. Of the others --plain are
+    x_H blurred and reduced: `degrade` always adds noise and compression, a good camera's picture has neither. The
+    control has no update: D(E(x_L)). Reports LPIPS and PSNR (RGB) against x_H on 48 held-out pairs, of D(E(x_H)) and
+    of plain ones, with --dists DISTS on a third. Writes OUT/finish.pt, or control.pt.
     """
     model = open_restorer(args)
     train, val = Views(args, "train", model, 4), Views(args, "val", model, 1)
@@ -336,11 +344,12 @@ def train_decoder(args):
 
     def loss_fn(decoder, step):
         rng, pick = train.draw(step)
-        clean = int(args.batch / 4 + rng.random())
+        clean, plain = int(args.batch / 8 + rng.random()), rng.random(args.batch) < args.plain
+        blurs = (plain * rng.uniform(*BLUR, args.batch)).tolist()
         x_h = train.pictures("hr", pick)
         x = torch.cat([x_h[:clean], train.pictures(train.target, pick[clean:])])
         with torch.no_grad():
-            z = restore(torch.cat([x_h[:clean], train.pictures("lr", pick[clean:])]), clean)
+            z = restore(torch.cat([x_h[:clean], train.pictures("lr", pick[clean:], blurs[clean:])]), clean)
         y = decoder(z.contiguous(memory_format=torch.channels_last)).float()
         leaf = y.detach().requires_grad_()
         (dy, dx), error = rng.integers(8, size=2), (leaf - x).abs()
@@ -365,6 +374,7 @@ def train_decoder(args):
             x_h = val.pictures("hr", [i])
             note("mild" if "mild" in val.where[i][0] else "strong", restore(val.pictures("lr", [i])), x_h)
             if i % 3 == 0:
+                note("plain", restore(val.pictures("lr", [i], [sum(BLUR) / 2])), x_h)
                 note("clean", model.vae.encode(x_h), x_h)
         return {k: sum(v) / len(v) for k, v in scores.items()}
 
@@ -456,6 +466,8 @@ def parse(argv=None):
     add("--dists", action="store_true", help="decoder, control: DISTS as a loss, too; takes VGG16, and twice the time")
     add("--rank", type=int, default=64, help="of the adapter, on attention and FFN (default %(default)s)")
     add("--mild", type=float, default=0.5, metavar="SHARE", help="of mild pairs in a batch (default %(default)s)")
+    add("--plain", type=float, default=0.5, metavar="SHARE", help="decoder, control: of LR pictures that are x_H, "
+        "blurred and reduced (default %(default)s)")
     add("--steps", type=int, help="of the stage; the learning rate decays over the last quarter")
     add("--batch", type=int, default=4, help="views a step (default %(default)s)")
     add("--lr", type=float, help="peak learning rate (default: the stage's own)")

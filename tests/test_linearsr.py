@@ -2,6 +2,7 @@
 import copy
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ import fast
 import linearsr
 import runs
 from linearsr import BOUNDARIES, LinearSR, Stem, expert_of, sample, shifted, unshifted
+from metrics import LPIPS
+from pictures import bicubic
 from sanasr import (
     DCAE,
     Conv1x1,
@@ -455,3 +458,17 @@ def test_profile_counts_a_step_and_the_whole(folder, capsys):
     assert float(rows["all but text, 5 steps"][4]) > 0
     assert macs["all but text, 5 steps"] == pytest.approx(
         macs["stem"] + 5 * macs["dit, one step"] + macs["decode"], abs=0.03)
+
+
+# --- the carried model ---
+
+
+def test_the_carried_model_beats_bicubic():
+    hr = Image.open(Path(__file__).resolve().parent.parent / "examples/portrait.png").convert("RGB")
+    hr = hr.crop((0, 0, 160, 160))
+    lr = hr.resize((40, 40), Image.Resampling.BOX)
+    pictures = LinearSR.from_pretrained("linearsr-embedded").restore(lr, steps=20), bicubic(lr)
+    x, *results = (torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1 for image in (hr, *pictures))
+    lpips = LPIPS.from_pretrained("alex")
+    restored, enlarged = (lpips(y, x).item() for y in results)
+    assert restored < 0.9 * enlarged
