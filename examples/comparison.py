@@ -49,7 +49,7 @@ def main(argv=None):
     parser.add_argument("--model", default="embedded", help="SANA-SR, see `python -m weights`")
     parser.add_argument("--adapter", help="LoRA weights (default: the model's own)")
     parser.add_argument("--linearsr", default="linearsr-embedded", help="LinearSR")
-    parser.add_argument("--steps", type=int, default=20, help="of LinearSR")
+    parser.add_argument("--steps", type=int, default=4, help="of LinearSR")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     args = parser.parse_args(argv)
     device = pick_device(args.device)
