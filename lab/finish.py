@@ -1,41 +1,47 @@
-"""Finish the carried model on degraded photos: encoder and adapter towards a teacher, then the decoder behind both.
+"""Finish the carried model on degraded photos: encoder and adapter towards a teacher, then adapter and decoder in one.
 
     python -m lab.finish pairs --data ./hq --count 4000       # runs/pretrain/pairs/{train,val}/{lr,hr}
     # any restorer now fills pairs/{train,val}/teacher: pictures of the LR pictures, of the same names, 4× the size
     python -m lab.finish encoder --batch 4 --lr 5e-4          # E towards the teacher
     python -m lab.finish adapter --init weights/embedded/adapter.safetensors --rank 64 --batch 16
-    python -m lab.finish decoder --dists --no-teacher         # D on ẑ; Ctrl-C saves, the same line goes on
+    python -m lab.finish decoder --dists --no-teacher         # D and adapter; Ctrl-C saves, the same line goes on
     python -m lab.finish control --dists --no-teacher         # the same without an update
     python -m lab.finish compare                              # what the update is worth, with intervals
     python -m lab.finish export                               # into weights/embedded
 
-    x_L ── E ─► z_L ── one step ─► ẑ ── D ─► x̂         each stage trains one of the three
+    x_L ── E ─► z_L ── one step ─► ẑ ── D ─► x̂
     x_T = teacher(LR),  z_T = E(x_T)                   a function of the input, where x_H is one of many answers
 
 A mean over all the details that x_H may have is blur, so E and the adapter learn x_T. The carried model's teacher is
-Real-ESRGAN x4plus (BSD-3-Clause); without one, `--no-teacher` makes x_H the target. Stages take up the pairs whose
-teacher's picture has come since. The model is read from --model; what is trained lies under --out until `export`.
+Real-ESRGAN x4plus (BSD-3-Clause); without one, `--no-teacher` makes x_H the target. The model is read from --model;
+what is trained lies under --out until `export`.
 """
 import argparse
 import copy
 import json
+import signal
 import sys
+from functools import lru_cache, partial
+from multiprocessing import Pool
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter
+from PIL import Image
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 from tqdm import tqdm
 
 import degrade
 import weights
 from lab.pretrain import fit, load_state, tags
-from metrics import DISTS, LPIPS
+from metrics import DISTS, LPIPS, NIQE
 from objective import Conditions, align_loss
 from photos import held_out, photo_paths
 from pictures import whole, write, write_bytes
-from runs import save_state
+from runs import save_state, workers
 from sanasr import (
     DCAE,
     SanaSR,
@@ -48,13 +54,13 @@ from sanasr import (
     open_weights,
     save_lora,
     save_module,
-    save_tensors,
 )
 
 TAU = 900.0       # of the carried adapter
 VAL_PAIRS = 128
 CROP = 192        # pixels of a view that DISTS judges
 BLUR = 0.5, 4.5   # σ in pixels of x_H, of the pairs that are only blurred and reduced
+WARMUP = 500      # steps until the critic has its full weight
 PAIR = 320        # pixels of x_H in a pair; a view of 288 then begins at any phase of the 32-pixel grid
 
 # --- Pairs, and the pictures that a teacher makes of them ---
@@ -70,91 +76,119 @@ def write_pairs(args):
     found = {path: weights.sha256(path) for path in tqdm(photo_paths(args.data), "reading photos", leave=False)}
     held, sizes = held_out(found.values()), {path: Image.open(path).size for path in found}
     kept = [path for path in found if min(sizes[path]) >= PAIR]
-    parts = dict(train=([path for path in kept if found[path] not in held], args.count),
-                 val=([path for path in kept if found[path] in held], VAL_PAIRS))
-    for part, (paths, count) in parts.items():
-        if not paths:
-            sys.exit(f"error: --data: no {part} photos of at least {PAIR} pixels per side")
-        folder, areas = Path(args.out) / "pairs" / part, np.array([np.prod(sizes[path]) for path in paths], float)
-        for n in tqdm(range(count), f"{part} pairs"):
-            name = f"{n:05d}_{('strong', 'mild')[n % 2]}.png"
-            if (folder / "lr" / name).exists():
-                continue
-            rng = np.random.default_rng((args.seed, part == "val", n))
-            image = Image.open(paths[rng.choice(len(paths), p=areas / areas.sum())]).convert("RGB")
-            if rng.random() < 0.25 and min(image.size) >= 2 * PAIR:
-                image = image.reduce(2)
-            left, top = (int(rng.integers(side - PAIR + 1)) for side in image.size)
-            hr = image.crop((left, top, left + PAIR, top + PAIR))
-            write(hr, folder / "hr" / name)
-            write(degrade.to_image(degrade.degrade(degrade.to_tensor(hr), rng, mild=n % 2)), folder / "lr" / name)
+    parts = dict(val=([path for path in kept if found[path] in held], VAL_PAIRS),
+                 train=([path for path in kept if found[path] not in held], args.count))
+    with Pool(workers(args.workers), start_worker) as pool:
+        for part, (paths, count) in parts.items():
+            if not paths:
+                sys.exit(f"error: --data: no {part} photos of at least {PAIR} pixels per side")
+            areas = np.array([np.prod(sizes[path]) for path in paths], float)
+            job = partial(write_pair, Path(args.out) / "pairs" / part, paths, areas / areas.sum(), args.seed)
+            list(tqdm(pool.imap(job, range(count), chunksize=8), f"{part} pairs", count))
+
+
+def start_worker():
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def write_pair(folder, paths, shares, seed, n):
+    """Pair n of `write_pairs`, into folder/lr and folder/hr; a photo is drawn by its share."""
+    name = f"{n:05d}_{('strong', 'mild')[n % 2]}.png"
+    if (folder / "lr" / name).exists():
+        return
+    rng = np.random.default_rng((seed, folder.name == "val", n))
+    image = photo(paths[rng.choice(len(paths), p=shares)])
+    if rng.random() < 0.25 and min(image.size) >= 2 * PAIR:
+        image = image.reduce(2)
+    left, top = (int(rng.integers(side - PAIR + 1)) for side in image.size)
+    hr = image.crop((left, top, left + PAIR, top + PAIR))
+    write(hr, folder / "hr" / name)
+    write(degrade.to_image(degrade.degrade(degrade.to_tensor(hr), rng, mild=n % 2)), folder / "lr" / name)
+
+
+@lru_cache(32)
+def photo(path):
+    return Image.open(path).convert("RGB")
+
+
+def blurred(x, sigmas):
+    """What `degrade.enlarge` makes of x blurred (Gaussian, σ in pixels, one a picture) and reduced 4 times, without
+    noise: x: B,3,H,W in [-1, 1], the same out, of 8-bit values."""
+    at = torch.arange(-16.0, 17, device=x.device)
+    kernel = torch.softmax(-0.5 * (at / torch.as_tensor(sigmas, device=x.device)[:, None]).square(), 1)
+    kernel = kernel.repeat_interleave(3, 0)[:, None, None]
+    y = F.pad(x, (16, 16, 16, 16), mode="reflect").flatten(0, 1)[None]
+    y = F.conv2d(F.conv2d(y, kernel, groups=len(kernel)), kernel.mT, groups=len(kernel))[0].unflatten(0, (-1, 3))
+    y = ((F.avg_pool2d(y, degrade.SCALE) + 1) * 127.5).round()
+    y = F.interpolate(y, scale_factor=degrade.SCALE, mode="bicubic", antialias=True)  # with antialias it is Pillow's
+    return y.round().clamp(0, 255) / 127.5 - 1
 
 
 class Views:
-    """Crops of VIEW pixels from the pairs of OUT/pairs/PART, with their latents, which are encoded once.
+    """Crops of VIEW pixels from the pairs of OUT/pairs/PART, `count` a pair; all pictures are in --device's memory.
 
-    Each pair gives `count` views. A view is (name, left, top, turn): its place, and which of the eight turns and
-    mirrorings it takes. `where` lists the views; `z` holds their scaled z_L and z_T, n,2,C,VIEW/32,VIEW/32 in fp16.
-    The target is the teacher's picture; with --no-teacher it is x_H, and z_T is z_H. Latents are kept in
-    OUT/views_PART_TARGET.pt. `reload` adds the views of pairs that have come since.
+    A view is (name, left, top, turn): its place, and which of the eight turns and mirrorings it takes; `where` lists
+    them. The target is the teacher's picture; with --no-teacher it is x_H. A pair takes 0.6 MB, with a teacher 0.9.
     """
 
     VIEW = 288
 
-    def __init__(self, args, part, model, count):
-        self.args, self.part, self.model, self.count = args, part, model, count
-        self.folder = Path(args.out) / "pairs" / part
-        self.target = "hr" if args.no_teacher else "teacher"
-        self.reload()
-
-    def reload(self):
-        path = Path(self.args.out) / f"views_{self.part}_{self.target}.pt"
-        state = torch.load(path, weights_only=True) if path.exists() else dict(where=[], z=[])
-        known = {row[0] for row in state["where"]}
-        names = sorted(p.name for p in (self.folder / self.target).glob("[0-9]*.png") if p.name not in known)
-        for name in tqdm(names, desc=f"encoding {self.part} views", leave=False):
-            rng = np.random.default_rng((self.args.seed, self.part == "val", int(name.split("_")[0])))
-            for _ in range(self.count):
-                view = name, *(4 * rng.integers((PAIR - self.VIEW) // 4 + 1, size=2)).tolist(), int(rng.integers(8))
-                state["where"].append(view)
-                state["z"].append(self.encode(torch.stack([self.picture("lr", view), self.picture(self.target, view)])))
-        if names:
-            save_state(path, state)
-        if not state["where"]:
+    def __init__(self, args, part, count):
+        self.args, self.part = args, part
+        self.folder, self.target = Path(args.out) / "pairs" / part, "hr" if args.no_teacher else "teacher"
+        names = sorted(p.name for p in (self.folder / self.target).glob("[0-9]*.png"))
+        if not names:
             sys.exit(f"error: {self.folder / self.target}: no pictures; run the stage `pairs`, then any restorer over "
                      f"{self.folder / 'lr'}, or give --no-teacher")
-        self.where, self.z = state["where"], torch.stack(state["z"])
+
+        def picture(path):
+            x = degrade.enlarge(Image.open(path)) if path.parent.name == "lr" else degrade.to_tensor(Image.open(path))
+            return (x * 255 if path.parent.name != "lr" else (x + 1) * 127.5).round().byte()
+        self.pictures_of, kinds = {}, dict.fromkeys(("lr", "hr", self.target))
+        with ThreadPool(workers(args.workers)) as pool:
+            for kind in kinds:
+                paths = [self.folder / kind / name for name in names]
+                found = tqdm(pool.imap(picture, paths), f"reading {part} {kind}", len(paths), leave=False)
+                self.pictures_of[kind] = torch.stack(list(found)).to(args.device)
+        self.where, self.index = [], {name: i for i, name in enumerate(names)}
+        for name in names:
+            rng = np.random.default_rng((args.seed, part == "val", int(name.split("_")[0])))
+            self.where += [(name, *(4 * rng.integers((PAIR - self.VIEW) // 4 + 1, size=2)).tolist(),
+                            int(rng.integers(8))) for _ in range(count)]
+        self.mild = np.array(["mild" in name for name, *_ in self.where])
 
     def draw(self, step):
-        """A step's random numbers, and the views of its batch; every 500th step looks for new pairs."""
-        if step % 500 == 0:
-            self.reload()
-        rng, mild = np.random.default_rng((self.args.seed, step)), np.array(["mild" in name for name, *_ in self.where])
+        """A step's random numbers, and the views of its batch."""
+        rng = np.random.default_rng((self.args.seed, step))
         kinds = rng.random(self.args.batch) < self.args.mild
-        kinds = [np.flatnonzero(mild == kind) for kind in kinds]
-        return rng, [int(rng.choice(of if len(of) else len(mild))) for of in kinds]
+        kinds = [np.flatnonzero(self.mild == kind) for kind in kinds]
+        return rng, [int(rng.choice(of if len(of) else len(self.mild))) for of in kinds]
 
-    @torch.inference_mode()
-    def encode(self, x):
-        return (self.model.vae.encode(x.to(self.args.device)).float() * self.model.scaling_factor).half().cpu()
+    def pictures(self, kind, indices):
+        """x_L (`lr`, enlarged), x_H (`hr`) or x_T (`teacher`) of these views: n,3,VIEW,VIEW in [-1, 1]."""
+        def view(name, left, top, turn):
+            x = self.pictures_of[kind][self.index[name], :, top:top + self.VIEW, left:left + self.VIEW]
+            x = x.rot90(turn % 4, (1, 2))
+            return x.flip(2) if turn >= 4 else x
+        return torch.stack([view(*self.where[i]) for i in indices]).float() / 127.5 - 1
 
-    def picture(self, kind, view, blur=0.0):
-        """x_L (`lr`, enlarged), x_H (`hr`) or x_T (`teacher`) of a view: 3,VIEW,VIEW in [-1, 1].
-
-        blur: instead of the pair's LR picture take x_H, blurred by so many pixels (σ) and reduced, without noise.
-        """
-        name, left, top, turn = view
-        image = Image.open(self.folder / ("hr" if blur else kind) / name).convert("RGB")
-        if blur:
-            image = image.filter(ImageFilter.GaussianBlur(blur)).reduce(4)
-        x = degrade.enlarge(image) if kind == "lr" else degrade.to_tensor(image) * 2 - 1
-        x = x[:, top:top + self.VIEW, left:left + self.VIEW]
-        x = x.rot90(turn % 4, (1, 2))
-        return x.flip(2) if turn >= 4 else x
-
-    def pictures(self, kind, indices, blurs=None):
-        views = zip((self.where[i] for i in indices), blurs or [0.0] * len(indices), strict=True)
-        return torch.stack([self.picture(kind, view, blur) for view, blur in views]).to(self.args.device)
+    def encode(self, model):
+        """Encode all views once, into `z`: scaled z_L and z_T, n,2,C,VIEW/32,VIEW/32 in fp16. With --no-teacher z_T is
+        z_H. They are kept in OUT/views_PART_TARGET.pt; only views of new pairs are encoded."""
+        path = Path(self.args.out) / f"views_{self.part}_{self.target}.pt"
+        state = torch.load(path, weights_only=True) if path.exists() else dict(where=[], z=[])
+        known = dict(zip(map(tuple, state["where"]), state["z"], strict=True))
+        lacking = [i for i, view in enumerate(self.where) if view not in known]
+        for i in tqdm(lacking, f"encoding {self.part} views", leave=False):
+            x = torch.cat([self.pictures(kind, [i]) for kind in ("lr", self.target)])
+            with torch.no_grad():
+                known[self.where[i]] = (model.vae.encode(x).float() * model.scaling_factor).half().cpu()
+        z = [known[view] for view in self.where]
+        if lacking:
+            save_state(path, dict(where=self.where, z=z))
+        self.z = torch.stack(z)
+        return self
 
     def latents(self, indices):
         """(z_L, z_T) of these views, each n,C,h,w in float32."""
@@ -162,11 +196,8 @@ class Views:
 
     def prompts(self):
         """A line of colours for each view: what can be said of it without a tagger."""
-        lines = {}
-        for name, *_ in self.where:
-            if name not in lines:
-                image = np.asarray(Image.open(self.folder / "lr" / name))
-                lines[name] = build_prompt(tags(Path(name), image), "appendix")
+        lines = {name: build_prompt(tags(Path(name), np.asarray(Image.open(self.folder / "lr" / name))), "appendix")
+                 for name in self.index}
         return [lines[name] for name, *_ in self.where]
 
 
@@ -182,7 +213,7 @@ def train_encoder(args):
     """
     out, device = Path(args.out), args.device
     model = SanaSR.from_pretrained(args.model, device, torch.float32, adapter=False)
-    train, val = Views(args, "train", model, 4), Views(args, "val", model, 1)
+    train, val = Views(args, "train", 4).encode(model), Views(args, "val", 1).encode(model)
     z_l, z_t = (z.float() for z in train.z.unbind(1))
     unit = (z_t - z_l).abs().mean((0, 2, 3))[:, None, None].to(device)
     lpips, encoder = LPIPS.from_pretrained("alex").to(device), copy.deepcopy(model.vae.encoder).requires_grad_(True)
@@ -260,15 +291,12 @@ def train_adapter(args):
     """
     out, device = Path(args.out), args.device
     model = open_adapted(args, args.init)
-    train, val = Views(args, "train", model, 4), Views(args, "val", model, 1)
+    train, val = Views(args, "train", 4).encode(model), Views(args, "val", 1).encode(model)
     z_l, z_t = (z.float() for z in train.z.unbind(1))
     unit = (z_t - z_l).abs().mean((0, 2, 3))[:, None, None].to(device)
-    lines, conditions, plain = [], Conditions(model), build_prompt([], "appendix")
+    lines, conditions, plain = train.prompts(), Conditions(model), build_prompt([], "appendix")
 
     def loss_fn(dit, step):
-        if not lines or step % 200 == 0:
-            train.reload()
-            lines[:] = train.prompts()
         rng = np.random.default_rng((args.seed, step))
         pick = rng.integers(len(train.z), size=args.batch)
         z_l, z_t = train.latents(pick)
@@ -280,8 +308,8 @@ def train_adapter(args):
         z_l, z_t = val.latents(range(len(val.z)))
         z = update(dit, z_l, *conditions([plain] * len(z_l)))
         ratio = (z - z_t).square().mean((1, 2, 3)) / (z_l - z_t).square().mean((1, 2, 3))
-        deviation = (z.std((0, 2, 3)) / z_t.std((0, 2, 3))).quantile(torch.tensor([0.1, 0.5]))
-        mild = torch.tensor(["mild" in name for name, *_ in val.where])
+        deviation = (z.std((0, 2, 3)) / z_t.std((0, 2, 3))).quantile(z.new_tensor([0.1, 0.5]))
+        mild = torch.from_numpy(val.mild).to(device)
         return dict(val_strong=ratio[~mild].mean().item(), val_mild=ratio[mild].mean().item(),
                     deviation_10=deviation[0].item(), deviation_50=deviation[1].item())
 
@@ -290,17 +318,56 @@ def train_adapter(args):
     print(f"wrote {out / 'adapter.safetensors'}: the stage `decoder`, and train.py --init, take it up")
 
 
-# --- The decoder ---
+# --- The decoder, and the update in front of it ---
 
 
 def open_restorer(args):
-    """--model in float32 with what OUT holds: the autoencoder of the stage `encoder`, the adapter of `adapter`."""
+    """--model in float32 with what OUT holds: the autoencoder of the stage `encoder`, the adapter of `adapter`. The
+    adapter is kept apart; a model without one gets one of --rank with zero output."""
     out, adapter = Path(args.out), Path(args.out) / "adapter.safetensors"
-    model = SanaSR.from_pretrained(args.model, args.device, torch.float32, adapter if adapter.exists() else None)
+    model = SanaSR.from_pretrained(args.model, args.device, torch.float32, adapter if adapter.exists() else None, False)
+    if not lora_modules(model.dit):
+        torch.manual_seed(args.seed)
+        inject_lora(model.dit, args.rank, targets="attn+ffn")
     if (out / "vae").exists():
         model.vae = DCAE.from_pretrained(out / "vae", torch.float32, args.device)
     model.vae.requires_grad_(False)
     return model
+
+
+class Restorer(nn.Module):
+    """What the stages decoder and control train: D, the LoRA matrices of the update in front of it (the control has no
+    update), and with --gan a critic. z_L: B,C,h,w as E gives it -> x̂: B,3,32h,32w; the first `clean` of z_L are
+    decoded as they are."""
+
+    def __init__(self, model, update, gan=False):
+        super().__init__()
+        self.decoder, self.scale = model.vae.decoder.requires_grad_(True), model.scaling_factor
+        self.critic = critic().to(next(self.decoder.parameters()).device) if gan else None
+        self.dit = model.dit.requires_grad_(False) if update else None
+        for p in lora_parameters(model.dit).values() if update else ():
+            p.requires_grad_(True)
+        c, m = Conditions(model)([build_prompt([], "appendix")])
+        self.register_buffer("c", c, persistent=False)
+        self.register_buffer("m", m, persistent=False)
+
+    def forward(self, z, clean=0):
+        if self.dit:
+            n = len(z) - clean
+            t = torch.full((n,), TAU, device=z.device)
+            updated = one_step(self.dit, self.scale * z[clean:], t, self.c.expand(n, -1, -1), self.m.expand(n, -1))
+            z = torch.cat([z[:clean], updated / self.scale])
+        return self.decoder(z.contiguous(memory_format=torch.channels_last)).float()
+
+
+def critic(width=48):
+    """A PatchGAN's judge with spectral norms, B,3,H,W in [-1, 1] -> B,1,H/8,W/8, high where a picture looks like x_H.
+    Its first convolution sees single pixels, and so noise and fine grids."""
+    layers = [nn.Conv2d(3, width, 3, 1, 1)]
+    layers += [nn.Conv2d(width * a, width * b, 4, 2, 1) for a, b in ((1, 2), (2, 4), (4, 8))]
+    layers += [nn.Conv2d(width * 8, width * 8, 3, 1, 1), nn.Conv2d(width * 8, 1, 3, 1, 1)]
+    layers = [spectral_norm(conv) for conv in layers]
+    return nn.Sequential(*(m for conv in layers for m in (conv, nn.LeakyReLU(0.2))))[:-1]
 
 
 def balanced(terms, y):
@@ -326,75 +393,80 @@ def flatness(x, levels=4):
 
 
 def train_decoder(args):
-    """The stages decoder and control: D on ẑ of degraded photos, behind the frozen E and the frozen update.
+    """The stages decoder and control: D on ẑ of degraded photos, and the adapter that makes ẑ, behind the frozen E.
 
     Losses, each balanced (see there): 0.25 LPIPS (AlexNet), 0.2 L1 and 0.2 L1 where the target is flat, with --dists 1
-    DISTS of a crop against x_H. LPIPS and DISTS disagree about texture: at equal weights LPIPS wins, and DISTS gets
-    worse. LPIPS sees both pictures shifted by 0 to 7 pixels, so that no grid hides from AlexNet's stride of 4. An
-    eighth of the views is clean, D(E(x_H)) against x_H, so that the autoencoder stays one. Of the others --plain are
-    x_H blurred and reduced: `degrade` always adds noise and compression, a good camera's picture has neither. The
-    control has no update: D(E(x_L)). Reports LPIPS and PSNR (RGB) against x_H on 48 held-out pairs, of D(E(x_H)) and
-    of plain ones, with --dists DISTS on a third. Writes OUT/finish.pt, or control.pt.
+    DISTS of a crop against x_H, with --gan its weight of a critic's verdict on that crop (hinge loss, x_H is real).
+    LPIPS and DISTS disagree about texture: at equal weights LPIPS wins, and DISTS gets worse. LPIPS sees both pictures
+    shifted by 0 to 7 pixels, so that no grid hides from AlexNet's stride of 4. An eighth of the views is clean,
+    D(E(x_H)) against x_H, so that the autoencoder stays one. Of the others --plain are x_H blurred and reduced:
+    `degrade` always adds noise and compression, a good camera's picture has neither. The control has no update:
+    D(E(x_L)). Reports LPIPS and PSNR (RGB) against x_H on 48 held-out pairs, of D(E(x_H)) and of plain ones, with
+    --dists DISTS on a third, and the NIQE of all plain ones side by side. Writes OUT/finish.pt, or control.pt.
     """
-    model = open_restorer(args)
-    train, val = Views(args, "train", model, 4), Views(args, "val", model, 1)
-    decoder, lpips = model.vae.decoder.requires_grad_(True), LPIPS.from_pretrained("alex").to(args.device)
-    dists = DISTS.from_pretrained().to(args.device) if args.dists else None
-    restore = restoration(model, update=args.stage != "control")
+    model, device = open_restorer(args), args.device
+    train, val = Views(args, "train", 4), Views(args, "val", 1)
+    lpips = LPIPS.from_pretrained("alex").to(device)
+    dists, niqe = DISTS.from_pretrained().to(device) if args.dists else None, NIQE(device)
+    torch.manual_seed(args.seed)
+    restorer = Restorer(model, args.stage != "control", args.gan > 0)
 
-    def loss_fn(decoder, step):
+    def loss_fn(restorer, step):
         rng, pick = train.draw(step)
-        clean, plain = int(args.batch / 8 + rng.random()), rng.random(args.batch) < args.plain
-        blurs = (plain * rng.uniform(*BLUR, args.batch)).tolist()
-        x_h = train.pictures("hr", pick)
-        x = torch.cat([x_h[:clean], train.pictures(train.target, pick[clean:])])
+        clean, plain = int(args.batch / 8 + rng.random()), np.flatnonzero(rng.random(args.batch) < args.plain)
+        x_h, x_l = train.pictures("hr", pick), train.pictures("lr", pick)
+        if len(plain):
+            x_l[plain] = blurred(x_h[plain], rng.uniform(*BLUR, len(plain)).astype(np.float32))
+        x = train.pictures(train.target, pick)
+        x_l[:clean] = x[:clean] = x_h[:clean]
         with torch.no_grad():
-            z = restore(torch.cat([x_h[:clean], train.pictures("lr", pick[clean:], blurs[clean:])]), clean)
-        y = decoder(z.contiguous(memory_format=torch.channels_last)).float()
+            z = model.vae.encode(x_l.contiguous(memory_format=torch.channels_last)).float()
+        y = restorer(z, clean)
         leaf = y.detach().requires_grad_()
         (dy, dx), error = rng.integers(8, size=2), (leaf - x).abs()
+        top, left = rng.integers(Views.VIEW - CROP + 1, size=2)
+        crop, real = (t[:, :, top:top + CROP, left:left + CROP] for t in (leaf, x_h))
         terms = dict(l1=(0.2, error.mean((1, 2, 3))), flat=(0.2, (error * flatness(x)).mean((1, 2, 3))),
                      lpips=(0.25, lpips(leaf[:, :, dy:, dx:], x[:, :, dy:, dx:])))
         if dists:
-            top, left = rng.integers(Views.VIEW - CROP + 1, size=2)
-            terms["dists"] = 1, dists(*(t[:, :, top:top + CROP, left:left + CROP] / 2 + 0.5 for t in (leaf, x_h)))
-        loss = 0.02 * (y * balanced(terms.values(), leaf)).sum()
-        return loss, {key: values.mean().item() for key, (_, values) in terms.items()}
+            terms["dists"] = 1, dists(crop / 2 + 0.5, real / 2 + 0.5)
+        if args.gan:
+            terms["gan"] = args.gan * min(1, step / WARMUP), -restorer.critic(crop).mean((1, 2, 3))
+        loss = (y * balanced(terms.values(), leaf)).sum()
+        parts = {key: values.mean().item() for key, (_, values) in terms.items()}
+        if args.gan:
+            fake, true = restorer.critic(torch.cat([crop.detach(), real])).chunk(2)
+            judged = F.relu(1 + fake).mean() + F.relu(1 - true).mean()
+            loss, parts["critic"] = loss + judged, judged.item()
+        return 0.02 * loss, parts
 
-    def validate(decoder):
-        scores = {}
+    def validate(restorer):
+        scores, plain = {}, []
 
-        def note(kind, z, x):
-            y = decoder(z).clamp(-1, 1)
+        def note(kind, x_l, x, clean=0):
+            y = restorer(model.vae.encode(x_l), clean).clamp(-1, 1)
             scores.setdefault(f"lpips_{kind}", []).append(lpips(y, x).item())
             scores.setdefault(f"psnr_{kind}", []).append(-10 * (y - x).square().mean().div(4).log10().item())
             if dists and i % 6 < 2:
                 scores.setdefault(f"dists_{kind}", []).append(dists(y / 2 + 0.5, x / 2 + 0.5).item())
+            return y
         for i in range(min(48, len(val.where))):
             x_h = val.pictures("hr", [i])
-            note("mild" if "mild" in val.where[i][0] else "strong", restore(val.pictures("lr", [i])), x_h)
+            note("mild" if val.mild[i] else "strong", val.pictures("lr", [i]), x_h)
             if i % 3 == 0:
-                note("plain", restore(val.pictures("lr", [i], [sum(BLUR) / 2])), x_h)
-                note("clean", model.vae.encode(x_h), x_h)
+                plain.append(note("plain", blurred(x_h, [sum(BLUR) / 2]), x_h))
+                note("clean", x_h, x_h, 1)
+        scores["niqe_plain"] = niqe(torch.cat(plain, 3) / 2 + 0.5).tolist()
         return {k: sum(v) / len(v) for k, v in scores.items()}
 
-    fit("control" if args.stage == "control" else "finish", decoder, loss_fn, validate, args, args.steps or 20_000,
+    fit("control" if args.stage == "control" else "finish", restorer, loss_fn, validate, args, args.steps or 20_000,
         args.lr or 1e-4)
 
 
-def restoration(model, update=True):
-    """(x_L: B,3,H,W in [-1, 1], clean=0) -> what D is given: ẑ / s, of the first `clean` pictures, or without the
-    update of all, z_L / s."""
-    c, m = Conditions(model)([build_prompt([], "appendix")])
-
-    def restore(x, clean=0):
-        z = model.vae.encode(x).float()
-        if not update:
-            return z
-        t, s = torch.full((len(z),), TAU, device=z.device), model.scaling_factor
-        updated = one_step(model.dit, s * z, t, c.expand(len(z), -1, -1), m.expand(len(z), -1)) / s
-        return torch.cat([z[:clean], updated[clean:]])
-    return restore
+def take(restorer, state):
+    """Give a restorer the averaged weights of finish.pt or control.pt; the critic's are not needed."""
+    restorer.load_state_dict({k: v for k, v in state["ema"].items() if not k.startswith("critic.")})
+    return restorer.eval()
 
 
 @torch.inference_mode()
@@ -405,21 +477,18 @@ def compare(args):
     EMA weights, and says after how many steps each was saved; without control.pt its column is missing.
     """
     out, model, scores = Path(args.out), open_restorer(args), {}
-    lpips, val = LPIPS.from_pretrained("alex").to(args.device), Views(args, "val", model, 1)
+    lpips, val = LPIPS.from_pretrained("alex").to(args.device), Views(args, "val", 1)
     for name in ("finish", "control"):
         if name == "control" and not (out / "control.pt").exists():
             continue
-        state = load_state(out / f"{name}.pt")
+        state = load_state(out / f"{name}.pt", args.device)
         print(f"{name}: {state['step']} steps")
-        model.vae.decoder.load_state_dict(state["ema"])
-        rows = {"D(ẑ)": True, "D(z_L)": False} if name == "finish" else {"control": False}
-        for row, update in rows.items():
-            restore = restoration(model, update)
+        restorer = take(Restorer(model, name == "finish"), state)
+        for row in {"finish": ("D(ẑ)", "D(z_L)"), "control": ("control",)}[name]:
             for i in tqdm(range(len(val.where)), row, leave=False):
-                y = model.vae.decode(restore(val.pictures("lr", [i]))).clamp(-1, 1)
+                y = restorer(model.vae.encode(val.pictures("lr", [i])), clean=row == "D(z_L)").clamp(-1, 1)
                 scores.setdefault(row, []).append(lpips(y, val.pictures("hr", [i])).item())
-    mild = np.array(["mild" in name for name, *_ in val.where])
-    for kind, chosen in (("strong", ~mild), ("mild", mild)):
+    for kind, chosen in (("strong", ~val.mild), ("mild", val.mild)):
         of = {row: np.array(values)[chosen] for row, values in scores.items()}
         print(f"{kind}, {chosen.sum()} pairs: " + ", ".join(f"{row} {v.mean():.4f}" for row, v in of.items()))
         for other in list(of)[1:]:
@@ -432,12 +501,10 @@ def compare(args):
 def export(args):
     """The autoencoder with finish.pt's averaged decoder, and the adapter, in fp16, into --model; the rest stays."""
     out, target, model = Path(args.out), weights.folder(args.model), open_restorer(args)
-    model.vae.decoder.load_state_dict(load_state(out / "finish.pt")["ema"])
+    restorer = take(Restorer(model, True), load_state(out / "finish.pt", args.device))
     save_module(model.vae, target / "vae", torch.float16)
-    if (out / "adapter.safetensors").exists():
-        with open_weights(out / "adapter.safetensors") as file:
-            save_tensors({key: file.get_tensor(key).half() for key in file.keys()}, target / "adapter.safetensors",
-                         file.metadata())
+    save_lora(restorer.dit, target / "adapter.safetensors", dict(timestep=str(TAU), suffix="appendix"),
+              {key: x.half() for key, x in lora_parameters(restorer.dit).items()})
     path = target / "provenance.json"
     history = json.loads(path.read_text()) if path.exists() else {}
     for name, title in (("encoder", "encoder towards the teacher"), ("adapter", "adapter towards the teacher"),
@@ -468,6 +535,10 @@ def parse(argv=None):
     add("--mild", type=float, default=0.5, metavar="SHARE", help="of mild pairs in a batch (default %(default)s)")
     add("--plain", type=float, default=0.5, metavar="SHARE", help="decoder, control: of LR pictures that are x_H, "
         "blurred and reduced (default %(default)s)")
+    add("--gan", type=float, default=0.0, metavar="WEIGHT", help="decoder, control: of a critic that is trained "
+        "beside (default: none)")
+    add("--workers", type=int, default=16, help="processes that make pairs, threads that read them; never more than "
+        "there are cores (default %(default)s)")
     add("--steps", type=int, help="of the stage; the learning rate decays over the last quarter")
     add("--batch", type=int, default=4, help="views a step (default %(default)s)")
     add("--lr", type=float, help="peak learning rate (default: the stage's own)")
@@ -486,6 +557,8 @@ def main(argv=None):
     args = parse(argv)
     try:
         STAGES[args.stage](args)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; what was made is kept, the same command goes on")
     except (ValueError, OSError, FloatingPointError, weights.Unavailable) as error:
         sys.exit(f"error: {whole(error)}")
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+import degrade
 import weights
 from lab import finish
 from photos import held_out
-from sanasr import DCAE, SanaSR, inject_lora, load_lora, lora_parameters, one_step, save_lora
+from sanasr import DCAE, SanaSR, inject_lora, load_lora, lora_parameters, one_step, open_weights, save_lora
 
 
 @pytest.fixture
@@ -80,24 +81,44 @@ def test_the_stages_move_what_they_say_and_the_export_loads(run, pairs, tmp_path
     assert {k.split(".")[0] for k in vae if not torch.equal(vae[k], before["vae"][k].half())} == {"encoder"}
     run("adapter", "--steps", 2, "--validate-every", 1)
     assert len(torch.load(out / "views_train_teacher.pt", weights_only=True)["where"]) == 16
-    run("decoder", "--steps", 3, "--validate-every", 3, "--mild", 0.7)
+    run("decoder", "--steps", 3, "--validate-every", 3, "--mild", 0.7, "--gan", 0.3)
     run("compare")
     assert capsys.readouterr().out.count("D(ẑ) − D(z_L)") == 2
-    run("control", "--steps", 3, "--validate-every", 3)
+    run("control", "--steps", 3, "--validate-every", 3, "--gan", 0.3)
     run("compare")
     text = capsys.readouterr().out
     assert "strong, 2 pairs: D(ẑ)" in text and text.count("D(ẑ) − control") == 2
     trained = {name: torch.load(out / f"{name}.pt", weights_only=True)["model"] for name in ("finish", "control")}
-    for state in trained.values():
-        assert {f"decoder.{k}" for k in state} == {k for k in vae if k.startswith("decoder.")}
-        assert any(not torch.equal(x.half(), vae[f"decoder.{k}"]) for k, x in state.items())
+    for name, state in trained.items():
+        moved = {k for k, x in state.items() if k in vae and not torch.equal(x.half(), vae[k])}
+        assert moved and {k for k in state if k.startswith("decoder.")} == {k for k in vae if k.startswith("decoder.")}
+        assert any(k.startswith("critic.") for k in state)
+        with open_weights(out / "adapter.safetensors") as file:
+            lora = {k: file.get_tensor(k) for k in file.keys()}
+        assert {k for k in state if ".lora_" in k} == {f"dit.{k}" for k in lora if name == "finish"}
+        assert name == "control" or any(not torch.equal(state[f"dit.{k}"], x) for k, x in lora.items())
     run("export")
     model = SanaSR.from_pretrained(tmp_path / "model", merge=False)
     after, ema = model.vae.state_dict(), torch.load(out / "finish.pt", weights_only=True)["ema"]
-    assert all(torch.equal(after[k], ema[k.removeprefix("decoder.")].half().float() if k.startswith("decoder.")
-                           else vae[k].float()) for k in after)
+    assert all(torch.equal(after[k], (ema[k].half() if k.startswith("decoder.") else vae[k]).float()) for k in after)
+    assert all(torch.equal(x, ema[f"dit.{k}"].half().float()) for k, x in lora_parameters(model.dit).items())
     assert load_lora(model.dit, tmp_path / "model" / "adapter.safetensors")["timestep"] == "900.0"
     assert json.loads((tmp_path / "model" / "provenance.json").read_text())["decoder on the update"]["steps"] == 3
+
+
+def test_blurred_is_what_pillow_makes_of_a_blurred_and_reduced_picture():
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (9, 8, 3), np.uint8))
+    image = small.resize((96, 108), Image.Resampling.BICUBIC)
+    x = degrade.to_tensor(image)
+    for sigma in (0.5, 2.5):
+        at = torch.arange(-16.0, 17)
+        kernel = torch.exp(-0.5 * (at / sigma) ** 2)
+        kernel = kernel[:, None] * kernel / kernel.sum() ** 2
+        expected = degrade.enlarge(torch.nn.functional.avg_pool2d(degrade.blur(x, kernel), 4))
+        got = finish.blurred(torch.stack([x, x]) * 2 - 1, [sigma, 1.0])[0]
+        levels = (got - expected).abs() * 127.5  # Pillow rounds between its two passes
+        assert levels.max() < 1.1 and levels.mean() < 0.3
 
 
 def test_flatness_is_one_half_where_the_texture_has_four_grey_levels():
