@@ -343,7 +343,7 @@ class Restorer(nn.Module):
     def __init__(self, model, update, gan=False):
         super().__init__()
         self.decoder, self.scale = model.vae.decoder.requires_grad_(True), model.scaling_factor
-        self.critic = critic().to(next(self.decoder.parameters()).device) if gan else None
+        self.critic = Critic().to(next(self.decoder.parameters()).device) if gan else None
         self.dit = model.dit.requires_grad_(False) if update else None
         for p in lora_parameters(model.dit).values() if update else ():
             p.requires_grad_(True)
@@ -360,14 +360,21 @@ class Restorer(nn.Module):
         return self.decoder(z.contiguous(memory_format=torch.channels_last)).float()
 
 
-def critic(width=48):
+class Critic(nn.Sequential):
     """A PatchGAN's judge with spectral norms, B,3,H,W in [-1, 1] -> B,1,H/8,W/8, high where a picture looks like x_H.
-    Its first convolution sees single pixels, and so noise and fine grids."""
-    layers = [nn.Conv2d(3, width, 3, 1, 1)]
-    layers += [nn.Conv2d(width * a, width * b, 4, 2, 1) for a, b in ((1, 2), (2, 4), (4, 8))]
-    layers += [nn.Conv2d(width * 8, width * 8, 3, 1, 1), nn.Conv2d(width * 8, 1, 3, 1, 1)]
-    layers = [spectral_norm(conv) for conv in layers]
-    return nn.Sequential(*(m for conv in layers for m in (conv, nn.LeakyReLU(0.2))))[:-1]
+
+    It sees what differs from the mean of 17×17 pixels: of brightness and colour it could only make the decoder drift.
+    Its first convolution sees single pixels, and so noise and fine grids.
+    """
+
+    def __init__(self, width=48):
+        layers = [nn.Conv2d(3, width, 3, 1, 1)]
+        layers += [nn.Conv2d(width * a, width * b, 4, 2, 1) for a, b in ((1, 2), (2, 4), (4, 8))]
+        layers += [nn.Conv2d(width * 8, width * 8, 3, 1, 1), nn.Conv2d(width * 8, 1, 3, 1, 1)]
+        super().__init__(*[m for conv in layers for m in (spectral_norm(conv), nn.LeakyReLU(0.2))][:-1])
+
+    def forward(self, x):
+        return super().forward(4 * (x - F.avg_pool2d(x, 17, 1, 8, count_include_pad=False)))
 
 
 def balanced(terms, y):

@@ -173,6 +173,7 @@ def fit(name, model, loss_fn, validate, args, steps, lr, weight_decay=0.01):
 
 def _fit(name, model, loss_fn, validate, args, steps, lr, weight_decay):
     path = Path(args.out) / f"{name}.pt"
+    torch.backends.cudnn.benchmark = True  # all batches of a stage have one size
     model.to(args.device).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
