@@ -19,7 +19,8 @@ from seeded import seeded_input
 import lab.linearsr as lab
 import train_linearsr
 from linearsr import LinearSR
-from runs import knee, read_log
+from objective import Conditions
+from runs import knee, load_model, read_log
 from train_linearsr import interval, times
 
 
@@ -166,6 +167,72 @@ def test_resumed_is_the_same_to_the_last_bit(run, stage):
     for name in ("000002", "000004"):
         a, b = (tensors(f / "checkpoints" / f"{name}.safetensors")[0] for f in (Path("whole"), folder))
         assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """CUDA graphs as they behave towards their caller: fixed inputs, gradients and loss, overwritten at each replay."""
+    class Stub:
+        def __init__(self, owner):
+            self.owner, self.grads = owner, [p.grad for p in owner.parameters]
+
+        def replay(self):
+            assert all(p.grad is grad for p, grad in zip(self.owner.parameters, self.grads, strict=True))
+            self.owner.value.copy_(self.owner.eager(self.owner.inputs))
+            for p, grad in zip(self.owner.parameters, self.grads, strict=True):
+                p.grad = grad.copy_(p.grad)
+
+    def capture(self, inputs):
+        self.inputs, self.value = inputs, self.eager(inputs).clone()
+        self.graph = Stub(self)
+    monkeypatch.setattr(train_linearsr.Backward, "capture", capture)
+    monkeypatch.setattr(train_linearsr, "capturable", lambda args: True)
+
+
+def test_as_a_cuda_graph_it_trains_the_same(run, stub, monkeypatch):
+    graphed = run("pretrain", "--steps", 5, "--every", 5)
+    graphed.rename("graphed")
+    with monkeypatch.context() as changed:
+        changed.setattr(train_linearsr, "capturable", lambda args: False)
+        rows = read_log(run("pretrain", "--steps", 5, "--every", 5) / "log.csv")
+    ours = read_log(Path("graphed/log.csv"))
+    assert [row["step"] for row in ours] == [0, 1, 2, 3, 4, 5]
+    for key in ("loss", "grad_norm"):
+        assert [row[key] for row in ours[1:]] == pytest.approx([row[key] for row in rows[1:]], rel=1e-4)
+    run("pretrain", "--steps", 2, "--every", 2, "--name", "again")
+    again = run("pretrain", "--steps", 5, "--every", 5, "--name", "again").parents[1] / "again" / "pretrain"
+    assert same_state(Path("graphed"), again)
+
+
+def test_conditions_pad_to_a_length_and_forget_the_oldest(tiny_model, monkeypatch):
+    conditions = Conditions(load_model(tiny_model, torch.device("cpu"), torch.float32, adapter=False))
+    prompts = ["tree", "a house by the water", ""]
+    c, m = conditions(prompts)
+    assert conditions.longest(prompts) == c.shape[1] and len(conditions.kept) == 3
+    monkeypatch.setattr(Conditions, "KEPT", 1)
+    longer, mask = conditions(prompts[:2] + [" "], c.shape[1] + 3)
+    assert longer.shape[1] == mask.shape[1] == c.shape[1] + 3 and len(conditions.kept) == 1
+    assert torch.equal(longer[:2, :-3], c[:2]) and torch.equal(mask[:2, :-3], m[:2])
+    assert not longer[:, -3:].any() and not mask[:, -3:].any()
+
+
+def test_a_loss_that_is_not_finite_is_not_saved(run, stub, monkeypatch):
+    folder, loss = run("pretrain", "--steps", 2, "--every", 2), train_linearsr.flow_loss
+    monkeypatch.setattr(train_linearsr, "flow_loss", lambda *args: loss(*args) * float("nan"))
+    with pytest.raises(SystemExit, match="step 3: loss nan"):
+        train_linearsr.main(["--stage", "pretrain", "--steps", "6", "--every", "3", "--workers", "0"])
+    assert torch.load(folder / "state.pt", weights_only=True)["step"] == 2
+
+
+def test_without_a_graph_it_says_why_and_goes_on(capsys):
+    p = torch.ones(2, requires_grad=True)
+
+    class Fails(train_linearsr.Backward):
+        def capture(self, inputs):
+            raise RuntimeError("no\ngraph")
+    backward = Fails(lambda x: (p * x).sum(), [p], True)
+    assert [backward(torch.ones(2) * n).item() for n in (1, 2)] == [2, 4] and p.grad.tolist() == [2, 2]
+    assert capsys.readouterr().out == "no CUDA graph, which makes the training slower: no graph\n"
 
 
 def command(photos, model, *options):
