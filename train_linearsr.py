@@ -333,7 +333,8 @@ class Backward:
         torch.cuda.current_stream().wait_stream(side)
         for p in self.parameters:
             p.grad = None  # the warm-up's memory is given back before the graph takes its own
-        with torch.cuda.graph(graph):
+        now = torch.cuda.current_stream()
+        with torch.cuda.stream(now), torch.cuda.graph(graph):  # the stream is `now` again, even if the capture fails
             value = self.eager(inputs)
         self.graph, self.inputs, self.value = graph, inputs, value
 

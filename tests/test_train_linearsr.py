@@ -200,8 +200,8 @@ def test_as_a_cuda_graph_it_trains_the_same(run, stub, monkeypatch):
     for key in ("loss", "grad_norm"):
         assert [row[key] for row in ours[1:]] == pytest.approx([row[key] for row in rows[1:]], rel=1e-4)
     run("pretrain", "--steps", 2, "--every", 2, "--name", "again")
-    again = run("pretrain", "--steps", 5, "--every", 5, "--name", "again").parents[1] / "again" / "pretrain"
-    assert same_state(Path("graphed"), again)
+    run("pretrain", "--steps", 5, "--every", 5, "--name", "again")
+    assert same_state(Path("graphed"), Path("runs/again/pretrain"))
 
 
 def test_conditions_pad_to_a_length_and_forget_the_oldest(tiny_model, monkeypatch):
@@ -361,11 +361,20 @@ def test_lab_measures_losses_and_makes_the_table(run, photos, tiny_model, tmp_pa
     rows = Path("runs/lab-linearsr/rows")
     assert lab.main([*line, "bicubic", "sana-sr", "steps-1-0"]) == 0
     stamp = (rows / "sana-sr.csv").stat().st_mtime_ns
+    made = ["models", "--pretrained", str(pretrained), "--steps", "2", "--every", "1", "--device", "cpu",
+            "--options", "--lr 1e-3 --batch 1"]
+    assert lab.main([*made, "--only", "two-1"]) == 0
+    note = json.loads(Path("runs/lab-linearsr/two-1/experts/1/settings.json").read_text())["settings"]
+    assert note["lr"] == 1e-3 and note["batch"] == 1
+    with pytest.raises(SystemExit, match="no model fine-0; there are pretrained-0"):  # without --best
+        lab.main([*made, "--only", "fine-0"])
+    shutil.rmtree("runs/lab-linearsr/two-1")  # as if trained on another machine
     assert lab.main([*line, "bicubic", "sana-sr", "steps-1-0", "steps-2-0", "two-1"]) == 0
     assert (rows / "sana-sr.csv").stat().st_mtime_ns == stamp
     table = capsys.readouterr().out
     assert "LinearSR, 2 steps, seed 0" in table and "two experts, seed 1" in table and "GMAC" in table
     assert LinearSR.from_pretrained("runs/lab-linearsr/models/two-1").boundaries == (0.875,)
+    assert not Path("runs/lab-linearsr/two-1").exists()
     assert Image.open("runs/lab-linearsr/tradeoff.png").size == (640, 480)
     with pytest.raises(SystemExit, match="no row steps-3-0"):
         lab.main([*line, "steps-3-0"])
