@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import sys
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -133,14 +132,33 @@ def in_autocast(lpips, device, dtype):
     return f
 
 
+def put(x, device):
+    """x, from host memory, on the device. A copy to a GPU does not wait for what runs there."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 class Conditions:
-    """Prompts -> text states, from the disk where `SanaSR.encode_prompt` keeps them; the latest stay in memory."""
+    """Prompts -> text states, from the disk where `SanaSR.encode_prompt` keeps them; KEPT bytes stay in host memory."""
+
+    KEPT = 10**9
 
     def __init__(self, model):
-        self.model, self.one = model, lru_cache(64)(self._one)
+        self.model, self.kept, self.size = model, {}, 0
 
-    def _one(self, prompt):
-        return tuple(x[0].clone() for x in self.model.encode_prompt(prompt))  # no longer inference-mode tensors
+    def one(self, prompt):
+        """c: T,Dt and m: T in host memory."""
+        if prompt not in self.kept:
+            c, m = self.model.prompts(prompt)
+            c, m = c[0].to(self.model.dtype, copy=True), m[0].clone()  # no longer inference-mode tensors
+            self.kept[prompt] = c, m
+            self.size += c.nbytes
+            while self.size > self.KEPT and len(self.kept) > 1:
+                self.size -= self.kept.pop(next(iter(self.kept)))[0].nbytes  # the oldest
+        return self.kept[prompt]
+
+    def longest(self, prompts):
+        """The most tokens of any of the prompts."""
+        return max(len(self.one(prompt)[1]) for prompt in prompts)
 
     def prepare(self, prompts, chunk=64):
         """Encode what the disk does not have yet; the text encoder is loaded once a chunk, and only if needed.
@@ -153,11 +171,12 @@ class Conditions:
             except (OSError, ValueError) as error:
                 sys.exit(f"error: {whole(error)}")
 
-    def __call__(self, prompts):
-        """-> c: B,T,Dt and m: B,T, padded on the right to the longest, the padding masked."""
-        pairs = [self.one(prompt) for prompt in prompts]
-        pad = torch.nn.utils.rnn.pad_sequence
-        return pad([c for c, _ in pairs], batch_first=True), pad([m for _, m in pairs], batch_first=True)
+    def __call__(self, prompts, length=None):
+        """-> c: B,T,Dt and m: B,T, padded on the right to `length` or the longest, the padding masked."""
+        c, m = (torch.nn.utils.rnn.pad_sequence(x, batch_first=True)
+                for x in zip(*map(self.one, prompts), strict=True))
+        extra = (length or c.shape[1]) - c.shape[1]
+        return put(F.pad(c, (0, 0, 0, extra)), self.model.device), put(F.pad(m, (0, extra)), self.model.device)
 
 
 # --- Settings that depend on the model ---

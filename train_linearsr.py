@@ -42,7 +42,7 @@ import weights
 from degrade import MIN_SIZE, to_image, to_tensor
 from linearsr import BOUNDARIES, STRIDE, SYSTEM, Stem, check_boundaries, expert_of, sample, shifted, unshifted
 from metrics import LPIPS
-from objective import Conditions, Latents
+from objective import Conditions, Latents, put
 from photos import Pairs, digest, find_tags, match_lq, photo_tags, scan, split, validation_pairs
 from pictures import bicubic, whole, write_bytes
 from runs import (
@@ -84,6 +84,7 @@ LR = {"pretrain": 3e-4, "experts": 3e-4, "finetune": 5e-5}
 EMA, WARMUP, CLIP = 0.999, 200, 1.0
 EMPTY, UNTAGGED = 0.1, 0.4  # shares of prompts that are empty, and that are the suffix alone
 SHARD = 256  # pairs in a file
+READ = 20  # steps of a CUDA graph after which their losses are read, for which the CPU has to wait
 TOLERANCE = 0.02  # of `knee`: validation LPIPS falls by some 0.4 from the untrained network, 0.008 of that is noise
 
 # --- The network, its loss, and what is watched ---
@@ -187,7 +188,7 @@ class Crops(Dataset):
 
 
 class EncodedPairs:
-    """z_H, LR picture and photo of every pair, in files of SHARD pairs that are made once and read as needed."""
+    """z_H, LR picture and photo of every pair: made once, kept in files of SHARD pairs, held in the device's memory."""
 
     def __init__(self, pairs, count, folder, latents, device, workers):
         """pairs: `Pairs`. What a run was killed in is made again. With several ranks each makes its share."""
@@ -202,7 +203,9 @@ class EncodedPairs:
             save_tensors(dict(z=z, lr=lr, photo=photo), files[k])
         if world > 1:
             dist.barrier()
-        self.count, self.files = count, [open_weights(file) for file in files]
+        opened = [open_weights(file) for file in files]
+        self.z, self.lr, self.photo = (torch.cat([f.get_tensor(key) for f in opened]) for key in ("z", "lr", "photo"))
+        self.count, self.device, self.z, self.lr = count, device, self.z.to(device), self.lr.to(device)
 
     @staticmethod
     @torch.inference_mode()
@@ -210,11 +213,10 @@ class EncodedPairs:
         return latents.encode(hr.to(device).float() / 127.5 - 1).half().cpu()
 
     def __getitem__(self, indices):
-        """-> z: B,C,h,w float32; lr: B,3,8h,8w in [-1, 1]; photo: B."""
-        rows = [[self.files[i // SHARD].get_slice(key)[i % SHARD:i % SHARD + 1] for key in ("z", "lr", "photo")]
-                for i in indices]
-        z, lr, photo = map(torch.cat, zip(*rows, strict=True))
-        return z.float(), lr.float() / 127.5 - 1, photo
+        """indices: B -> z: B,C,h,w float32; lr: B,3,8h,8w in [-1, 1], both on the device; photo: B, in host memory."""
+        indices = torch.as_tensor(indices)
+        here = put(indices, self.device)
+        return self.z[here].float(), self.lr[here].float() / 127.5 - 1, self.photo[indices]
 
 
 def encoder_hash(vae):
@@ -291,6 +293,57 @@ def prepare(network, args, start, k):
 # --- One training: the shared network, or one expert ---
 
 
+class Backward:
+    """loss(*inputs).backward(), from gradients of None. Returns the loss, detached, which the next call may overwrite.
+
+    graph: one CUDA graph does it, captured at the first call: a step is one launch instead of thousands. The inputs
+    must keep their shapes then, and the parameters their memory; the gradients lie where the graph writes them. Where
+    it cannot be captured, a line says why, and the steps are launched one kernel at a time.
+    """
+
+    def __init__(self, loss, parameters, graph=False):
+        self.loss, self.parameters, self.wanted, self.graph = loss, parameters, graph, None
+
+    def __call__(self, *inputs):
+        if self.wanted and self.graph is None:
+            try:
+                self.capture([x.clone() for x in inputs])
+            except Exception as error:  # whatever the driver, Triton or a kernel raises
+                self.wanted, self.graph = False, None
+                print(f"no CUDA graph, which makes the training slower: {whole(error)[:300]}", flush=True)
+        if self.graph is None:
+            return self.eager(inputs)
+        torch._foreach_copy_(self.inputs, inputs)
+        self.graph.replay()
+        return self.value
+
+    def eager(self, inputs):
+        for p in self.parameters:
+            p.grad = None
+        value = self.loss(*inputs)
+        value.backward()
+        return value.detach()
+
+    def capture(self, inputs):
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # warm up first, so that one-time initialisation is not captured
+            for _ in range(3):
+                self.eager(inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        for p in self.parameters:
+            p.grad = None  # the warm-up's memory is given back before the graph takes its own
+        now = torch.cuda.current_stream()
+        with torch.cuda.stream(now), torch.cuda.graph(graph):  # the stream is `now` again, even if the capture fails
+            value = self.eager(inputs)
+        self.graph, self.inputs, self.value = graph, inputs, value
+
+
+def capturable(args):
+    """Whether forward and backward can be one CUDA graph."""
+    return args.device.type == "cuda" and ranks()[1] == 1 and not args.checkpointing
+
+
 def columns(boundaries):
     """Of log.csv, those drawn in curves.png first. val_flow_K: held-out loss on the interval of expert K; val_flow: on
     that of the training; val_psnr (RGB), val_lpips (AlexNet): of restorations in --val-steps steps."""
@@ -309,8 +362,10 @@ def fit(folder, k, args, network, start, pairs, prompts, conditions, held, judge
     if state and state["step"] >= args.steps:
         return 0
     names, parameters = map(list, zip(*prepare(network, args, start, k or 0).items(), strict=True))
-    ema = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(parameters, args.lr, betas=(0.9, 0.999), weight_decay=1e-2)
+    trained = [p.detach() for p in parameters]  # the same memory
+    ema = [p.clone() for p in trained]
+    optimizer = torch.optim.AdamW(parameters, args.lr, betas=(0.9, 0.999), weight_decay=1e-2,
+                                  fused=device.type == "cuda" or None)
     step, rows = 0, []
     if state:
         step, rows = state["step"], read_log(folder / "log.csv", state["step"])
@@ -358,53 +413,65 @@ def fit(folder, k, args, network, start, pairs, prompts, conditions, held, judge
         run.note({"step": 0} | look())
         save_checkpoint()
     bar = tqdm(total=args.steps, initial=step, desc=label, unit="step", disable=rank > 0, dynamic_ncols=True)
-    stop = 0
+    def loss_of(*inputs):
+        with torch.autocast(device.type, args.dtype, args.dtype != torch.float32, cache_enabled=not graph):
+            return flow_loss(network, *inputs).mean()
+    plain = build_prompt("", args.suffix)
+    graph = capturable(args)
+    length = conditions.longest({"", plain, *prompts}) if graph else None  # one shape
+    every = READ if graph else 1
+    backward, generator = Backward(loss_of, parameters, graph), torch.Generator(device)
+    stop, unread, started = 0, [], time.perf_counter()
     with Signals() as signals:
         while step < args.steps and not stop:
-            started = time.perf_counter()
             rng = np.random.default_rng((args.seed, STAGES.index(args.stage), k or 0, step))
             total, mine = args.batch * world, slice(rank * args.batch, (rank + 1) * args.batch)
             chosen = rng.integers(pairs.count, size=total)[mine]
             u = ((np.arange(total) + rng.random(total)) / total)[mine]  # stratified: less variance
             kind = rng.random(total)[mine]
             z, lr, photo = pairs[chosen]
-            noise = rng.standard_normal((total, *z.shape[1:]), dtype=np.float32)[mine]
-            texts = ["" if r < EMPTY else build_prompt("", args.suffix) if r < EMPTY + UNTAGGED else prompts[i]
+            generator.manual_seed(int(rng.integers(2**63)))
+            noise = torch.randn((total, *z.shape[1:]), generator=generator, device=device)[mine]
+            texts = ["" if r < EMPTY else plain if r < EMPTY + UNTAGGED else prompts[i]
                      for r, i in zip(kind, photo.tolist(), strict=True)]
-            z, t, noise, lr = (x.to(device) for x in (z, times(torch.from_numpy(u), ends).float(),
-                                                      torch.from_numpy(noise), lr))
-            with torch.autocast(device.type, args.dtype, args.dtype != torch.float32):
-                loss = flow_loss(network, z, t, noise, *conditions(texts), lr).mean()
-            loss.backward()
+            t = put(times(torch.from_numpy(u), ends).float(), device)
+            loss = backward(z, t, noise, *conditions(texts, length), lr)
             average([p.grad for p in parameters])
             norm = nn.utils.clip_grad_norm_(parameters, CLIP)
-            stats = torch.stack([loss.detach(), norm, norm.new_tensor(float(signals.caught))])
-            average([stats])
-            mean_loss, mean_norm, stop = stats.tolist()
-            if not np.isfinite(mean_norm):
-                bar.close()
-                sys.exit(f"error: {label}, step {step + 1}: loss {mean_loss}, gradient norm {mean_norm}: stopped, the "
-                         f"last save in {folder} is whole; try a smaller --lr under another --name")
+            unread.append(torch.stack([loss, norm, torch.full_like(norm, signals.caught)]))
+            average(unread[-1:])
+            due = (step + 1) % args.every == 0 or step + 1 == args.steps
+            values = torch.stack(unread).tolist() if due or len(unread) >= every else []  # waits for the device
+            for at, (mean_loss, mean_norm, caught) in enumerate(values, step + 2 - len(values)):
+                if not np.isfinite(mean_norm):
+                    bar.close()
+                    sys.exit(f"error: {label}, step {at}: loss {mean_loss}, gradient norm {mean_norm}: stopped, the "
+                             f"last save in {folder} is whole; try a smaller --lr under another --name")
+                stop = stop or caught
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(1, (step + 1) / WARMUP)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
             step += 1
-            torch._foreach_lerp_(ema, [p.detach() for p in parameters], 1 - min(EMA, step / (step + 10)))
-            row = {"step": step, "loss": mean_loss, "grad_norm": mean_norm, "memory_gb": peak_memory(device) or 0.0,
-                   "samples_per_s": total / (time.perf_counter() - started)}
-            bar.set_postfix({key: f"{row[key]:.4g}" for key in ("loss", "samples_per_s")}, refresh=False)
+            torch._foreach_lerp_(ema, trained, 1 - min(EMA, step / (step + 10)))
             bar.update()
-            due = step % args.every == 0 or step == args.steps
+            if not values:
+                continue
+            also = {"memory_gb": peak_memory(device) or 0.0,
+                    "samples_per_s": total * len(values) / (time.perf_counter() - started)}
+            rows = [{"step": at, "loss": mean_loss, "grad_norm": mean_norm} | also
+                    for at, (mean_loss, mean_norm, _) in enumerate(values, step + 1 - len(values))]
+            bar.set_postfix({key: f"{rows[-1][key]:.4g}" for key in ("loss", "samples_per_s")}, refresh=False)
             if due:
-                row |= look()
+                rows[-1] |= look()
             if run:
-                run.note(row)
+                for row in rows:
+                    run.note(row)
             if run and due:
                 save_checkpoint()
             if run and (due or stop):
                 save_state(folder / "state.pt", dict(step=step, parameters=parameters, ema=ema,
                                                      optimizer=optimizer.state_dict()))
+            unread, started = [], time.perf_counter()
     bar.close()
     return signals.caught or int(bool(stop))
 
@@ -565,7 +632,8 @@ def parser():
     add("--steps", type=int, default=20_000, help="of each training")
     add("--every", type=int, default=1000, metavar="N", help="validate and save every N steps")
     add("--batch", type=int, default=16, help="per process")
-    add("--pairs", type=int, default=12_000, metavar="N", help="to encode and keep")
+    add("--pairs", type=int, default=12_000, metavar="N", help="to encode and keep; on the device one takes 28 KB "
+        "with the embedded model: 16 KB of latents, 12 KB of LR picture")
     add("--crop", type=int, help="pixels (default: what the prior was trained at)")
     add("--lr", type=float, help="learning rate (default: " + ", ".join(f"{k} {v:g}" for k, v in LR.items()) + ")")
     add("--rank", type=int, default=16, help="of an expert's difference")

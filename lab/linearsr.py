@@ -5,6 +5,8 @@
     python -m lab.linearsr table --lr lr/ --hr hr/ --pretrained runs/linearsr/pretrain --steps 4000
                                                                              and experts: one, two, four, uniform
     … --best ./best --fine-steps 500                                         and those fine-tuned on the best photos
+    python -m lab.linearsr models --pretrained DIR --best ./best --options "--lr 3e-4 --dtype fp32"
+                                                                             trains and exports the experts' rows alone
 
 losses: on each expert's interval of t, the loss of the expert, of the network that all experts share, and of that with
 the condition switched off; then expert minus shared, with the 95 % bootstrap interval over the photos.
@@ -13,12 +15,14 @@ table: every row is eval.py's, one CSV image by image. Each row of LinearSR is m
 where it is trained here, of the training: a smaller difference than that between two seeds means nothing. --steps are
 those of all experts of a row together, so the rows cost the same. --out keeps rows/NAME.csv, rows.csv (the table),
 NAME/ (the runs), models/ and tradeoff.png (LPIPS against PSNR over the steps). Rows that have their CSV are not made
-again; Ctrl-C saves, the same line goes on. ms: the median of the pictures; GMAC: of one of 512 × 512; both
-without the text encoder.
+again, and whole models of models/, of another machine too, not trained again; Ctrl-C saves, the same line goes on.
+--options: of all these trainings, as train_linearsr.py's. ms: the median of the pictures; GMAC: of one of 512 × 512;
+both without the text encoder.
 """
 import argparse
 import csv
 import json
+import shlex
 import sys
 from pathlib import Path
 from statistics import median
@@ -147,17 +151,37 @@ def table_rows(args):
         if args.tags:
             rows[f"tags-{seed}"] = (f"LinearSR, 20 steps, tags, seed {seed}",
                                     lambda path, seed=seed: linear(path, 20, seed, args.tags))
-    for name, (what, _, tuned) in VARIANTS.items() if args.pretrained else ():
-        if args.best or not tuned:
-            for seed in SEEDS:
-                rows[f"{name}-{seed}"] = f"{what}, seed {seed}", lambda path, n=name, s=seed: variant(path, n, s)
+    for name, seed in trained(args):
+        rows[f"{name}-{seed}"] = f"{VARIANTS[name][0]}, seed {seed}", lambda path, n=name, s=seed: variant(path, n, s)
     return rows
 
 
+def trained(args):
+    """The (variant, seed) of all rows that are trained here."""
+    return [(name, seed) for name, (_, _, tuned) in VARIANTS.items() for seed in SEEDS
+            if args.pretrained and (args.best or not tuned)]
+
+
+def models(args):
+    """Train and export what the table measures, without measuring it. Returns the exit code."""
+    names = {f"{name}-{seed}": (name, seed) for name, seed in trained(args)}
+    if unknown := set(args.only or ()) - set(names):
+        sys.exit(f"error: --only: no model {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    try:
+        for name in args.only or names:
+            print(train_variant(args, *names[name]), flush=True)
+    except KeyboardInterrupt:
+        print("interrupted; the same line goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
 def train_variant(args, name, seed):
-    """Train a variant's experts, or go on with them, and export the model. Returns its folder."""
+    """Train a variant's experts, or go on with them, and export the model, unless it is there. Returns its folder."""
     _, options, tuned = VARIANTS[name]
     model, run = args.out / "models" / f"{name}-{seed}", (args.out / f"{tuned or name}-{seed}").resolve()
+    if (model / "config.json").is_file():  # it is written last
+        return model
     count = {"one": 1, "two": 2}.get(name, 4)
     lines, of = [], "finetune" if tuned else "experts"
     if name == "pretrained":
@@ -168,6 +192,7 @@ def train_variant(args, name, seed):
     if tuned:
         lines.append(["--stage", "finetune", "--data", args.best, "--steps", args.fine_steps // count,
                       "--every", args.every])
+    lines = [[*line, *shlex.split(args.options)] for line in lines]
     for line in [*lines, ["--stage", "export", "--to", model, "--of", of]]:
         if train_linearsr.main([str(a) for a in (*line, "--name", run, "--device", args.device.type, *options)]):
             raise KeyboardInterrupt
@@ -231,7 +256,8 @@ def table(args):
         "metrics": ",".join(args.metrics), "tags": args.tags and weights.sha256(Path(args.tags)),
         "linearsr": [fingerprint(model / part) for part in ("transformer", "stem")],
         "sanasr": fingerprint(weights.folder(args.sanasr) / "vae"), "pretrained": args.pretrained,
-        "steps": args.pretrained and args.steps, "best": args.best, "fine-steps": args.best and args.fine_steps})
+        "steps": args.pretrained and args.steps, "best": args.best, "fine-steps": args.best and args.fine_steps,
+        "options": args.options or None})
     words = {name: what for name, (what, _) in rows.items()}
 
     def written():
@@ -256,7 +282,7 @@ def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1],
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("command", choices=["losses", "table"])
+    add("command", choices=["losses", "table", "models"])
     add("--model", default="linearsr-embedded", metavar="NAME|FOLDER", help="LinearSR (default: %(default)s)")
     add("--tags", metavar="FILE.csv", help="tags of the pictures, columns image and tags")
     add("--out", type=Path, default=Path("runs/lab-linearsr"), metavar="DIR")
@@ -275,12 +301,13 @@ def parse(argv=None):
     add("--best", metavar="DIR", help="the best photos, for the fine-tuned rows")
     add("--fine-steps", type=int, default=1000, help="of the fine-tuning, all experts together")
     add("--every", type=int, default=250, metavar="N", help="validate every N steps of a training")
-    add("--only", nargs="+", metavar="NAME", help="make only these rows")
+    add("--options", default="", metavar='"--lr 3e-4 …"', help="of train_linearsr.py, for all these trainings")
+    add("--only", nargs="+", metavar="NAME", help="make only these rows, or models")
     add("--limit", type=int, metavar="N", help="use the first N pairs")
     add("--metrics", default="psnr,ssim,lpips,dists,niqe")
     args = p.parse_args(argv)
     args.device = pick_device(args.device)
-    needed = ["data"] if args.command == "losses" else ["lr", "hr"]
+    needed = {"losses": ["data"], "table": ["lr", "hr"], "models": ["pretrained"]}[args.command]
     if lacking := [f"--{name}" for name in needed if not getattr(args, name)]:
         p.error(f"{args.command} needs {' and '.join(lacking)}")
     for path in [*(args.data or ()), *filter(None, (args.lr, args.hr, args.tags, args.pretrained, args.best))]:
@@ -291,7 +318,7 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
-    return losses(args) if args.command == "losses" else table(args)
+    return {"losses": losses, "table": table, "models": models}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from seeded import seeded_input
 import lab.linearsr as lab
 import train_linearsr
 from linearsr import LinearSR
-from runs import knee, read_log
+from objective import Conditions
+from runs import knee, load_model, read_log
 from train_linearsr import interval, times
 
 
@@ -168,6 +169,72 @@ def test_resumed_is_the_same_to_the_last_bit(run, stage):
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.fixture
+def stub(monkeypatch):
+    """CUDA graphs as they behave towards their caller: fixed inputs, gradients and loss, overwritten at each replay."""
+    class Stub:
+        def __init__(self, owner):
+            self.owner, self.grads = owner, [p.grad for p in owner.parameters]
+
+        def replay(self):
+            assert all(p.grad is grad for p, grad in zip(self.owner.parameters, self.grads, strict=True))
+            self.owner.value.copy_(self.owner.eager(self.owner.inputs))
+            for p, grad in zip(self.owner.parameters, self.grads, strict=True):
+                p.grad = grad.copy_(p.grad)
+
+    def capture(self, inputs):
+        self.inputs, self.value = inputs, self.eager(inputs).clone()
+        self.graph = Stub(self)
+    monkeypatch.setattr(train_linearsr.Backward, "capture", capture)
+    monkeypatch.setattr(train_linearsr, "capturable", lambda args: True)
+
+
+def test_as_a_cuda_graph_it_trains_the_same(run, stub, monkeypatch):
+    graphed = run("pretrain", "--steps", 5, "--every", 5)
+    graphed.rename("graphed")
+    with monkeypatch.context() as changed:
+        changed.setattr(train_linearsr, "capturable", lambda args: False)
+        rows = read_log(run("pretrain", "--steps", 5, "--every", 5) / "log.csv")
+    ours = read_log(Path("graphed/log.csv"))
+    assert [row["step"] for row in ours] == [0, 1, 2, 3, 4, 5]
+    for key in ("loss", "grad_norm"):
+        assert [row[key] for row in ours[1:]] == pytest.approx([row[key] for row in rows[1:]], rel=1e-4)
+    run("pretrain", "--steps", 2, "--every", 2, "--name", "again")
+    run("pretrain", "--steps", 5, "--every", 5, "--name", "again")
+    assert same_state(Path("graphed"), Path("runs/again/pretrain"))
+
+
+def test_conditions_pad_to_a_length_and_forget_the_oldest(tiny_model, monkeypatch):
+    conditions = Conditions(load_model(tiny_model, torch.device("cpu"), torch.float32, adapter=False))
+    prompts = ["tree", "a house by the water", ""]
+    c, m = conditions(prompts)
+    assert conditions.longest(prompts) == c.shape[1] and len(conditions.kept) == 3
+    monkeypatch.setattr(Conditions, "KEPT", 1)
+    longer, mask = conditions(prompts[:2] + [" "], c.shape[1] + 3)
+    assert longer.shape[1] == mask.shape[1] == c.shape[1] + 3 and len(conditions.kept) == 1
+    assert torch.equal(longer[:2, :-3], c[:2]) and torch.equal(mask[:2, :-3], m[:2])
+    assert not longer[:, -3:].any() and not mask[:, -3:].any()
+
+
+def test_a_loss_that_is_not_finite_is_not_saved(run, stub, monkeypatch):
+    folder, loss = run("pretrain", "--steps", 2, "--every", 2), train_linearsr.flow_loss
+    monkeypatch.setattr(train_linearsr, "flow_loss", lambda *args: loss(*args) * float("nan"))
+    with pytest.raises(SystemExit, match="step 3: loss nan"):
+        train_linearsr.main(["--stage", "pretrain", "--steps", "6", "--every", "3", "--workers", "0"])
+    assert torch.load(folder / "state.pt", weights_only=True)["step"] == 2
+
+
+def test_without_a_graph_it_says_why_and_goes_on(capsys):
+    p = torch.ones(2, requires_grad=True)
+
+    class Fails(train_linearsr.Backward):
+        def capture(self, inputs):
+            raise RuntimeError("no\ngraph")
+    backward = Fails(lambda x: (p * x).sum(), [p], True)
+    assert [backward(torch.ones(2) * n).item() for n in (1, 2)] == [2, 4] and p.grad.tolist() == [2, 2]
+    assert capsys.readouterr().out == "no CUDA graph, which makes the training slower: no graph\n"
+
+
 def command(photos, model, *options):
     return [sys.executable, ROOT / "train_linearsr.py", "--stage", "pretrain", "--data", photos, "--model", model,
             "--crop", "96", "--pairs", "6", "--val", "2", "--val-steps", "2", "--batch", "2", "--workers", "0",
@@ -294,11 +361,20 @@ def test_lab_measures_losses_and_makes_the_table(run, photos, tiny_model, tmp_pa
     rows = Path("runs/lab-linearsr/rows")
     assert lab.main([*line, "bicubic", "sana-sr", "steps-1-0"]) == 0
     stamp = (rows / "sana-sr.csv").stat().st_mtime_ns
+    made = ["models", "--pretrained", str(pretrained), "--steps", "2", "--every", "1", "--device", "cpu",
+            "--options", "--lr 1e-3 --batch 1"]
+    assert lab.main([*made, "--only", "two-1"]) == 0
+    note = json.loads(Path("runs/lab-linearsr/two-1/experts/1/settings.json").read_text())["settings"]
+    assert note["lr"] == 1e-3 and note["batch"] == 1
+    with pytest.raises(SystemExit, match="no model fine-0; there are pretrained-0"):  # without --best
+        lab.main([*made, "--only", "fine-0"])
+    shutil.rmtree("runs/lab-linearsr/two-1")  # as if trained on another machine
     assert lab.main([*line, "bicubic", "sana-sr", "steps-1-0", "steps-2-0", "two-1"]) == 0
     assert (rows / "sana-sr.csv").stat().st_mtime_ns == stamp
     table = capsys.readouterr().out
     assert "LinearSR, 2 steps, seed 0" in table and "two experts, seed 1" in table and "GMAC" in table
     assert LinearSR.from_pretrained("runs/lab-linearsr/models/two-1").boundaries == (0.875,)
+    assert not Path("runs/lab-linearsr/two-1").exists()
     assert Image.open("runs/lab-linearsr/tradeoff.png").size == (640, 480)
     with pytest.raises(SystemExit, match="no row steps-3-0"):
         lab.main([*line, "steps-3-0"])
