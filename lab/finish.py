@@ -515,7 +515,7 @@ def export(args):
     path = target / "provenance.json"
     history = json.loads(path.read_text()) if path.exists() else {}
     for name, title in (("encoder", "encoder towards the teacher"), ("adapter", "adapter towards the teacher"),
-                        ("finish", "decoder on the update")):
+                        ("finish", "adapter and decoder in one")):
         if (out / f"{name}.pt").exists():
             one = load_state(out / f"{name}.pt")
             history[title] = dict(steps=one["step"], hours=round(one["seconds"] / 3600, 2))

@@ -103,7 +103,7 @@ def test_the_stages_move_what_they_say_and_the_export_loads(run, pairs, tmp_path
     assert all(torch.equal(after[k], (ema[k].half() if k.startswith("decoder.") else vae[k]).float()) for k in after)
     assert all(torch.equal(x, ema[f"dit.{k}"].half().float()) for k, x in lora_parameters(model.dit).items())
     assert load_lora(model.dit, tmp_path / "model" / "adapter.safetensors")["timestep"] == "900.0"
-    assert json.loads((tmp_path / "model" / "provenance.json").read_text())["decoder on the update"]["steps"] == 3
+    assert json.loads((tmp_path / "model" / "provenance.json").read_text())["adapter and decoder in one"]["steps"] == 3
 
 
 def test_blurred_is_what_pillow_makes_of_a_blurred_and_reduced_picture():
