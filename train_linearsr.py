@@ -517,11 +517,12 @@ def run_stage(args):
     if rank == 0:
         print(report, flush=True)
 
-    # the pairs are drawn by a seed of their own, 0: other trainings use them, too
+    # the pairs are drawn by a seed of their own: other trainings use them, too
     made_of = dict(encoder=encoder_hash(model.vae), photos=digest(photos), lq=args.lq, crop=args.crop, mild=args.mild)
+    made_of |= {"seed": args.pairs_seed} if args.pairs_seed else {}
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
-    pairs = EncodedPairs(Pairs(photos, prompts, args.crop, None, None, 0, lq, mild=args.mild), args.pairs,
-                         Path("runs") / "pairs" / key, latents, device, args.workers)
+    drawn = Pairs(photos, prompts, args.crop, None, None, args.pairs_seed, lq, mild=args.mild)
+    pairs = EncodedPairs(drawn, args.pairs, Path("runs") / "pairs" / key, latents, device, args.workers)
     held = Held(val_pairs, val_prompts, latents, conditions, device)
 
     folders = expert_folders(args, args.stage)
@@ -558,7 +559,7 @@ def starts(folder, args, k, photos):
         "photos_sha256": photos, "global_batch": args.batch * ranks()[1], "boundaries": list(args.boundaries)}
     if path.is_file():
         noted = json.loads(path.read_text())
-        before = noted["settings"]
+        before = {"pairs_seed": 0} | noted["settings"]
         fixed = [key for key in settings if key not in ("data", "batch", "watch")]  # photos_sha256, global_batch tell
         if changed := [key for key in fixed if settings[key] != before[key]]:
             sys.exit(f"error: {folder} was begun with other settings: " + ", ".join(
@@ -609,8 +610,8 @@ def export(args):
 # --- The command ---
 
 # What a stage takes over from the one before where the command line does not say otherwise
-SETTINGS = ("data", "lq", "min_side", "model", "crop", "tags", "suffix", "mild", "pairs", "boundaries", "batch", "rank",
-            "lora_targets", "watch", "val", "val_steps", "seed")
+SETTINGS = ("data", "lq", "min_side", "model", "crop", "tags", "suffix", "mild", "pairs", "pairs_seed", "boundaries",
+            "batch", "rank", "lora_targets", "watch", "val", "val_steps", "seed")
 
 
 def parser():
@@ -634,6 +635,8 @@ def parser():
     add("--batch", type=int, default=16, help="per process")
     add("--pairs", type=int, default=12_000, metavar="N", help="to encode and keep; on the device one takes 28 KB "
         "with the embedded model: 16 KB of latents, 12 KB of LR picture")
+    add("--pairs-seed", type=int, default=0, metavar="N", help="draw other pairs than the stage before, which may "
+        "know its own by heart (default: the same)")
     add("--crop", type=int, help="pixels (default: what the prior was trained at)")
     add("--lr", type=float, help="learning rate (default: " + ", ".join(f"{k} {v:g}" for k, v in LR.items()) + ")")
     add("--rank", type=int, default=16, help="of an expert's difference")
@@ -665,7 +668,7 @@ def parse(argv=None):
     if noted:
         settings = json.loads(noted[0].read_text())["settings"]
         own = ["lr"] if folders[0] in noted[0].parents else []
-        p.set_defaults(**{key: settings[key] for key in (*SETTINGS, *own)})
+        p.set_defaults(**{key: settings[key] for key in (*SETTINGS, *own) if key in settings})
         args = argparse.Namespace(**vars(p.parse_args(argv)), root=args.root)
     try:
         args.boundaries = check_boundaries(args.boundaries)
