@@ -240,7 +240,7 @@ def main():
     if args.keep_memory:
         fast.keep_memory()
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
         torch.backends.cudnn.allow_tf32 = False  # fp32 as in a matrix product's default
     clock = time.process_time if device.type == "cpu" and args.threads == 1 else time.perf_counter
     if args.model:
