@@ -470,9 +470,11 @@ def train_decoder(args):
         args.lr or 1e-4)
 
 
-def take(restorer, state):
-    """Give a restorer the averaged weights of finish.pt or control.pt; the critic's are not needed."""
-    restorer.load_state_dict({k: v for k, v in state["ema"].items() if not k.startswith("critic.")})
+def take(restorer, state, share):
+    """Move a restorer that is as --model has it by `share` of the way to the averaged weights of finish.pt or
+    control.pt; the critic's are not needed."""
+    for key, x in restorer.state_dict().items():
+        x.lerp_(state["ema"][key], share)
     return restorer.eval()
 
 
@@ -483,14 +485,14 @@ def compare(args):
     Strong and mild pairs apart, each with the 95 % interval of 10 000 bootstrap means. Reads finish.pt and control.pt,
     EMA weights, and says after how many steps each was saved; without control.pt its column is missing.
     """
-    out, model, scores = Path(args.out), open_restorer(args), {}
+    out, scores = Path(args.out), {}
     lpips, val = LPIPS.from_pretrained("alex").to(args.device), Views(args, "val", 1)
     for name in ("finish", "control"):
         if name == "control" and not (out / "control.pt").exists():
             continue
-        state = load_state(out / f"{name}.pt", args.device)
+        state, model = load_state(out / f"{name}.pt", args.device), open_restorer(args)
         print(f"{name}: {state['step']} steps")
-        restorer = take(Restorer(model, name == "finish"), state)
+        restorer = take(Restorer(model, name == "finish"), state, args.share)
         for row in {"finish": ("D(ẑ)", "D(z_L)"), "control": ("control",)}[name]:
             for i in tqdm(range(len(val.where)), row, leave=False):
                 y = restorer(model.vae.encode(val.pictures("lr", [i])), clean=row == "D(z_L)").clamp(-1, 1)
@@ -506,9 +508,13 @@ def compare(args):
 
 
 def export(args):
-    """The autoencoder with finish.pt's averaged decoder, and the adapter, in fp16, into --model; the rest stays."""
+    """The autoencoder with finish.pt's averaged decoder, and the adapter, in fp16, into --model; the rest stays.
+
+    With --share they are averaged with what --model has: between two good states of one training lies a better one
+    (Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022).
+    """
     out, target, model = Path(args.out), weights.folder(args.model), open_restorer(args)
-    restorer = take(Restorer(model, True), load_state(out / "finish.pt", args.device))
+    restorer = take(Restorer(model, True), load_state(out / "finish.pt", args.device), args.share)
     save_module(model.vae, target / "vae", torch.float16)
     save_lora(restorer.dit, target / "adapter.safetensors", dict(timestep=str(TAU), suffix="appendix"),
               {key: x.half() for key, x in lora_parameters(restorer.dit).items()})
@@ -544,6 +550,8 @@ def parse(argv=None):
         "blurred and reduced (default %(default)s)")
     add("--gan", type=float, default=0.0, metavar="WEIGHT", help="decoder, control: of a critic that is trained "
         "beside (default: none)")
+    add("--share", type=float, default=1.0, metavar="S", help="compare, export: of the trained weights in the average "
+        "with those of --model (default %(default)s)")
     add("--workers", type=int, default=16, help="processes that make pairs, threads that read them; never more than "
         "there are cores (default %(default)s)")
     add("--steps", type=int, help="of the stage; the learning rate decays over the last quarter")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import degrade
 import weights
@@ -97,9 +98,14 @@ def test_the_stages_move_what_they_say_and_the_export_loads(run, pairs, tmp_path
             lora = {k: file.get_tensor(k) for k in file.keys()}
         assert {k for k in state if ".lora_" in k} == {f"dit.{k}" for k in lora if name == "finish"}
         assert name == "control" or any(not torch.equal(state[f"dit.{k}"], x) for k, x in lora.items())
+    run("export", "--share", 0.5)
+    half = load_file(tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors")
+    ema = torch.load(out / "finish.pt", weights_only=True)["ema"]
+    assert all(torch.equal(half[k], vae[k] if k.startswith("encoder.") else torch.lerp(vae[k].float(), ema[k], 0.5).half())
+               for k in vae)
     run("export")
     model = SanaSR.from_pretrained(tmp_path / "model", merge=False)
-    after, ema = model.vae.state_dict(), torch.load(out / "finish.pt", weights_only=True)["ema"]
+    after = model.vae.state_dict()
     assert all(torch.equal(after[k], (ema[k].half() if k.startswith("decoder.") else vae[k]).float()) for k in after)
     assert all(torch.equal(x, ema[f"dit.{k}"].half().float()) for k, x in lora_parameters(model.dit).items())
     assert load_lora(model.dit, tmp_path / "model" / "adapter.safetensors")["timestep"] == "900.0"
