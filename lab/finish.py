@@ -59,6 +59,7 @@ from sanasr import (
 TAU = 900.0       # of the carried adapter
 VAL_PAIRS = 128
 CROP = 192        # pixels of a view that DISTS judges
+ZOOM = 1.0, 2.0   # of x_H, of the pairs that are soft
 BLUR = 0.5, 4.5   # σ in pixels of x_H, of the pairs that are only blurred and reduced
 WARMUP = 500      # steps until the critic has its full weight
 PAIR = 320        # pixels of x_H in a pair; a view of 288 then begins at any phase of the 32-pixel grid
@@ -110,6 +111,13 @@ def write_pair(folder, paths, shares, seed, n):
 @lru_cache(32)
 def photo(path):
     return Image.open(path).convert("RGB")
+
+
+def softened(x, zoom):
+    """The corner of x: 3,H,W enlarged to the size of x: as soft as a camera's picture at its full size."""
+    part = x[None, :, :round(x.shape[1] / zoom), :round(x.shape[2] / zoom)]
+    y = F.interpolate(part, x.shape[1:], mode="bicubic", antialias=True)[0]
+    return ((y.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
 def blurred(x, sigmas):
@@ -340,9 +348,9 @@ class Restorer(nn.Module):
     update), and with --gan a critic. z_L: B,C,h,w as E gives it -> x̂: B,3,32h,32w; the first `clean` of z_L are
     decoded as they are."""
 
-    def __init__(self, model, update, gan=False):
+    def __init__(self, model, update, gan=False, freeze=False):
         super().__init__()
-        self.decoder, self.scale = model.vae.decoder.requires_grad_(True), model.scaling_factor
+        self.decoder, self.scale = model.vae.decoder.requires_grad_(not freeze), model.scaling_factor
         self.critic = Critic().to(next(self.decoder.parameters()).device) if gan else None
         self.dit = model.dit.requires_grad_(False) if update else None
         for p in lora_parameters(model.dit).values() if update else ():
@@ -407,24 +415,29 @@ def train_decoder(args):
     LPIPS and DISTS disagree about texture: at equal weights LPIPS wins, and DISTS gets worse. LPIPS sees both pictures
     shifted by 0 to 7 pixels, so that no grid hides from AlexNet's stride of 4. An eighth of the views is clean,
     D(E(x_H)) against x_H, so that the autoencoder stays one. Of the others --plain are x_H blurred and reduced:
-    `degrade` always adds noise and compression, a good camera's picture has neither. The control has no update:
-    D(E(x_L)). Reports LPIPS and PSNR (RGB) against x_H on 48 held-out pairs, of D(E(x_H)) and of plain ones, with
-    --dists DISTS on a third, and the NIQE of all plain ones side by side. Writes OUT/finish.pt, or control.pt.
+    `degrade` always adds noise and compression, a good camera's picture has neither; and in --soft of these x_H is
+    enlarged first, since photos that were made smaller are sharper than a camera's. --freeze trains the adapter alone,
+    through the frozen D. The control has no update: D(E(x_L)).
+
+    Reports LPIPS and PSNR (RGB) against x_H on 48 held-out pairs, of D(E(x_H)), of plain and of soft ones, with --dists
+    DISTS on a third, and the NIQE of all plain ones side by side. Writes OUT/finish.pt, or control.pt.
     """
     model, device = open_restorer(args), args.device
     train, val = Views(args, "train", 4), Views(args, "val", 1)
     lpips = LPIPS.from_pretrained("alex").to(device)
     dists, niqe = DISTS.from_pretrained().to(device) if args.dists else None, NIQE(device)
     torch.manual_seed(args.seed)
-    restorer = Restorer(model, args.stage != "control", args.gan > 0)
+    restorer = Restorer(model, args.stage != "control", args.gan > 0, args.freeze)
 
     def loss_fn(restorer, step):
         rng, pick = train.draw(step)
-        clean, plain = int(args.batch / 8 + rng.random()), np.flatnonzero(rng.random(args.batch) < args.plain)
-        x_h, x_l = train.pictures("hr", pick), train.pictures("lr", pick)
+        clean = int(args.batch / 8 + rng.random()) * (not args.freeze)
+        plain = np.flatnonzero(rng.random(args.batch) < args.plain)
+        x_h, x_l, x = (train.pictures(kind, pick) for kind in ("hr", "lr", train.target))
+        for i in plain[rng.random(len(plain)) < args.soft]:
+            x_h[i] = x[i] = softened(x_h[i], rng.uniform(*ZOOM))
         if len(plain):
             x_l[plain] = blurred(x_h[plain], rng.uniform(*BLUR, len(plain)).astype(np.float32))
-        x = train.pictures(train.target, pick)
         x_l[:clean] = x[:clean] = x_h[:clean]
         with torch.no_grad():
             z = model.vae.encode(x_l.contiguous(memory_format=torch.channels_last)).float()
@@ -462,6 +475,8 @@ def train_decoder(args):
             note("mild" if val.mild[i] else "strong", val.pictures("lr", [i]), x_h)
             if i % 3 == 0:
                 plain.append(note("plain", blurred(x_h, [sum(BLUR) / 2]), x_h))
+                soft = softened(x_h[0], sum(ZOOM) / 2)[None]
+                note("soft", blurred(soft, [sum(BLUR) / 2]), soft)
                 note("clean", x_h, x_h, 1)
         scores["niqe_plain"] = niqe(torch.cat(plain, 3) / 2 + 0.5).tolist()
         return {k: sum(v) / len(v) for k, v in scores.items()}
@@ -548,6 +563,9 @@ def parse(argv=None):
     add("--mild", type=float, default=0.5, metavar="SHARE", help="of mild pairs in a batch (default %(default)s)")
     add("--plain", type=float, default=0.5, metavar="SHARE", help="decoder, control: of LR pictures that are x_H, "
         "blurred and reduced (default %(default)s)")
+    add("--soft", type=float, default=0.0, metavar="SHARE", help="decoder, control: of these, with x_H first enlarged "
+        "1 to 2 times (default %(default)s)")
+    add("--freeze", action="store_true", help="decoder: train the adapter alone, through the frozen decoder")
     add("--gan", type=float, default=0.0, metavar="WEIGHT", help="decoder, control: of a critic that is trained "
         "beside (default: none)")
     add("--share", type=float, default=1.0, metavar="S", help="compare, export: of the trained weights in the average "
