@@ -145,14 +145,16 @@ class Views:
     def __init__(self, args, part, count):
         self.args, self.part = args, part
         self.folder, self.target = Path(args.out) / "pairs" / part, "hr" if args.no_teacher else "teacher"
-        names = sorted(p.name for p in (self.folder / self.target).glob("[0-9]*.png"))
+        names = sorted(p.name for p in (self.folder / self.target).glob("[0-9]*.png")
+                       if (self.folder / "lr" / p.name).exists())
         if not names:
             sys.exit(f"error: {self.folder / self.target}: no pictures; run the stage `pairs`, then any restorer over "
                      f"{self.folder / 'lr'}, or give --no-teacher")
 
         def picture(path):
-            x = degrade.enlarge(Image.open(path)) if path.parent.name == "lr" else degrade.to_tensor(Image.open(path))
-            return (x * 255 if path.parent.name != "lr" else (x + 1) * 127.5).round().byte()
+            image = Image.open(path)
+            x = degrade.enlarge(image) if path.parent.name == "lr" else degrade.to_tensor(image) * 2 - 1
+            return ((x + 1) * 127.5).round().byte()
         self.pictures_of, kinds = {}, dict.fromkeys(("lr", "hr", self.target))
         with ThreadPool(workers(args.workers)) as pool:
             for kind in kinds:
