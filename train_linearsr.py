@@ -409,13 +409,14 @@ def fit(folder, k, args, network, start, pairs, prompts, conditions, held, judge
         _, mark = validations(folder, args.watch)
         run.picture("curves.png", curves(read_log(folder / "log.csv"), columns(boundaries)[1:-2], mark))
 
+    def loss_of(*inputs):
+        with torch.autocast(device.type, args.dtype, args.dtype != torch.float32, cache_enabled=not graph):
+            return flow_loss(network, *inputs).mean()
+
     if step == 0 and run:
         run.note({"step": 0} | look())
         save_checkpoint()
     bar = tqdm(total=args.steps, initial=step, desc=label, unit="step", disable=rank > 0, dynamic_ncols=True)
-    def loss_of(*inputs):
-        with torch.autocast(device.type, args.dtype, args.dtype != torch.float32, cache_enabled=not graph):
-            return flow_loss(network, *inputs).mean()
     plain = build_prompt("", args.suffix)
     graph = capturable(args)
     length = conditions.longest({"", plain, *prompts}) if graph else None  # one shape
