@@ -4,7 +4,8 @@
     # any restorer now fills pairs/{train,val}/teacher: pictures of the LR pictures, of the same names, 4× the size
     python -m lab.finish encoder --batch 4 --lr 5e-4          # E towards the teacher
     python -m lab.finish adapter --init weights/embedded/adapter.safetensors --rank 64 --batch 16
-    python -m lab.finish decoder --dists --no-teacher         # D and adapter; Ctrl-C saves, the same line goes on
+    python -m lab.finish decoder --dists --no-teacher         # D and adapter; Ctrl-C saves, the same line goes on;
+                                                              # on a GPU --gan 0.3 --soft 0.5 --batch 16, too
     python -m lab.finish control --dists --no-teacher         # the same without an update
     python -m lab.finish compare                              # what the update is worth, with intervals
     python -m lab.finish export                               # into weights/embedded
