@@ -423,7 +423,7 @@ def train_decoder(args):
     through the frozen D. The control has no update: D(E(x_L)).
 
     Reports LPIPS and PSNR (RGB) against x_H on 48 held-out pairs, of D(E(x_H)), of plain and of soft ones, with --dists
-    DISTS on a third, and the NIQE of all plain ones side by side. Writes OUT/finish.pt, or control.pt.
+    DISTS on a third and the NIQE of all plain ones side by side. Writes OUT/finish.pt, or control.pt.
     """
     model, device = open_restorer(args), args.device
     train, val = Views(args, "train", 4), Views(args, "val", 1)
@@ -447,8 +447,9 @@ def train_decoder(args):
         y = restorer(z, clean)
         leaf = y.detach().requires_grad_()
         (dy, dx), error = rng.integers(8, size=2), (leaf - x).abs()
-        top, left = rng.integers(Views.VIEW - CROP + 1, size=2)
-        crop, real = (t[:, :, top:top + CROP, left:left + CROP] for t in (leaf, x_h))
+        side = min(CROP, Views.VIEW)
+        top, left = rng.integers(Views.VIEW - side + 1, size=2)
+        crop, real = (t[:, :, top:top + side, left:left + side] for t in (leaf, x_h))
         terms = dict(l1=(0.2, error.mean((1, 2, 3))), flat=(0.2, (error * flatness(x)).mean((1, 2, 3))),
                      lpips=(0.25, lpips(leaf[:, :, dy:, dx:], x[:, :, dy:, dx:])))
         if dists:
@@ -481,7 +482,8 @@ def train_decoder(args):
                 soft = softened(x_h[0], sum(ZOOM) / 2)[None]
                 note("soft", blurred(soft, [sum(BLUR) / 2]), soft)
                 note("clean", x_h, x_h, 1)
-        scores["niqe_plain"] = niqe(torch.cat(plain, 3) / 2 + 0.5).tolist()
+        if dists:
+            scores["niqe_plain"] = niqe(torch.cat(plain, 3) / 2 + 0.5).tolist()
         return {k: sum(v) / len(v) for k, v in scores.items()}
 
     fit("control" if args.stage == "control" else "finish", restorer, loss_fn, validate, args, args.steps or 20_000,
