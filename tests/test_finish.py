@@ -127,6 +127,24 @@ def test_blurred_is_what_pillow_makes_of_a_blurred_and_reduced_picture():
         assert levels.max() < 1.1 and levels.mean() < 0.3
 
 
+def test_frozen_the_decoder_stays_and_the_adapter_moves(run, pairs):
+    out = run("decoder", "--freeze", "--no-teacher", "--plain", 1, "--soft", 0.5, "--steps", 2, "--validate-every", 2)
+    after = torch.load(out / "finish.pt", weights_only=True)["model"]
+    args = finish.parse(["decoder", "--model", str(out.parent / "model"), "--rank", "2", "--device", "cpu"])
+    before = finish.Restorer(finish.open_restorer(args), True).state_dict()
+    assert {k for k in before if not torch.equal(before[k], after[k])} == {k for k in before if ".lora_" in k}
+
+
+def test_softened_keeps_the_place_and_takes_the_detail():
+    torch.manual_seed(0)
+    x = torch.rand(3, 64, 64) * 2 - 1
+    assert torch.allclose(finish.softened(x, 1.0), x, atol=1.01 / 255)
+    y = finish.softened(x, 2.0)
+    assert y.shape == x.shape and y.diff().abs().mean() < 0.7 * x.diff().abs().mean()
+    flat = torch.linspace(-0.5, 0.5, 64).expand(3, 64, 64)
+    assert torch.allclose(finish.softened(flat, 2.0)[:, :, 8:-8], torch.linspace(-0.5, 0, 64)[8:-8], atol=0.02)
+
+
 def test_flatness_is_one_half_where_the_texture_has_four_grey_levels():
     checker = torch.ones(12, 12)
     checker[::2, ::2] = checker[1::2, 1::2] = -1
