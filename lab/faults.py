@@ -99,6 +99,7 @@ def start(command, argv, cwd, log, env=None, prepare=None):
         os.chdir(cwd)
         os.environ.update(env or {})
         sys.argv = [command]
+        torch.set_num_threads(1)  # makes the fork's thread pool, which two threads at once would not survive
         if prepare:
             prepare()
         code = COMMANDS[command]([str(a) for a in argv]) or 0

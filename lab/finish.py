@@ -62,6 +62,7 @@ VAL_PAIRS = 128
 CROP = 192        # pixels of a view that DISTS judges
 ZOOM = 1.0, 2.0   # of x_H, of the pairs that are soft
 BLUR = 0.5, 4.5   # σ in pixels of x_H, of the pairs that are only blurred and reduced
+QUALITY = 30, 95  # of JPEG, of those that are compressed as well
 WARMUP = 500      # steps until the critic has its full weight
 PAIR = 320        # pixels of x_H in a pair; a view of 288 then begins at any phase of the 32-pixel grid
 
@@ -121,15 +122,18 @@ def softened(x, zoom):
     return ((y.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
-def blurred(x, sigmas):
+def blurred(x, sigmas, qualities=()):
     """What `degrade.enlarge` makes of x blurred (Gaussian, σ in pixels, one a picture) and reduced 4 times, without
-    noise: x: B,3,H,W in [-1, 1], the same out, of 8-bit values."""
+    noise: x: B,3,H,W in [-1, 1], the same out, of 8-bit values. qualities: of JPEG, one a picture, 0 for none."""
     at = torch.arange(-16.0, 17, device=x.device)
     kernel = torch.softmax(-0.5 * (at / torch.as_tensor(sigmas, device=x.device)[:, None]).square(), 1)
     kernel = kernel.repeat_interleave(3, 0)[:, None, None]
     y = F.pad(x, (16, 16, 16, 16), mode="reflect").flatten(0, 1)[None]
     y = F.conv2d(F.conv2d(y, kernel, groups=len(kernel)), kernel.mT, groups=len(kernel))[0].unflatten(0, (-1, 3))
     y = ((F.avg_pool2d(y, degrade.SCALE) + 1) * 127.5).round()
+    for small, quality in zip(y, qualities, strict=False):
+        if quality:
+            small.copy_(255 * degrade.jpeg(small.cpu() / 255, quality))
     y = F.interpolate(y, scale_factor=degrade.SCALE, mode="bicubic", antialias=True)  # with antialias it is Pillow's
     return y.round().clamp(0, 255) / 127.5 - 1
 
@@ -418,12 +422,12 @@ def train_decoder(args):
     LPIPS and DISTS disagree about texture: at equal weights LPIPS wins, and DISTS gets worse. LPIPS sees both pictures
     shifted by 0 to 7 pixels, so that no grid hides from AlexNet's stride of 4. An eighth of the views is clean,
     D(E(x_H)) against x_H, so that the autoencoder stays one. Of the others --plain are x_H blurred and reduced:
-    `degrade` always adds noise and compression, a good camera's picture has neither; and in --soft of these x_H is
-    enlarged first, since photos that were made smaller are sharper than a camera's. --freeze trains the adapter alone,
-    through the frozen D. The control has no update: D(E(x_L)).
+    `degrade` always adds noise and compression, a good camera's picture has neither; in --soft of these x_H is
+    enlarged first, since photos that were made smaller are sharper than a camera's; and --jpeg of them are compressed.
+    --freeze trains the adapter alone, through the frozen D. The control has no update: D(E(x_L)).
 
-    Reports LPIPS and PSNR (RGB) against x_H on 48 held-out pairs, of D(E(x_H)), of plain and of soft ones, with --dists
-    DISTS on a third and the NIQE of all plain ones side by side. Writes OUT/finish.pt, or control.pt.
+    Reports LPIPS and PSNR (RGB) against x_H on 48 held-out pairs, of D(E(x_H)), of plain, soft and compressed ones,
+    with --dists DISTS on a third and the NIQE of all plain ones side by side. Writes OUT/finish.pt, or control.pt.
     """
     model, device = open_restorer(args), args.device
     train, val = Views(args, "train", 4), Views(args, "val", 1)
@@ -440,7 +444,9 @@ def train_decoder(args):
         for i in plain[rng.random(len(plain)) < args.soft]:
             x_h[i] = x[i] = softened(x_h[i], rng.uniform(*ZOOM))
         if len(plain):
-            x_l[plain] = blurred(x_h[plain], rng.uniform(*BLUR, len(plain)).astype(np.float32))
+            sigmas = rng.uniform(*BLUR, len(plain)).astype(np.float32)
+            qualities = rng.integers(*QUALITY, len(plain)) * (rng.random(len(plain)) < args.jpeg) if args.jpeg else ()
+            x_l[plain] = blurred(x_h[plain], sigmas, qualities)
         x_l[:clean] = x[:clean] = x_h[:clean]
         with torch.no_grad():
             z = model.vae.encode(x_l.contiguous(memory_format=torch.channels_last)).float()
@@ -481,6 +487,7 @@ def train_decoder(args):
                 plain.append(note("plain", blurred(x_h, [sum(BLUR) / 2]), x_h))
                 soft = softened(x_h[0], sum(ZOOM) / 2)[None]
                 note("soft", blurred(soft, [sum(BLUR) / 2]), soft)
+                note("jpeg", blurred(soft, [sum(BLUR) / 2], [sum(QUALITY) // 2]), soft)
                 note("clean", x_h, x_h, 1)
         if dists:
             scores["niqe_plain"] = niqe(torch.cat(plain, 3) / 2 + 0.5).tolist()
@@ -570,6 +577,8 @@ def parse(argv=None):
         "blurred and reduced (default %(default)s)")
     add("--soft", type=float, default=0.0, metavar="SHARE", help="decoder, control: of these, with x_H first enlarged "
         "1 to 2 times (default %(default)s)")
+    add("--jpeg", type=float, default=0.0, metavar="SHARE", help="decoder, control: of the plain ones, that are "
+        "compressed, too (default %(default)s)")
     add("--freeze", action="store_true", help="decoder: train the adapter alone, through the frozen decoder")
     add("--gan", type=float, default=0.0, metavar="WEIGHT", help="decoder, control: of a critic that is trained "
         "beside (default: none)")

@@ -127,8 +127,19 @@ def test_blurred_is_what_pillow_makes_of_a_blurred_and_reduced_picture():
         assert levels.max() < 1.1 and levels.mean() < 0.3
 
 
+def test_blurred_compresses_the_reduced_picture():
+    x = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    plain, packed = finish.blurred(x, [1.0, 1.0]), finish.blurred(x, [1.0, 1.0], [0, 40])
+    assert torch.equal(plain[0], packed[0])
+    kernel = degrade.gaussian_kernel(33, 1.0, 1.0, 0.0)
+    small = torch.nn.functional.avg_pool2d(degrade.blur(x[1], kernel), 4) / 2 + 0.5
+    levels = (packed[1] - degrade.enlarge(degrade.jpeg(small, 40))).abs() * 127.5
+    assert levels.mean() < 1 < (packed[1] - plain[1]).abs().mean() * 127.5
+
+
 def test_frozen_the_decoder_stays_and_the_adapter_moves(run, pairs):
-    out = run("decoder", "--freeze", "--no-teacher", "--plain", 1, "--soft", 0.5, "--steps", 2, "--validate-every", 2)
+    out = run("decoder", "--freeze", "--no-teacher", "--plain", 1, "--soft", 0.5, "--jpeg", 0.5, "--steps", 2,
+              "--validate-every", 2)
     after = torch.load(out / "finish.pt", weights_only=True)["model"]
     args = finish.parse(["decoder", "--model", str(out.parent / "model"), "--rank", "2", "--device", "cpu"])
     before = finish.Restorer(finish.open_restorer(args), True).state_dict()
