@@ -13,11 +13,11 @@ the condition switched off; then expert minus shared, with the 95 % bootstrap in
 
 table: every row is eval.py's, one CSV image by image. Each row of LinearSR is made for two seeds, of the noise and,
 where it is trained here, of the training: a smaller difference than that between two seeds means nothing. --steps are
-those of all experts of a row together, so the rows cost the same. --out keeps rows/NAME.csv, rows.csv (the table),
-NAME/ (the runs), models/ and tradeoff.png (LPIPS against PSNR over the steps). Rows that have their CSV are not made
-again, and whole models of models/, of another machine too, not trained again; Ctrl-C saves, the same line goes on.
---options: of all these trainings, as train_linearsr.py's. ms: the median of the pictures; GMAC: of one of 512 × 512;
-both without the text encoder.
+those of all experts of a row together, so the rows cost the same, and each is measured at their end. --out keeps
+rows/NAME.csv, rows.csv (the table), NAME/ (the runs), models/ and tradeoff.png (LPIPS against PSNR over the steps).
+Rows that have their CSV are not made again, and whole models of models/, of another machine too, not trained again;
+Ctrl-C saves, the same line goes on. --options: of all these trainings, as train_linearsr.py's. ms: the median of the
+pictures; GMAC: of one of 512 × 512; both without the text encoder.
 """
 import argparse
 import csv
@@ -192,9 +192,12 @@ def train_variant(args, name, seed):
     if tuned:
         lines.append(["--stage", "finetune", "--data", args.best, "--steps", args.fine_steps // count,
                       "--every", args.every])
-    lines = [[*line, *shlex.split(args.options)] for line in lines]
-    for line in [*lines, ["--stage", "export", "--to", model, "--of", of]]:
-        if train_linearsr.main([str(a) for a in (*line, "--name", run, "--device", args.device.type, *options)]):
+    lines.append(["--stage", "export", "--to", model, "--of", of])
+    lines = [[*line, *shlex.split(args.options), *options] for line in lines]
+    if name != "pretrained":  # equal steps, wherever the curves have their knees
+        lines[-1] += ["--start", "end"]
+    for line in lines:
+        if train_linearsr.main([str(a) for a in (*line, "--name", run, "--device", args.device.type)]):
             raise KeyboardInterrupt
     return model
 

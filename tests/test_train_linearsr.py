@@ -366,6 +366,8 @@ def test_lab_measures_losses_and_makes_the_table(run, photos, tiny_model, tmp_pa
     assert lab.main([*made, "--only", "two-1"]) == 0
     note = json.loads(Path("runs/lab-linearsr/two-1/experts/1/settings.json").read_text())["settings"]
     assert note["lr"] == 1e-3 and note["batch"] == 1
+    config = json.loads(Path("runs/lab-linearsr/models/two-1/config.json").read_text())
+    assert config["_provenance"]["steps"] == [1, 1], "the end, wherever the knee is"
     with pytest.raises(SystemExit, match="no model fine-0; there are pretrained-0"):  # without --best
         lab.main([*made, "--only", "fine-0"])
     shutil.rmtree("runs/lab-linearsr/two-1")  # as if trained on another machine
