@@ -235,11 +235,13 @@ def tradeoff(path, folder, width=640, height=480):
         at = [(left + w * x, top + h * (1 - y)) for x, y in share]
         if len(at) > 1:
             draw.line(at, colour, 2)
+        steps = named and named[0][0].startswith("steps")
         for (name, _), (x, y) in zip(named, at, strict=True):
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
-            draw.text((x + 6, y - 6), name.split("-")[1] if name.startswith("steps") else what, colour)
-        if named and named[0][0].startswith("steps"):
-            draw.text((left + w - 150, top + 6 + 14 * int(what[-1])), f"{what} (steps)", colour)
+            if not steps or what.endswith("0"):  # the seeds lie beside each other
+                draw.text((x + 6, y - 6), name.split("-")[1] if steps else what, colour)
+        if steps:
+            draw.text((left + 6, top + h - 34 + 14 * int(what[-1])), f"{what} (steps)", colour)
     write_bytes(path, png(canvas))
 
 
