@@ -2,6 +2,7 @@
 import re
 import sys
 from dataclasses import dataclass
+from math import isnan, nan
 from pathlib import Path
 from statistics import fmean
 
@@ -131,8 +132,8 @@ def evaluate(model, pairs: list, names: list, *, protocol: str = "full", device=
 
 
 def mean(rows):
-    """The mean row: of each metric the mean over the images."""
-    return {"image": "mean"} | {n: fmean(r[n] for r in rows) for n in list(rows[0])[1:]}
+    """The mean row: of each metric the mean over the images that have it. NIQE is NaN for a picture of one colour."""
+    return {"image": "mean"} | {n: fmean([r[n] for r in rows if not isnan(r[n])] or [nan]) for n in list(rows[0])[1:]}
 
 
 def shown(name, value):
@@ -140,7 +141,7 @@ def shown(name, value):
 
 
 def print_table(rows, note=""):
-    """Image by image and the mean, then the note. Arrows say which way is better."""
+    """Image by image and the mean, then what the mean leaves out and the note. Arrows say which way is better."""
     names = list(rows[0])[1:]
     head = [n + (" ↑" if METRICS[n].better == "higher" else " ↓") for n in names]
     body = [[r["image"], *(shown(n, r[n]) for n in names)] for r in [*rows, mean(rows)]]
@@ -150,6 +151,9 @@ def print_table(rows, note=""):
     for line in [["", *head], None, *body[:-1], None, body[-1]]:
         print(rule if line is None else
               line[0].ljust(wide) + "".join("  " + cell.rjust(w) for cell, w in zip(line[1:], widths, strict=True)))
+    for n in names:
+        if lacking := sum(isnan(r[n]) for r in rows):
+            print(f"{n}: {lacking} of {len(rows)} pictures have none; the mean is that of the others")
     if note:
         print(note)
 

@@ -329,6 +329,17 @@ def test_eval_scores_folders(tmp_path, capsys):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_mean_leaves_out_pictures_of_one_colour(tmp_path, capsys):
+    pictures(tmp_path / "sr", 2, size=(192, 192))
+    Image.new("RGB", (192, 192), "grey").save(tmp_path / "sr/2.png")
+    out = tmp_path / "scores.csv"
+    argv = ["--sr", str(tmp_path / "sr"), "--metrics", "niqe", "--csv", str(out), "--device", "cpu"]
+    assert evaluation.main(argv) == 0
+    *each, mean = [float(line.split(",")[1]) for line in out.read_text().splitlines()[1:]]
+    assert math.isnan(each[2]) and mean == pytest.approx(sum(each[:2]) / 2, abs=1e-5)
+    assert "niqe: 1 of 3 pictures have none" in capsys.readouterr().out
+
+
 def test_eval_restores_then_scores(tmp_path, monkeypatch, tiny_model, capsys):
     """The results of this run are scored, those of broken inputs are not; a missing reference is told before."""
     monkeypatch.chdir(tmp_path)
