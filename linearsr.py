@@ -152,6 +152,8 @@ def read_linearsr(folder):
         config = read_config("LinearSR", config, defaults)
         if not isinstance(config["base"], str):
             raise ValueError("base must name a model, or its folder relative to this one")
+        if not isinstance(config["suffix"], str):
+            raise ValueError("suffix must be a text")
         boundaries = BOUNDARIES if config["boundaries"] is None else config["boundaries"]
         return config | {"boundaries": check_boundaries(boundaries)}
     except ValueError as error:
@@ -257,9 +259,11 @@ class LinearSR(SanaSR):
         terms = [(1.0, c, m)] if cfg == 1 else [(cfg, c, m), (1 - cfg, *self.encode_prompt(""))]
         clock.lap("text")
         width, height = scale * image.width, scale * image.height
-        small = math.ceil(width / 4), math.ceil(height / 4)
-        image = image.convert("RGB")
-        x = np.array(image if image.size == small else image.resize(small, Image.Resampling.BICUBIC))
+        k = 4 // math.gcd(4, scale)  # pixels of the input to one of the condition, or to `scale` of them
+        x = np.pad(np.array(image.convert("RGB")), ((0, -image.height % k), (0, -image.width % k), (0, 0)), "edge")
+        small = scale * x.shape[1] // 4, scale * x.shape[0] // 4
+        if scale != 4:
+            x = np.array(Image.fromarray(x).resize(small, Image.Resampling.BICUBIC))
         x = torch.from_numpy(x).to(self.device).permute(2, 0, 1)[None].float().div_(127.5).sub_(1).to(self.dtype)
         x = F.pad(x, (0, -small[0] % STRIDE, 0, -small[1] % STRIDE), mode="replicate")  # 1,3,8h,8w
         e = self.stem(x)  # 1,D,h,w

@@ -296,6 +296,7 @@ def knee(values, tolerance=0.05):
     y = np.array(values, float)
     if len(y) > 2:
         y[1:-1] = np.median([y[:-2], y[1:-1], y[2:]], 0)
+        y[-1] = np.median([y[-1], y[-2], 3 * y[-2] - 2 * y[-3]])  # Tukey's rule for the end: no dip there, either
     return int(np.argmax(y <= y.min() + tolerance * (y[0] - y.min())))
 
 

@@ -143,7 +143,7 @@ class Held:
             z, n = self.z[part], part.stop - part.start
             columns = []
             for d in range(draws):
-                u = (torch.arange(n) * draws + d + torch.rand(n, generator=generator)) / (n * draws)
+                u = (torch.arange(n) + n * d + torch.rand(n, generator=generator)) / (n * draws)
                 noise = torch.randn(z.shape, generator=generator).to(z.device)
                 columns.append(flow_loss(network, z, times(u, ends).to(z.device), noise, self.c[part], self.m[part],
                                          self.lr[part]))
@@ -195,7 +195,7 @@ class EncodedPairs:
         rank, world = ranks()
         parts = [range(first, min(first + SHARD, count)) for first in range(0, count, SHARD)]
         files = [folder / f"{part.start:06d}-{part.stop:06d}.safetensors" for part in parts]
-        lacking = [k for k, file in enumerate(files) if not file.exists()][rank::world]
+        lacking = from_first(lambda: [k for k, file in enumerate(files) if not file.exists()])[rank::world]
         for k in tqdm(lacking, f"encoding {count} pairs", unit="file", disable=rank > 0 or not lacking):
             loader = DataLoader(Subset(Crops(pairs), parts[k]), 8, num_workers=workers, worker_init_fn=outlive_signals)
             rows = [(self.encode(latents, batch.pop("hr"), device), batch["lr"], batch["photo"]) for batch in loader]
@@ -233,7 +233,8 @@ def encoder_hash(vae):
 def expert_folders(args, stage):
     """The folders of a stage's trainings: one for pretrain, one an expert else."""
     folder = args.root / stage
-    return [folder] if stage == "pretrain" else [folder / str(k) for k in range(len(args.boundaries) + 1)]
+    return ([Path(args.pretrained or folder)] if stage == "pretrain"
+            else [folder / str(k) for k in range(len(args.boundaries) + 1)])
 
 
 def validations(folder, watch):
@@ -241,6 +242,8 @@ def validations(folder, watch):
     rows = [row for row in read_log(folder / "log.csv") if watch in row]
     values = [row[watch] * (-1 if watch == "val_psnr" else 1) for row in rows]
     steps = [row["step"] for row in rows]
+    if not steps:
+        sys.exit(f"error: {folder / 'log.csv'} has no validations: raise --steps, the next one is noted there")
     return steps, steps[knee(values, TOLERANCE)]
 
 
@@ -253,11 +256,11 @@ def starting_point(folder, args):
         sys.exit(f"error: {folder} holds no training: run the stages in the order {', '.join(STAGES)} under one "
                  "--name, or name the folder of the pretraining by --pretrained")
     steps, bend = validations(folder, args.watch)
-    step = bend if args.start == "knee" else steps[-1]
+    step = steps[-1] if args.start == "end" else bend
     path = folder / "checkpoints" / f"{step:06d}.safetensors"
     if not path.is_file():
-        sys.exit(f"error: {path} is missing: {args.watch} has its {args.start} there")
-    print(f"{path}: {'the knee of ' + args.watch if args.start == 'knee' else 'the end'}, step {step} of {steps[-1]}",
+        sys.exit(f"error: {path} is missing: {args.watch} has its {args.start or 'knee'} there")
+    print(f"{path}: {'the end' if args.start == 'end' else 'the knee of ' + args.watch}, step {step} of {steps[-1]}",
           flush=True)
     return str(path)
 
@@ -358,7 +361,8 @@ def fit(folder, k, args, network, start, pairs, prompts, conditions, held, judge
     """
     rank, world = ranks()
     device, boundaries = args.device, args.boundaries
-    state = load_state(folder / "state.pt", device=device) if (folder / "state.pt").exists() else None
+    state = load_state(folder / "state.pt", device=device, keys=("step", "parameters", "ema", "optimizer")) \
+        if (folder / "state.pt").exists() else None
     if state and state["step"] >= args.steps:
         return 0
     names, parameters = map(list, zip(*prepare(network, args, start, k or 0).items(), strict=True))
@@ -369,9 +373,13 @@ def fit(folder, k, args, network, start, pairs, prompts, conditions, held, judge
     step, rows = 0, []
     if state:
         step, rows = state["step"], read_log(folder / "log.csv", state["step"])
-        copy(parameters, state["parameters"])
-        copy(ema, state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            copy(parameters, state["parameters"])
+            copy(ema, state["ema"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            sys.exit(f"error: {folder / 'state.pt'} does not fit this network ({whole(error)[:200]}); start anew under "
+                     "another --name")
     run = Run(folder, columns(boundaries), rows) if rank == 0 else None
     ends = (0.0, 1.0) if k is None else interval(k, boundaries)
     label = args.stage if k is None else f"{args.stage} {k}"
@@ -511,6 +519,8 @@ def run_stage(args):
     photos, lq, tags, val_pairs, val_tags, report = from_first(look_at_data)
     if not val_pairs:
         sys.exit("error: --data: at least two photos are needed, one of them to be held out")
+    if tags is None:  # the tagger's weights cannot be had
+        args.tags = "none"
     tags, val_tags = tags or [[]] * len(photos), val_tags or [[]] * len(val_pairs)
     prompts, val_prompts = ([build_prompt(line, args.suffix) for line in lines] for lines in (tags, val_tags))
     conditions = Conditions(model)
@@ -519,7 +529,8 @@ def run_stage(args):
         print(report, flush=True)
 
     # the pairs are drawn by a seed of their own: other trainings use them, too
-    made_of = dict(encoder=encoder_hash(model.vae), photos=digest(photos), lq=args.lq, crop=args.crop, mild=args.mild)
+    made_of = dict(encoder=encoder_hash(model.vae), photos=digest(photos), crop=args.crop, mild=args.mild,
+                   lq=args.lq and [weights.sha256(Path(lq[p.path])) for p in photos if p.path in lq])
     made_of |= {"seed": args.pairs_seed} if args.pairs_seed else {}
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
     drawn = Pairs(photos, prompts, args.crop, None, None, args.pairs_seed, lq, mild=args.mild)
@@ -553,7 +564,7 @@ def starts(folder, args, k, photos):
     """What a training starts from: {"network": checkpoint or None for the prior, "adapter": checkpoint or None}.
 
     It is found when the training begins, and noted in settings.json. Raises SystemExit where the settings have changed
-    since then, or where the stage before is missing.
+    since then, or where the stage before is missing or has other intervals.
     """
     path = folder / "settings.json"
     settings = {key: getattr(args, key) for key in (*SETTINGS, "lr")} | {
@@ -565,16 +576,26 @@ def starts(folder, args, k, photos):
         if changed := [key for key in fixed if settings[key] != before[key]]:
             sys.exit(f"error: {folder} was begun with other settings: " + ", ".join(
                 f"{key} {before[key]}, now {settings[key]}" for key in changed) + "; choose another --name")
+        if args.start not in (None, at := noted["start"].get("at", args.start)):
+            sys.exit(f"error: {folder} was begun with --start {at}; choose another --name")
         return noted["start"]
-    start = {"network": None, "adapter": None}
+    start = {"network": None, "adapter": None, "at": args.start or "knee"}
     if args.stage == "experts":
-        start["network"] = starting_point(Path(args.pretrained or args.root / "pretrain"), args)
+        start["network"] = starting_point(*expert_folders(args, "pretrain"), args)
     elif args.stage == "finetune":
         experts = expert_folders(args, "experts")[k]
         start["adapter"] = starting_point(experts, args)
-        start["network"] = json.loads((experts / "settings.json").read_text())["start"]["network"]
+        start["network"] = settings_of(experts, args)["start"]["network"]
     write_bytes(path, json.dumps({"settings": settings, "start": start}, indent=1))
     return start
+
+
+def settings_of(folder, args):
+    """settings.json of a training. Raises SystemExit where it was made for other intervals."""
+    noted = json.loads((folder / "settings.json").read_text())
+    if (made := noted["settings"]["boundaries"]) != list(args.boundaries):
+        sys.exit(f"error: {folder} was trained with --boundaries {' '.join(map(str, made))}")
+    return noted
 
 
 def export(args):
@@ -583,13 +604,20 @@ def export(args):
     stage = args.of or next((s for s in reversed(STAGES[1:]) if expert_folders(args, s)[0].is_dir()), "pretrain")
     folders = expert_folders(args, stage)
     points = [starting_point(folder, args) for folder in folders]
-    notes = [json.loads((folder / "settings.json").read_text()) for folder in folders]
+    if stage == "pretrain":  # on all t
+        args.boundaries = json.loads((folders[0] / "settings.json").read_text())["settings"]["boundaries"]
+    notes = [settings_of(folder, args) for folder in folders]
     shared = {points[0]} if stage == "pretrain" else {note["start"]["network"] for note in notes}
     if len(shared) > 1:
         sys.exit(f"error: {folders[0].parent}: the experts belong to different networks: {', '.join(sorted(shared))}")
     model = load_model(args.model, torch.device("cpu"), torch.float32, adapter=False)
     network = Network(model.dit, Stem({"width": model.dit.config["cross_attention_dim"]}))
     load_network(network, shared.pop())
+    (target / "config.json").unlink(missing_ok=True)  # of an earlier export, as the experts are: no model until the end
+    for file in (target / "experts").glob("*.safetensors"):
+        file.unlink()
+    with contextlib.suppress(OSError):
+        (target / "experts").rmdir()
     save_module(network.dit, target / "transformer", torch.float16)
     save_module(network.stem, target / "stem", torch.float16)
     for k, point in enumerate(points if stage != "pretrain" else []):
@@ -599,9 +627,10 @@ def export(args):
     base = args.model if args.model in weights.MODELS else os.path.relpath(model.folder, target)
     boundaries = [] if stage == "pretrain" else list(args.boundaries)
     settings = {key: value for key, value in notes[-1]["settings"].items() if key not in ("data", "lq", "model")}
-    settings["tags"] = args.tags if args.tags in ("none", "ram", "dape") else "file"  # no path of this machine
-    config = dict(system=SYSTEM, base=base, boundaries=boundaries, suffix=args.suffix, _provenance=dict(
-        stage=stage, start=args.start, steps=[int(Path(point).stem) for point in points], settings=settings))
+    if settings["tags"] not in ("none", "ram", "dape"):
+        settings["tags"] = "file"  # no path of this machine
+    config = dict(system=SYSTEM, base=base, boundaries=boundaries, suffix=settings["suffix"], _provenance=dict(
+        stage=stage, start=args.start or "knee", steps=[int(Path(point).stem) for point in points], settings=settings))
     write_bytes(target / "config.json", json.dumps(config, indent=2) + "\n")  # last: without it there is no model
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     print(f"wrote {target}: {stage}, {len(boundaries) + 1} expert(s), {size / 1e6:.1f} MB, on {base}")
@@ -625,8 +654,8 @@ def parser():
     add("--min-side", type=int, default=0, metavar="N", help="only photos whose sides have N pixels or more")
     add("--model", default="embedded", metavar="NAME|FOLDER", help="the prior, with autoencoder and text encoder")
     add("--name", default="linearsr", help="the run is kept in runs/NAME")
-    add("--pretrained", metavar="DIR", help="experts: the folder of the pretraining (default: runs/NAME/pretrain)")
-    add("--start", choices=["knee", "end"], default="knee", help="where the stage before is taken up, export: the last")
+    add("--pretrained", metavar="DIR", help="the folder of the pretraining (default: runs/NAME/pretrain)")
+    add("--start", choices=["knee", "end"], help="where the stage before is taken up, export: the last (default: knee)")
     add("--watch", choices=["val_lpips", "val_psnr", "val_flow"], default="val_lpips", help="the curve with the knee")
     add("--boundaries", nargs="*", type=float, default=list(BOUNDARIES), metavar="T", help="of the experts' intervals; "
         "none: one expert (default: %(default)s)")
@@ -690,6 +719,8 @@ def parse(argv=None):
             p.error(f"--{option.replace('_', '-')} must be positive, not {getattr(args, option)}")
     if not 0 <= args.mild <= 1:
         p.error(f"--mild must lie in [0, 1], not {args.mild:g}")
+    if args.stage == "pretrain" and (args.expert is not None or args.pretrained):
+        p.error("--expert and --pretrained belong to the later stages")
     if args.expert is not None and not 0 <= args.expert <= len(args.boundaries):
         p.error(f"--expert must be 0 to {len(args.boundaries)}, not {args.expert}")
     args.lr = args.lr or LR[args.stage]
@@ -712,7 +743,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         sys.exit("interrupted; what was encoded or saved is kept, the same command goes on")
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {whole(error)}")
+        sys.exit(f"error: {whole(error).rpartition(' OSError: ')[2]}")  # of a loader's traceback the last line
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

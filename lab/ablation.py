@@ -25,6 +25,7 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import ImageFilter
@@ -182,6 +183,13 @@ def tabulate(folder, words, costs=None):
     lines += [[row["what"], *(shown(m, float(row[m])) if m in row else "" for m in columns),
                *(row.get(column, "") for column in extra)] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def bootstrap(differences, n=10_000):
+    """The 95 % interval of the mean of `differences`, by resampling."""
+    x = np.asarray(differences)
+    means = x[np.random.default_rng(0).integers(len(x), size=(n, len(x)))].mean(1)
+    return np.quantile(means, [0.025, 0.975])
 
 
 def available(names, device):

@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 import degrade
 import weights
+from lab.ablation import bootstrap
 from lab.pretrain import fit, load_state, tags
 from metrics import DISTS, LPIPS, NIQE
 from objective import Conditions, align_loss
@@ -56,6 +57,7 @@ from sanasr import (
     save_lora,
     save_module,
 )
+from train_linearsr import encoder_hash
 
 TAU = 900.0       # of the carried adapter
 VAL_PAIRS = 128
@@ -159,6 +161,9 @@ class Views:
         def picture(path):
             image = Image.open(path)
             x = degrade.enlarge(image) if path.parent.name == "lr" else degrade.to_tensor(image) * 2 - 1
+            if x.shape != (3, PAIR, PAIR):
+                raise ValueError(f"{path} is {image.mode}, {image.width}×{image.height}: pictures are RGB, of {PAIR} "
+                                 f"pixels a side, LR pictures of {PAIR // 4}")
             return ((x + 1) * 127.5).round().byte()
         self.pictures_of, kinds = {}, dict.fromkeys(("lr", "hr", self.target))
         with ThreadPool(workers(args.workers)) as pool:
@@ -190,19 +195,22 @@ class Views:
 
     def encode(self, model):
         """Encode all views once, into `z`: scaled z_L and z_T, n,2,C,VIEW/32,VIEW/32 in fp16. With --no-teacher z_T is
-        z_H. They are kept in OUT/views_PART_TARGET.pt; only views of new pairs are encoded."""
-        path = Path(self.args.out) / f"views_{self.part}_{self.target}.pt"
-        state = torch.load(path, weights_only=True) if path.exists() else dict(where=[], z=[])
+        z_H. They are kept in OUT/views_PART_TARGET.pt; only views of new pairs are encoded, or all by another E."""
+        path, encoder = Path(self.args.out) / f"views_{self.part}_{self.target}.pt", encoder_hash(model.vae)
+        state = torch.load(path, weights_only=True) if path.exists() else {}
+        if state.get("encoder") != encoder:
+            state = dict(where=[], z=[])
         known = dict(zip(map(tuple, state["where"]), state["z"], strict=True))
         lacking = [i for i, view in enumerate(self.where) if view not in known]
-        for i in tqdm(lacking, f"encoding {self.part} views", leave=False):
-            x = torch.cat([self.pictures(kind, [i]) for kind in ("lr", self.target)])
-            with torch.no_grad():
-                known[self.where[i]] = (model.vae.encode(x).float() * model.scaling_factor).half().cpu()
-        z = [known[view] for view in self.where]
-        if lacking:
-            save_state(path, dict(where=self.where, z=z))
-        self.z = torch.stack(z)
+        try:
+            for i in tqdm(lacking, f"encoding {self.part} views", leave=False):
+                x = torch.cat([self.pictures(kind, [i]) for kind in ("lr", self.target)])
+                with torch.no_grad():
+                    known[self.where[i]] = (model.vae.encode(x).float() * model.scaling_factor).half().cpu()
+        finally:
+            if lacking:
+                save_state(path, dict(encoder=encoder, where=list(known), z=list(known.values())))
+        self.z = torch.stack([known[view] for view in self.where])
         return self
 
     def latents(self, indices):
@@ -277,19 +285,29 @@ def update(dit, z, c, m):
                         torch.full((len(z),), TAU, device=z.device), c, m)
 
 
+def with_encoder(model, args):
+    """`model` with the autoencoder of the stage `encoder`, where OUT has one."""
+    if (folder := Path(args.out) / "vae").exists():
+        model.vae = DCAE.from_pretrained(folder, torch.float32, args.device)
+    return model
+
+
 @torch.no_grad()
 def open_adapted(args, adapter):
-    """--model in float32 with an adapter of --rank, kept apart.
+    """--model in float32 with the encoder that OUT has, and an adapter of --rank, kept apart.
 
     The adapter starts from a file of the same or a lower rank, whose matrices become the first rows of A and the first
-    columns of B (α = r in both), or, where that is None, from zero output.
+    columns of B (α = r in both); what it does not adapt, and everything where it is None, from zero output.
     """
-    model = SanaSR.from_pretrained(args.model, args.device, torch.float32, adapter=False)
+    model = with_encoder(SanaSR.from_pretrained(args.model, args.device, torch.float32, adapter=False), args)
     torch.manual_seed(args.seed)
     inject_lora(model.dit, args.rank, targets="attn+ffn")
     if adapter:
         with open_weights(adapter) as file:
+            there = set(file.keys())
             for key, p in lora_parameters(model.dit).items():
+                if key not in there:
+                    continue
                 x = file.get_tensor(key)
                 if x.shape[0] > p.shape[0] or x.shape[1] > p.shape[1]:
                     sys.exit(f"error: {adapter}: its rank is above --rank {args.rank}")
@@ -339,14 +357,12 @@ def train_adapter(args):
 def open_restorer(args):
     """--model in float32 with what OUT holds: the autoencoder of the stage `encoder`, the adapter of `adapter`. The
     adapter is kept apart; a model without one gets one of --rank with zero output."""
-    out, adapter = Path(args.out), Path(args.out) / "adapter.safetensors"
+    adapter = Path(args.out) / "adapter.safetensors"
     model = SanaSR.from_pretrained(args.model, args.device, torch.float32, adapter if adapter.exists() else None, False)
     if not lora_modules(model.dit):
         torch.manual_seed(args.seed)
         inject_lora(model.dit, args.rank, targets="attn+ffn")
-    if (out / "vae").exists():
-        model.vae = DCAE.from_pretrained(out / "vae", torch.float32, args.device)
-    model.vae.requires_grad_(False)
+    with_encoder(model, args).vae.requires_grad_(False)
     return model
 
 
@@ -441,6 +457,7 @@ def train_decoder(args):
         clean = int(args.batch / 8 + rng.random()) * (not args.freeze)
         plain = np.flatnonzero(rng.random(args.batch) < args.plain)
         x_h, x_l, x = (train.pictures(kind, pick) for kind in ("hr", "lr", train.target))
+        x[plain] = x_h[plain]  # the teacher saw another picture of them
         for i in plain[rng.random(len(plain)) < args.soft]:
             x_h[i] = x[i] = softened(x_h[i], rng.uniform(*ZOOM))
         if len(plain):
@@ -501,6 +518,8 @@ def take(restorer, state, share):
     """Move a restorer that is as --model has it by `share` of the way to the averaged weights of finish.pt or
     control.pt; the critic's are not needed."""
     for key, x in restorer.state_dict().items():
+        if key not in state["ema"] or state["ema"][key].shape != x.shape:
+            raise ValueError(f"{key} of the state is not that of --model: give the --model and --rank of its training")
         x.lerp_(state["ema"][key], share)
     return restorer.eval()
 
@@ -529,8 +548,7 @@ def compare(args):
         print(f"{kind}, {chosen.sum()} pairs: " + ", ".join(f"{row} {v.mean():.4f}" for row, v in of.items()))
         for other in list(of)[1:]:
             gain = of["D(ẑ)"] - of[other]
-            means = gain[np.random.default_rng(0).integers(len(gain), size=(10_000, len(gain)))].mean(1)
-            low, high = np.quantile(means, [0.025, 0.975])
+            low, high = bootstrap(gain)
             print(f"    D(ẑ) − {other}: {gain.mean():+.4f}  [{low:+.4f}, {high:+.4f}]")
 
 

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import train_linearsr
 import weights
-from lab.ablation import Bicubic, available, keep_settings, score, tabulate
+from lab.ablation import Bicubic, available, bootstrap, keep_settings, score, tabulate
 from lab.profile import count
 from metrics.score import folder_pairs
 from objective import Conditions, Latents
@@ -72,13 +72,6 @@ class Off(nn.Module):
         return x.new_zeros(len(x), self.width, x.shape[2] // 8, x.shape[3] // 8)
 
 
-def bootstrap(differences, n=10_000):
-    """The 95 % interval of the mean of `differences`, by resampling."""
-    x = np.asarray(differences)
-    means = x[np.random.default_rng(0).integers(len(x), size=(n, len(x)))].mean(1)
-    return np.percentile(means, [2.5, 97.5])
-
-
 def losses(args):
     """Print the table of losses."""
     model = load_linearsr(args.model, args.device, torch.float32)
@@ -87,6 +80,8 @@ def losses(args):
     side = shared.config["sample_size"] * model.vae.factor
     photos, report = scan(args.data, side, args.out / "data.json", workers(4))
     _, held = split(photos)
+    if not held:
+        sys.exit("error: --data: at least two photos are needed, one of them to be held out")
     held = held[:args.val]
     pairs = validation_pairs(held, {}, side, 0, None, args.mild)
     suffix = conditioning(model.metadata)["suffix"]
@@ -180,24 +175,25 @@ def train_variant(args, name, seed):
     """Train a variant's experts, or go on with them, and export the model, unless it is there. Returns its folder."""
     _, options, tuned = VARIANTS[name]
     model, run = args.out / "models" / f"{name}-{seed}", (args.out / f"{tuned or name}-{seed}").resolve()
-    if (model / "config.json").is_file():  # it is written last
-        return model
     count = {"one": 1, "two": 2}.get(name, 4)
-    lines, of = [], "finetune" if tuned else "experts"
-    if name == "pretrained":
-        run, of = Path(args.pretrained).resolve().parent, "pretrain"
-    else:
-        lines.append(["--stage", "experts", "--pretrained", args.pretrained, "--seed", seed,
-                      "--steps", args.steps // count, "--every", args.every])
+    steps, fine_steps = args.steps // count, args.fine_steps // count
+    if (model / "config.json").is_file():  # it is written last
+        made = json.loads((model / "config.json").read_text())["_provenance"]["steps"]
+        if name != "pretrained" and set(made) != {asked := fine_steps if tuned else steps}:
+            sys.exit(f"error: {model}: its experts have {made} steps, not {asked} each: choose another --out")
+        return model
+    lines, of = [], "pretrain" if name == "pretrained" else "finetune" if tuned else "experts"
+    if name != "pretrained":
+        lines.append(["--stage", "experts", "--seed", seed, "--steps", steps, "--every", args.every])
     if tuned:
-        lines.append(["--stage", "finetune", "--data", args.best, "--steps", args.fine_steps // count,
-                      "--every", args.every])
+        lines.append(["--stage", "finetune", "--data", args.best, "--steps", fine_steps, "--every", args.every])
     lines.append(["--stage", "export", "--to", model, "--of", of])
     lines = [[*line, *shlex.split(args.options), *options] for line in lines]
     if name != "pretrained":  # equal steps, wherever the curves have their knees
         lines[-1] += ["--start", "end"]
     for line in lines:
-        if train_linearsr.main([str(a) for a in (*line, "--name", run, "--device", args.device.type)]):
+        if train_linearsr.main([str(a) for a in (*line, "--pretrained", args.pretrained, "--name", run,
+                                                 "--device", args.device.type)]):
             raise KeyboardInterrupt
     return model
 
@@ -210,7 +206,7 @@ def tradeoff(path, folder, width=640, height=480):
             return None
         with open(file, newline="", encoding="utf-8") as f:
             row = next(row for row in csv.DictReader(f) if row["image"] == "mean")
-        return float(row["psnr"]), float(row["lpips"])
+        return (float(row["psnr"]), float(row["lpips"])) if row.get("psnr") and row.get("lpips") else None
     lines = [("bicubic", "#606060", ["bicubic"]), ("SANA-SR", "#c01010", ["sana-sr"])]
     lines += [(f"LinearSR, seed {s}", colour, [f"steps-{n}-{s}" for n in STEPS])
               for s, colour in zip(SEEDS, ("#1040c0", "#40a0e0"), strict=True)]

@@ -70,9 +70,19 @@ def test_the_update_is_eq_4_and_a_lower_rank_starts_a_higher_one(tmp_path, tiny_
     expected = one_step(model.dit, z, torch.full((2,), finish.TAU), c, m)
     torch.testing.assert_close(finish.update(model.dit, z, c, m), expected, rtol=1e-4, atol=1e-5)
     save_lora(model.dit, tmp_path / "low.safetensors")
-    args = finish.parse(["adapter", "--model", str(tiny_model), "--rank", "5", "--device", "cpu"])
+    args = finish.parse(["adapter", "--model", str(tiny_model), "--rank", "5", "--device", "cpu",
+                         "--out", str(tmp_path)])
     higher = finish.open_adapted(args, tmp_path / "low.safetensors")
     torch.testing.assert_close(finish.update(higher.dit, z, c, m), expected, rtol=1e-4, atol=1e-5)
+    attention = SanaSR.from_pretrained(tiny_model, adapter=False)
+    inject_lora(attention.dit, 2, targets="attn")
+    with torch.no_grad():
+        for p in lora_parameters(attention.dit).values():
+            p.normal_(std=0.1)
+    save_lora(attention.dit, tmp_path / "attention.safetensors")
+    wider = finish.open_adapted(args, tmp_path / "attention.safetensors")
+    expected = one_step(attention.dit, z, torch.full((2,), finish.TAU), c, m)
+    torch.testing.assert_close(finish.update(wider.dit, z, c, m), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_stages_move_what_they_say_and_the_export_loads(run, pairs, tmp_path, capsys):
@@ -80,8 +90,11 @@ def test_the_stages_move_what_they_say_and_the_export_loads(run, pairs, tmp_path
     out = run("encoder", "--steps", 2, "--validate-every", 1)
     vae = DCAE.from_pretrained(out / "vae").state_dict()
     assert {k.split(".")[0] for k in vae if not torch.equal(vae[k], before["vae"][k].half())} == {"encoder"}
+    views = torch.load(out / "views_train_teacher.pt", weights_only=True)
     run("adapter", "--steps", 2, "--validate-every", 1)
-    assert len(torch.load(out / "views_train_teacher.pt", weights_only=True)["where"]) == 16
+    again = torch.load(out / "views_train_teacher.pt", weights_only=True)
+    assert len(views["where"]) == 16 and views["where"] == again["where"]
+    assert not torch.equal(views["z"][0], again["z"][0])  # by the encoder of the stage before
     run("decoder", "--steps", 3, "--validate-every", 3, "--mild", 0.7, "--gan", 0.3)
     run("compare")
     assert capsys.readouterr().out.count("D(ẑ) − D(z_L)") == 2
@@ -177,6 +190,11 @@ def test_balanced_gives_every_loss_and_picture_the_same_say():
 def test_a_stage_that_lacks_its_input_says_what_to_do(run, tmp_path, capsys):
     with pytest.raises(SystemExit, match="no pictures; run the stage `pairs`, then any restorer"):
         run("adapter", "--steps", 1)
+    for kind, side in (("hr", 320), ("lr", 64)):
+        (tmp_path / "out/pairs/train" / kind).mkdir(parents=True)
+        Image.new("RGB", (side, side)).save(tmp_path / "out/pairs/train" / kind / "0_mild.png")
+    with pytest.raises(SystemExit, match="train/lr/0_mild.png is RGB, 64×64: .* LR pictures of 80"):
+        run("decoder", "--no-teacher", "--steps", 1)
     with pytest.raises(SystemExit):
         run("pairs")
     assert "--data is needed" in capsys.readouterr().err

@@ -211,6 +211,14 @@ def test_restore_size_and_stages(dit, vae):
     assert list(restorer.stages) == ["text", "stem", "dit", "decode"]
 
 
+@pytest.mark.parametrize("scale, k", [(1, 4), (2, 2)])
+def test_odd_sides_are_padded_not_stretched(dit, vae, scale, k):
+    restorer, image = model(dit, vae), photo(21, 13)
+    x = np.pad(np.array(image), ((0, -13 % k), (0, -21 % k), (0, 0)), "edge")
+    whole = restorer.restore(Image.fromarray(x), scale=scale, steps=1)
+    assert same(restorer.restore(image, scale=scale, steps=1), whole.crop((0, 0, 21 * scale, 13 * scale)))
+
+
 def test_restore_is_a_function_of_the_seed(dit, vae):
     restorer = model(dit, vae, 4)
     first = restorer.restore(photo(), steps=3, seed=5)
@@ -372,6 +380,8 @@ def test_folders_that_do_not_fit(folder, tiny_model, tmp_path):
     assert error_of(folder).endswith("config.json: boundaries must rise within (0, 1), not 0.9, 0.5")
     write_config(folder, system="sana-sr")
     assert 'no "system": "linearsr"' in error_of(folder)
+    write_config(folder, suffix=5)
+    assert error_of(folder).endswith("config.json: suffix must be a text")
     write_config(folder, base="../elsewhere")
     assert "elsewhere" in error_of(folder)
     write_config(folder)

@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -18,7 +17,7 @@ from seeded import seeded_input
 
 import lab.linearsr as lab
 import train_linearsr
-from linearsr import LinearSR
+from linearsr import LinearSR, shifted, unshifted
 from objective import Conditions
 from runs import knee, load_model, read_log
 from train_linearsr import interval, times
@@ -75,10 +74,11 @@ def test_three_stages_and_the_model_they_make(run, tiny_model, tmp_path, capsys)
     assert [row["step"] for row in watched] == [0, 1, 2, 3]
     assert {"val_psnr", "val_flow", "val_flow_0", "val_flow_3"} <= set(watched[0])
     at = watched[knee([row["val_lpips"] for row in watched], train_linearsr.TOLERANCE)]["step"]
-    assert Image.open(first / "curves.png").getpixel((0, 0)) == (255, 255, 255)
+    assert (192, 16, 16) in {colour for _, colour in Image.open(first / "curves.png").getcolors(2**20)}  # the knee
     experts = run("experts", "--steps", 2, "--every", 2)
     note = json.loads((experts / "2" / "settings.json").read_text())
-    assert note["start"] == {"network": f"runs/linearsr/pretrain/checkpoints/{at:06d}.safetensors", "adapter": None}
+    assert note["start"] == {"network": f"runs/linearsr/pretrain/checkpoints/{at:06d}.safetensors", "adapter": None,
+                             "at": "knee"}
     assert note["settings"]["rank"] == 2 and note["settings"]["pairs"] == 6  # taken over
     state, metadata = tensors(experts / "2" / "checkpoints" / "000002.safetensors")
     assert metadata["system"] == "linearsr" and metadata["interval"] == "0.875 0.939" and metadata["expert"] == "2"
@@ -92,6 +92,29 @@ def test_three_stages_and_the_model_they_make(run, tiny_model, tmp_path, capsys)
     restorer = LinearSR.from_pretrained("made")
     assert len(restorer.experts) == 4 and restorer.folder.samefile(tiny_model)
     assert restorer.restore(Image.new("RGB", (24, 24)), steps=1).size == (96, 96)
+    assert train_linearsr.main(["--stage", "export", "--to", "made", "--of", "pretrain", "--start", "end"]) == 0
+    restorer = LinearSR.from_pretrained("made")  # nothing of the first export is left
+    state, _ = tensors(first / "checkpoints" / "000003.safetensors")
+    (expert,) = restorer.experts
+    assert torch.equal(expert.proj_out.weight, state["dit.proj_out.weight"].float())
+
+
+def test_an_export_is_as_its_training_was(run):
+    run("pretrain", "--steps", 1, "--every", 1, "--suffix", "main")
+    run("experts", "--steps", 1, "--every", 1, "--suffix", "none", "--boundaries", 0.5)
+    assert "experts/0 was trained with --boundaries 0.5" in error_of(
+        "--stage", "export", "--to", "made", "--boundaries", 0.9)
+    assert "experts/0 was trained with --boundaries 0.5" in error_of(
+        "--stage", "finetune", "--boundaries", 0.9, "--steps", 1, "--workers", 0)
+    assert not Path("made").exists()
+    assert "experts/0 was begun with --start knee" in error_of(
+        "--stage", "experts", "--start", "end", "--steps", 2, "--workers", 0)
+    for of, suffix in (("pretrain", "main"), ("experts", "none")):
+        assert train_linearsr.main(["--stage", "export", "--to", "made", "--of", of]) == 0
+        assert json.loads(Path("made/config.json").read_text())["suffix"] == suffix
+    Path("runs/linearsr/pretrain").rename("elsewhere")
+    line = ["--stage", "export", "--to", "made", "--of", "pretrain", "--pretrained", "elsewhere"]
+    assert train_linearsr.main(line) == 0
 
 
 def test_held_out_loss_falls(run):
@@ -129,6 +152,18 @@ def test_each_expert_sees_its_own_interval(run, monkeypatch):
     monkeypatch.setattr(train_linearsr, "flow_loss", flow_loss)
     run("experts", "--steps", 20, "--every", 20, "--expert", 2)
     assert len(seen) == 40 and 0.875 <= min(seen) < 0.885 and 0.93 < max(seen) <= 0.939
+    middle = shifted((unshifted(0.875) + unshifted(0.939)) / 2)  # a batch is stratified: one time in each half
+    assert all(a < middle <= b for a, b in zip(seen[::2], seen[1::2], strict=True))
+
+
+def test_the_draws_of_a_photo_cover_the_interval(monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_linearsr, "flow_loss", lambda network, z, t, *rest: seen.append(t) or t)
+    held = object.__new__(train_linearsr.Held)
+    held.z = held.c = held.m = held.lr = torch.zeros(5, 1, 1, 1)
+    t = held.flow(None, (0.223, 0.875), draws=4)
+    u = (unshifted(t) - unshifted(0.223)) / (unshifted(0.875) - unshifted(0.223))
+    assert t.shape == (5, 4) and (u * 4).floor().tolist() == [[0, 1, 2, 3]] * 5
 
 
 def test_knee():
@@ -137,6 +172,7 @@ def test_knee():
     assert knee([1, 2, 3]) == 0 and knee([1.0]) == 0  # never falls
     assert knee([10, 5, 2, 1.9, 2.1, 1.9, 2.2, 3, 4]) == 2  # oscillates, then rises
     assert knee([10, 8, 0, 7, 6, 5, 5, 5]) == 5  # a single dip is no knee
+    assert knee([10, 5, 4, 4, 4, 1]) == 2  # nor at the end
 
 
 def same_state(a, b):
@@ -307,6 +343,12 @@ def test_errors(run, photos, tiny_model, tmp_path):
         "--stage", "pretrain", "--mild", 0.5, "--steps", 2, "--workers", 0)
     path = next(Path("runs/linearsr/pretrain/checkpoints").glob("*1.safetensors"))
     state, _ = tensors(path)
+    log = Path("runs/linearsr/pretrain/log.csv")
+    log.rename("kept")
+    assert "log.csv has no validations: raise --steps" in error_of("--stage", "pretrain", "--workers", 0, "--steps", 1)
+    Path("kept").rename(log)
+    torch.save({"step": 0, "parameters": [], "ema": [], "optimizer": {}}, log.with_name("state.pt"))
+    assert "state.pt does not fit this network" in error_of("--stage", "pretrain", "--workers", 0, "--steps", 1)
     network = train_linearsr.Network(LinearSR_dit(tiny_model, 3), train_linearsr.Stem({"width": 96}))
     with pytest.raises(ValueError, match="trained from another prior"):
         train_linearsr.load_network(network, path)
@@ -323,18 +365,12 @@ def LinearSR_dit(folder, heads):
     (["--steps", "0"], "--steps must be positive"),
     (["--expert", "4"], "--expert must be 0 to 3"),
     (["--mild", "2"], "--mild must lie in"),
+    (["--stage", "pretrain", "--expert", "1"], "--expert and --pretrained belong to the later stages"),
 ])
 def test_bad_options(options, message, capsys, photos):
     with pytest.raises(SystemExit):
         train_linearsr.main(["--stage", "experts", "--data", str(photos), *options])
     assert message in capsys.readouterr().err
-
-
-def test_draws_are_stratified():
-    total = 16
-    rng = np.random.default_rng((0, 0, 0, 0))
-    u = (np.arange(total) + rng.random(total)) / total
-    assert [int(x * total) for x in u] == list(range(total))
 
 
 # --- lab/linearsr.py ---
@@ -380,6 +416,11 @@ def test_lab_measures_losses_and_makes_the_table(run, photos, tiny_model, tmp_pa
     assert Image.open("runs/lab-linearsr/tradeoff.png").size == (640, 480)
     with pytest.raises(SystemExit, match="no row steps-3-0"):
         lab.main([*line, "steps-3-0"])
+    with pytest.raises(SystemExit, match=r"two-1: its experts have \[1, 1\] steps, not 4 each"):
+        lab.main([*made, "--steps", "8", "--only", "two-1"])
+    assert lab.main([*line, "bicubic", "--metrics", "psnr", "--out", "other"]) == 0  # without LPIPS: no drawing
+    assert lab.main([*made, "--only", "pretrained-0"]) == 0
+    assert len(LinearSR.from_pretrained("runs/lab-linearsr/models/pretrained-0").experts) == 1
 
 
 def test_bootstrap_holds_the_mean():
