@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from pictures import write
+from pictures import read_rgb, whole, write
 
 SCALE = 4
 MIN_SIZE = 80  # below it, the smallest first-order result would be smaller than the blur's reflected border
@@ -271,7 +271,7 @@ def main(argv=None):
     parser.add_argument("--sheet", action="store_true", help="also write OUT.sheet.png, which shows every stage")
     args = parser.parse_args(argv)
     try:
-        hr = to_tensor(Image.open(args.image))
+        hr = to_tensor(read_rgb(args.image))
         hr = hr[:, :hr.shape[1] // SCALE * SCALE, :hr.shape[2] // SCALE * SCALE]
         stages = [("photo", hr)]
         lr = degrade(hr, args.seed, stages)
@@ -282,7 +282,7 @@ def main(argv=None):
             write(sheet(stages + [("LR", lr)]), Path(name))
             print(name)
     except (OSError, ValueError) as e:
-        sys.exit(f"error: {args.image}: {e}")
+        sys.exit(f"error: {whole(e)}")
 
 
 if __name__ == "__main__":

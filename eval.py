@@ -49,10 +49,11 @@ class Job:
         return self.target.with_name(f"{self.target.stem}_bicubic{self.target.suffix}")
 
 
-def plan(inputs, out=None, scale=4):
+def plan(inputs, out=None, scale=4, references=()):
     """Where each input's result goes: `out` is a file for a single input, else a folder, results/ by default.
 
-    Inputs of one stem (a.png, a.jpg) get different results. Raises SystemExit where an input would be overwritten.
+    Inputs of one stem (a.png, a.jpg) get different results. Raises SystemExit where an input or a reference would be
+    overwritten.
     """
     folder = Path(out or "results")
     single = None
@@ -72,12 +73,15 @@ def plan(inputs, out=None, scale=4):
             stem = f"{source.stem}-{n}"
         taken.add(stem.lower())
         jobs.append(Job(source, single or folder / f"{stem}_x{scale}.png"))
-    sources = {os.path.realpath(p) for p in inputs}
+
+    def same(path):  # for all names of one file
+        return (path.stat().st_dev, path.stat().st_ino) if path.exists() else None
+    kept = [*inputs, *references]
+    names, files = {os.path.realpath(p) for p in kept}, {same(p) for p in kept} - {None}
     for job in jobs:
         for target in (job.target, job.compare):
-            hard_links = (p for p in inputs if target.exists() and p.exists() and target.samefile(p))
-            if os.path.realpath(target) in sources or any(hard_links):
-                sys.exit(f"error: the result of {job.source} would overwrite the input {target}: choose another --out")
+            if os.path.realpath(target) in names or same(target) in files:
+                sys.exit(f"error: the result of {job.source} would overwrite {target}: choose another --out")
     return jobs
 
 
@@ -186,6 +190,8 @@ def find_pairs(args, jobs):
     if args.sr:
         results = [p for p in find_inputs([args.sr]) if not re.search(r"_x[124]_bicubic$", p.stem)]  # of --compare
         names = [p.name for p in results]
+        if not results:
+            sys.exit(f"error: {args.sr}: only enlargements of --compare there; rename them to score them")
     else:
         results, names = [job.target for job in jobs], [job.source.name for job in jobs]
     try:
@@ -371,7 +377,7 @@ def main(argv=None):
     if args.stability:
         stability(load(args, args.fast), inputs, args)
         return 0
-    jobs = plan(inputs, args.out, args.scale)
+    jobs = plan(inputs, args.out, args.scale, find_inputs([args.hr]) if args.hr else [])
     pairs = find_pairs(args, jobs) if args.score else []
     if ranks > 1:  # so that all ranks end together: torchrun ends the others as soon as one rank fails
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))

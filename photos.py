@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -121,6 +121,11 @@ def digest(photos):
     return hashlib.sha256("".join(p.sha256 for p in photos).encode()).hexdigest()
 
 
+def hash_of(texts):
+    """One SHA-256 for a list of texts."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+
+
 # --- Real LR pictures ---
 
 
@@ -132,15 +137,27 @@ def bare_name(path):
 def match_lq(photos, folder):
     """{path of a photo: path of its LR picture in `folder`}. Raises SystemExit for a pair that is not 1 : 4."""
     suffixes = picture_suffixes(Image.OPEN)
-    by_name = {bare_name(p): p for p in sorted(Path(folder).rglob("*")) if p.suffix.lower() in suffixes}
+    by_name, of = {}, {}
+    for path in sorted(Path(folder).rglob("*")):
+        if path.suffix.lower() in suffixes:
+            by_name.setdefault(bare_name(path), []).append(path)
+    for photo in photos:
+        of.setdefault(bare_name(photo.path), []).append(photo.path)
+    for name in of.keys() & by_name.keys():
+        for same in (of[name], by_name[name]):
+            if len(same) > 1:
+                sys.exit(f"error: --lq {folder}: {same[0]} and {same[1]} have the same name; rename one")
+    by_name = {name: path for name, (path, *_) in by_name.items()}
     pairs = {p.path: by_name[bare_name(p.path)] for p in photos if bare_name(p.path) in by_name}
     if not pairs:
         sys.exit(f"error: --lq {folder}: no picture there has the name of a photo")
     for photo in photos:
         if photo.path in pairs:
             with Image.open(pairs[photo.path]) as image:
-                if (image.width * SCALE, image.height * SCALE) != (photo.width, photo.height):
-                    sys.exit(f"error: {pairs[photo.path]} is {image.width}x{image.height}, but {photo.path} is "
+                turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+                width, height = image.size[::-1] if turned else image.size
+                if (width * SCALE, height * SCALE) != (photo.width, photo.height):
+                    sys.exit(f"error: {pairs[photo.path]} is {width}x{height}, but {photo.path} is "
                              f"{photo.width}x{photo.height}, not {SCALE} times that")
             pairs[photo.path] = str(pairs[photo.path])
     return pairs
@@ -209,6 +226,10 @@ def validation_pairs(photos, lq, crop, seed, folder, mild=0.0):
         lr = degrade(hr, (seed, 2 ** 32 - 1, i), mild=mild) if lr is None else lr  # an epoch that no training reaches
         pairs.append((f"{i:02d}_{bare_name(photo.path)}.png", to_image(lr), to_image(hr)))
     if folder:
+        names = {name for name, *_ in pairs}
+        for old in folder.glob("[lh]r/*.png"):  # of other photos
+            if old.name not in names:
+                old.unlink()
         for name, lr, hr in pairs:
             write_bytes(folder / "lr" / name, png(lr))
             write_bytes(folder / "hr" / name, png(hr))

@@ -17,7 +17,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 # --- Errors in one line ---
 
@@ -154,11 +154,12 @@ class Picture:
 
 
 def to_8_bit(image):
-    """Modes of more than 8 bits, which Pillow's own conversion would clip: I;16… and I (0…65535), F (0…1 or 0…255)."""
+    """Modes of more than 8 bits, which Pillow's own conversion would clip: I;16… and I (0…65535), F (0…1, where nothing
+    reaches 2, or 0…255)."""
     x = np.asarray(image, np.float64)
     if not np.isfinite(x).all():
         raise ValueError("it has pixels that are not finite numbers")
-    scale = 65535 if image.mode.startswith("I") else 1 if x.max() <= 1 else 255
+    scale = 65535 if image.mode.startswith("I") else 1 if x.max() < 2 else 255
     if x.max() > 65535:
         raise ValueError("it has pixel values of more than 16 bits")
     return Image.fromarray((x / scale * 255).clip(0, 255).round().astype(np.uint8))
@@ -189,22 +190,40 @@ def kept_exif(image):
         return b""
 
 
+_T = Image.Transpose
+TURNS = {2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE, 6: _T.ROTATE_270,
+         7: _T.TRANSVERSE, 8: _T.ROTATE_90}
+
+
+def upright(image):
+    """A copy, turned as the EXIF says. ImageOps.exif_transpose also writes the EXIF anew, and fails where it is odd."""
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # as in kept_exif
+        turn = None
+    return image.copy() if turn is None else image.transpose(turn)
+
+
 def read(path) -> Picture:
     """Decode `path`, a file name or a file object. Raises whatever Pillow does: OSError, ValueError, SyntaxError…"""
     with Image.open(path) as image:
         early = kept_exif(image) if image.format == "TIFF" else None  # load() closes the file, read on demand
         image.load()  # for PNG this must come first: getexif() loads it as well, and kept_exif hides what is broken
         exif = kept_exif(image) if early is None else early
-        image = ImageOps.exif_transpose(image)
+        image = upright(image)
     if 0 in image.size:
         raise ValueError("it has no pixels")
     icc = image.info.get("icc_profile")
     if image.mode == "F" or image.mode.startswith("I"):
+        clear, values = image.info.get("transparency"), np.asarray(image)
         image = to_8_bit(image)
+        if isinstance(clear, int):  # the grey level that is transparent
+            image.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
     elif image.mode == "LAB":  # Pillow converts it by profile only
         from PIL import ImageCms
         image = ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"),
                                           outputMode="RGB")
+        icc = None
     grey = image.mode in ("1", "L", "LA", "La")
     if image.mode not in ("L", "LA", "P", "PA", "RGB", "RGBA"):
         icc = None  # CMYK, YCbCr, …: the profile does not describe the RGB made of it

@@ -19,7 +19,6 @@ saliency.csv and saliency.png, calibration.pt (F: with --resume another score, Î
 --compare adds compare.csv and oracle.csv, --validate adds validation.csv, --heal the model healed/ beside the pruned.
 """
 import argparse
-import hashlib
 import math
 import os
 import shutil
@@ -38,7 +37,7 @@ import weights
 from metrics import METRICS
 from metrics.score import evaluate, folder_pairs, mean, pick
 from objective import LAMBDA, PROTOCOLS, Conditions, Latents, complete, in_float32, load_lpips, losses
-from photos import Pairs, digest, find_tags, match_lq, photo_tags, scan, split, validation_pairs
+from photos import Pairs, digest, find_tags, hash_of, match_lq, photo_tags, scan, split, validation_pairs
 from pictures import atomically, bicubic, png, read_rgb, whole, write_bytes
 from runs import (
     DTYPES,
@@ -292,11 +291,13 @@ def mean_losses(calibration, networks, first, count, what):
             vae = Latents(calibration.model.vae, calibration.model.scaling_factor)
             vae.encode = lru_cache(vae.encode)  # x_L and x_H are the same for every network
             for name, dit in networks.items():
+                if signals.caught:
+                    break
                 totals[name] += calibration.loss(dit, batch, vae).item() / count
                 bar.update()
-                if signals.caught:
-                    print(f"interrupted; the pruned model in {args.out} is whole, the comparison starts anew")
-                    sys.exit(128 + signals.caught)
+    if signals.caught:  # the batches may have ended because of it
+        print(f"interrupted; the pruned model in {args.out} is whole, the comparison starts anew")
+        sys.exit(128 + signals.caught)
     return totals
 
 
@@ -357,9 +358,10 @@ def heal(args, provenance):
     if code := train.main([str(a) for a in argv]):
         return code
     model = SanaSR.from_pretrained(out, args.device, DTYPES[args.dtype], adapter=name / "adapter.safetensors")
+    steps = int(model.metadata["step"])  # more than args.heal where an earlier run had more
     link_parts(out, out / "healed")
-    save_module(model.dit, out / "healed" / "transformer", metadata=provenance | {"healed_steps": args.heal})
-    print(f"healed in {args.heal} steps, merged: {args.out}/healed")
+    save_module(model.dit, out / "healed" / "transformer", metadata=provenance | {"healed_steps": steps})
+    print(f"healed in {steps} steps, merged: {args.out}/healed")
     return 0
 
 
@@ -481,11 +483,6 @@ def find_photos(args):
     return photos, held[:args.val], lq, f"{report}; {len(held)} held out"
 
 
-def hash_of(texts):
-    """One SHA-256 for a list of texts."""
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
-
-
 # what F depends on; the number of steps may grow
 FISHER_SETTINGS = ("model", "base_fingerprint", "adapter_sha256", "photos_sha256", "protocol", "timestep", "suffix",
                    "lpips", "crop", "seed", "dtype", "tags", "prompts_sha256", "lq_sha256")
@@ -573,6 +570,8 @@ def parse(argv=None):
         p.error(f"--eps-p must be positive, not {args.eps_p:g}")
     if args.timestep is not None and not 0 < args.timestep <= 1000:
         p.error(f"--timestep must lie in (0, 1000], not {args.timestep:g}")
+    if args.seed < 0:
+        p.error(f"--seed must not be negative, not {args.seed}")
     if not args.resume and any((args.out / name).exists() for name in ("calibration.pt", "transformer")):
         sys.exit(f"error: {args.out} holds a model already: add --resume to go on, or choose another --out")
     if (args.out / "adapter.safetensors").exists():

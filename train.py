@@ -47,7 +47,7 @@ from objective import (
     losses,
     prior,
 )
-from photos import Pairs, digest, find_tags, match_lq, photo_tags, scan, split, validation_pairs
+from photos import Pairs, digest, find_tags, hash_of, match_lq, photo_tags, scan, split, validation_pairs
 from pictures import bicubic, read_rgb, whole, why
 from runs import (
     DTYPES,
@@ -169,6 +169,8 @@ def select(args):
             scores[path] = mean(rows)[args.select]
     except (ValueError, weights.Unavailable) as error:
         sys.exit(f"error: --select: {whole(error)}")
+    if not scores:
+        sys.exit(f"error: --select: {args.run}/checkpoints is empty; --resume writes the last one again")
     order = sorted(scores, key=scores.get, reverse=METRICS[args.select].better == "higher")
     write_csv(args.run / "select.csv", ["checkpoint", args.select],
               [{"checkpoint": path.name, args.select: scores[path]} for path in order])
@@ -222,6 +224,7 @@ def train(args, state=None):
     """The whole run, as the module's docstring says. state: of the run to resume, or None. Returns the exit code."""
     rank, world = ranks()
     device, say = args.device, partial(print, flush=True) if rank == 0 else lambda *a, **k: None
+    asked = (state["settings"] if state else {}).get("asked", {k: getattr(args, k) for k in ("tags", "lpips")})
     # a resumed run repeats the uninterrupted one bit for bit on a CPU; on a GPU the backward pass of LPIPS's
     # max-pooling still adds in an arbitrary order
     torch.backends.cudnn.deterministic = True
@@ -269,10 +272,14 @@ def train(args, state=None):
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0 ** 12, enabled=args.dtype == "fp16")
     step, rows = 0, []
     settings = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS} | {
-        "global_batch": args.batch * world, "photos_sha256": digest(photos)}
+        "asked": asked, "global_batch": args.batch * world, "photos_sha256": digest(photos),
+        "base_fingerprint": fingerprint(model.folder / "transformer"), "prompts_sha256": hash_of(prompts),
+        "lq_sha256": hash_of([weights.sha256(Path(lq[p.path])) if p.path in lq else "" for p in photos])}
     if state:
-        for key, what in (("photos_sha256", "the photos"), ("global_batch", "--batch times the number of processes")):
-            if state["settings"][key] != settings[key]:
+        for key, what in (("photos_sha256", "the photos"), ("lq_sha256", "the LR pictures"),
+                          ("prompts_sha256", "the tags"), ("base_fingerprint", "the model"),
+                          ("global_batch", "--batch times the number of processes")):
+            if state["settings"].get(key, settings[key]) != settings[key]:  # older runs have not noted all of them
                 sys.exit(f"error: --resume: {what} changed since the run began; start anew under another --name")
         step = state["step"]
         try:
@@ -288,7 +295,7 @@ def train(args, state=None):
     run = Run(args.run, COLUMNS, rows) if rank == 0 else None
     tags_from = args.tags if args.tags in ("none", "ram", "dape") else "file"
     metadata = {k: str(v) for k, v in {
-        "base": args.model, "base_fingerprint": fingerprint(model.folder / "transformer"), "photos": len(photos),
+        "base": args.model, "base_fingerprint": settings["base_fingerprint"], "photos": len(photos),
         "terms": " ".join(terms), "ema": EMA, "tags": tags_from, "torch": torch.__version__,
         **{k: settings[k] for k in ("lora_targets", "protocol", "timestep", "suffix", "lpips", "crop", "global_batch",
                                     "lr", "clip", "usm", "mild", "seed", "dtype", "photos_sha256")}}.items()}
@@ -470,7 +477,12 @@ def parse(argv=None):
     args.device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
     args.dtype = dtype_name(pick_dtype(args.dtype, args.device))
     args.workers = workers(args.workers)
+    if args.seed < 0:
+        p.error(f"--seed must not be negative, not {args.seed}")
     if state:
+        for option, value in state["settings"].get("asked", {}).items():
+            if getattr(args, option) == value:  # again; it may not have been to be had when the run began
+                setattr(args, option, saved[option])
         changed = [k for k in saved if k not in CHANGEABLE and getattr(args, k) != saved[k]]
         if changed:
             sys.exit("error: --resume goes on with the settings of the run; different: " + ", ".join(
@@ -481,7 +493,10 @@ def parse(argv=None):
 def main(argv=None):
     args, state = parse(argv)
     if args.select:
-        return select(args)
+        try:
+            return select(args)
+        except OSError as error:
+            sys.exit(f"error: {whole(error)}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if args.device.type == "cuda":
             torch.cuda.set_device(args.device)
@@ -491,6 +506,9 @@ def main(argv=None):
             if not state and (args.run / "state.pt").exists():
                 sys.exit(f"error: {args.run} holds a run that has just ended: add --resume, or choose another --name")
             return train(args, state)
+    except KeyboardInterrupt:  # before the first step, which nothing else catches
+        print(f"interrupted; nothing of {args.run} is lost", file=sys.stderr)
+        return 130
     except OSError as error:
         sys.exit(f"error: {str(error).strip().splitlines()[-1].removeprefix('OSError: ')}")
     finally:

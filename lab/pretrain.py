@@ -21,6 +21,7 @@ and from the photos' main colours.
 import argparse
 import copy
 import csv
+import hashlib
 import json
 import re
 import shutil
@@ -50,6 +51,7 @@ from sanasr import (
     GemmaTokenizer,
     LinearDiT,
     build_prompt,
+    fingerprint,
     open_weights,
     save_module,
     save_tensors,
@@ -105,6 +107,7 @@ class Photos:
                 image = np.pad(image, [(n // 2, n - n // 2) for n in lacking] + [(0, 0)], mode="symmetric")
             found.append((weights.sha256(path), path, image))
         held = held_out(sha256 for sha256, *_ in found)
+        self.sha256 = hashlib.sha256("".join(sha256 for sha256, *_ in found).encode()).hexdigest()
         self.train = [(path, image) for sha256, path, image in found if sha256 not in held]
         self.val = [(path, image) for sha256, path, image in found if sha256 in held]
         if not self.train or not self.val:
@@ -451,12 +454,16 @@ def train_prior(photos, args):
 
     # many random crops are encoded once: the encoder would cost more than the prior itself
     path, size = out / "latents.pt", PRIOR["sample_size"] * vae.factor
+    made_of = [photos.sha256, weights.sha256(out / "autoencoder.pt"), args.seed, args.latents]
     if not path.exists():
         chosen = np.random.default_rng(args.seed).integers(len(photos.train), size=args.latents)
         z = [encode(to_signed(np.stack([photos.crop(i, size, np.random.default_rng((args.seed, n)))])))
              for n, i in enumerate(tqdm(chosen, desc="encoding"))]
-        save(path, dict(z=torch.cat(z).half(), photo=torch.from_numpy(chosen)))
+        save(path, dict(z=torch.cat(z).half(), photo=torch.from_numpy(chosen), made_of=made_of))
     data = torch.load(path, weights_only=True)
+    if data.get("made_of", made_of) != made_of:
+        sys.exit(f"error: {path} is of other photos, another autoencoder, --seed or --latents; delete it and "
+                 f"{out / 'prior.pt'}")
     scale = 1 / data["z"].float().std().item()
     print(f"{len(data['z'])} latents, scaling factor {scale:.5f}")
     val_z = encode(photos.val_crops(size, 64)) * scale
@@ -494,15 +501,24 @@ def train_prior(photos, args):
 
 def write_tags(args):
     """Write the `tags` of all photos of the folders as a CSV file with the columns image and tags."""
-    rows = [{"image": path.name, "tags": ", ".join(tags(path, np.asarray(read(path).rgb)))}
-            for path in tqdm(photo_paths(args.data), desc="tags", leave=False)]
+    if Path(args.to).is_dir():
+        sys.exit(f"error: --to {args.to} is a folder; name the CSV file to write")
+    rows, bad = [], 0
+    for path in tqdm(photo_paths(args.data), desc="tags", leave=False):
+        try:
+            rows.append({"image": path.name, "tags": ", ".join(tags(path, np.asarray(read(path).rgb)))})
+        except Exception:  # on broken files the decoders raise anything
+            bad += 1
     write_csv(args.to, ["image", "tags"], rows)
-    print(f"wrote {args.to}: {len(rows)} pictures")
+    print(f"wrote {args.to}: {len(rows)} pictures" + (f", {bad} unreadable" if bad else ""))
 
 
 def export(args):
     """runs/pretrain -> the official layout, in fp16: vae/, transformer/, text_encoder/, tokenizer/, and the adapter."""
     out, target = Path(args.out), Path(args.to)
+    if args.adapter:
+        open_weights(args.adapter)  # before anything is written
+    old = fingerprint(target / "transformer") if (target / "transformer").is_dir() else None
     states = {name: load_state(out / f"{name}.pt") for name in ("autoencoder", "decoder", "prior")
               if name != "decoder" or (out / "decoder.pt").exists()}
     scale = 1 / torch.load(out / "latents.pt", weights_only=True)["z"].float().std().item()
@@ -513,6 +529,8 @@ def export(args):
         save_module(part, target / name, torch.float16)
     (target / "tokenizer").mkdir(exist_ok=True)
     shutil.copy(out / "tokenizer" / "tokenizer.json", target / "tokenizer")
+    if old not in (None, fingerprint(target / "transformer")):
+        (target / "adapter.safetensors").unlink(missing_ok=True)  # it belongs to the transformer that lay here
     if args.adapter:
         with open_weights(args.adapter) as file:
             half = {key: file.get_tensor(key).half() for key in file.keys()}
@@ -547,14 +565,12 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    if args.stage == "export":
-        return export(args)
-    if not args.data:
+    if args.stage != "export" and not args.data:
         parser.error("--data is needed: a folder of clean photos")
-    if args.stage == "tags":
-        return write_tags(args)
-    photos = Photos(args.data, args.crop, mirror=args.stage == "prior")
     try:
+        if args.stage in ("export", "tags"):
+            return dict(export=export, tags=write_tags)[args.stage](args)
+        photos = Photos(args.data, args.crop, mirror=args.stage == "prior")
         dict(autoencoder=train_autoencoder, decoder=train_autoencoder, prior=train_prior)[args.stage](photos, args)
     except (OSError, ValueError, FloatingPointError, Unavailable) as error:
         sys.exit(f"error: {whole(error)}")

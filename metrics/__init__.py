@@ -46,6 +46,7 @@ METRICS = {
     "maniqa-koniq": Metric(lambda device: MANIQA.from_pretrained("koniq").to(device), False, "higher", "0…1, KonIQ"),
     "clipiqa": Metric(lambda device: CLIPIQA.from_pretrained().to(device), False, "higher", "0…1"),
 }
+SMALLEST = {"ssim": 11, "lpips": 31, "lpips-vgg": 16, "clipiqa": 31}  # pixels a side that they can take
 ALL = ("psnr", "ssim", "lpips", "dists", "niqe", "musiq", "maniqa", "clipiqa")  # what papers report
 
 
@@ -58,10 +59,15 @@ def load(name: str, device: str | torch.device = "cpu"):
     if name not in METRICS:
         raise ValueError(f"unknown metric {name!r}; known are {', '.join(METRICS)}")
     metric = METRICS[name]
+    if torch.device(device).type == "mps" and name in ("psnr", "ssim", "niqe"):
+        device = "cpu"  # they compute in float64, which MPS does not have
     function = metric.make(device)
 
     @torch.inference_mode()
     def score(sr, hr=None):
+        if min(sr.shape[-2:]) < SMALLEST.get(name, 1):
+            raise ValueError(f"{name} needs at least {SMALLEST[name]} pixels a side, the image is "
+                             f"{sr.shape[-1]}x{sr.shape[-2]}")
         if not metric.needs_reference:
             return function(sr.to(device))
         if hr is None:

@@ -6,6 +6,7 @@ make some 20 MB; the numbers come from the originals. Click on a picture to lay 
 import base64
 import io
 from html import escape
+from math import inf, isnan
 
 from PIL import Image
 
@@ -43,11 +44,12 @@ dialog p { display: flex; justify-content: space-between; margin: 0; gap: 1rem }
 
 SCRIPT = """
 const $ = s => document.querySelector(s), all = (s, e) => [...(e || document).querySelectorAll(s)];
+const rank = (e, name, sign) => isNaN(e.dataset[name]) ? 1e9 : sign * e.dataset[name];  // those without a value last
 function sortBy(button) {
   const name = button.dataset.metric, sign = button.dataset.better == "higher" ? 1 : -1;
   for (const b of all("th button")) b.setAttribute("aria-pressed", b == button);
   for (const parent of [$("tbody"), $("main")])
-    parent.append(...[...parent.children].sort((a, b) => sign * (a.dataset[name] - b.dataset[name])));
+    parent.append(...[...parent.children].sort((a, b) => rank(a, name, sign) - rank(b, name, sign)));
 }
 for (const b of all("th button")) b.onclick = () => sortBy(b);
 const dialog = $("dialog"), slider = $("dialog input"), over = $("#over");
@@ -80,7 +82,7 @@ def worst_first(rows, pairs):
     """(row, pair) for each picture, sorted by LPIPS if it is there, else by the first metric; and the metric's name."""
     by = "lpips" if "lpips" in rows[0] else list(rows[0])[1]
     sign = 1 if METRICS[by].better == "higher" else -1
-    return sorted(zip(rows, pairs, strict=True), key=lambda item: sign * item[0][by]), by
+    return sorted(zip(rows, pairs, strict=True), key=lambda item: inf if isnan(item[0][by]) else sign * item[0][by]), by
 
 
 def write_report(rows, pairs, path, protocol="full", title="Super-resolution report", note=""):

@@ -32,14 +32,15 @@ def partners(names, folder, files):
     the `_x4` (`_x1`, `_x2`) that eval.py appends. Raises ValueError that names what is missing or ambiguous."""
     def stem(name):
         return re.sub(r"_x[124]$", "", Path(name).stem)
-    by_name, by_stem = {f.name: f for f in files}, {}
+    by_name, by_stem = {}, {}
     for f in files:
+        by_name.setdefault(f.name, []).append(f)
         by_stem.setdefault(stem(f.name), []).append(f)
     found, missing = [], []
     for name in names:
-        candidates = [by_name[name]] if name in by_name else by_stem.get(stem(name), [])
+        candidates = by_name.get(name) or by_stem.get(stem(name), [])
         if len(candidates) > 1:
-            raise ValueError(f"{folder}: {name} has several partners: " + ", ".join(f.name for f in candidates))
+            raise ValueError(f"{folder}: {name} has several partners: " + ", ".join(map(str, candidates)))
         found += candidates
         missing += [] if candidates else [name]
     if missing:

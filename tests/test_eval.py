@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, ImageOps
 from tiny import tiny_model
 from tqdm import tqdm
 
@@ -126,6 +126,22 @@ def test_16_bit_colour_and_alpha(tmp_path, channels):
     assert (picture.alpha is None) if channels == 3 else np.array_equal(np.asarray(picture.alpha), x[..., 3])
 
 
+def test_floats_a_little_above_one_are_clipped(tmp_path):
+    x = np.full((5, 7), 0.5, np.float32)
+    x[0, 0] = 1.2
+    Image.fromarray(x).save(tmp_path / "f.tiff")
+    grey = np.asarray(pictures.read(tmp_path / "f.tiff").rgb)[..., 0]
+    assert grey[0, 0] == 255 and (grey.flat[1:] == 128).all()
+
+
+def test_a_transparent_level_of_16_bits_becomes_alpha(tmp_path):
+    x = noise(5, 7).astype(np.uint16) * 257
+    x[0, 0] = 1000
+    Image.fromarray(x).save(tmp_path / "a.png", transparency=1000)
+    alpha = np.asarray(pictures.read(tmp_path / "a.png").alpha)
+    assert alpha[0, 0] == 0 and (alpha.flat[1:] == 255).all()
+
+
 def test_alpha_is_enlarged_and_kept(run):
     alpha = Image.fromarray(noise(5, 7, seed=1))
     image = RGB.copy()
@@ -180,6 +196,8 @@ def test_colour_profile_is_kept_where_it_still_holds(run):
     with Image.open("results/p_x4.png") as kept, Image.open("results/cmyk_x4.png") as dropped:
         assert kept.info.get("icc_profile") == profile
         assert "icc_profile" not in dropped.info
+    Image.new("LAB", (7, 5)).save("lab.tiff", icc_profile=profile)
+    assert pictures.read("lab.tiff").icc is None
 
 
 def photo_with_exif(path, **options):
@@ -239,6 +257,25 @@ def test_no_metadata_drops_exif_and_profile(run):
 def test_damaged_exif_costs_no_picture(run):
     RGB.save("a.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f and no directory")
     assert run("a.jpg")[0] == 0 and Path("results/a_x4.png").exists()
+    exif = Image.Exif()
+    exif.update({0x0112: 6, 0x0128: 2})
+    RGB.save("b.jpg", exif=exif)
+    data = Path("b.jpg").read_bytes()
+    at = data.index(struct.pack(">H", 0x0128) if b"MM\0*" in data else struct.pack("<H", 0x0128))
+    kind = data[at + 2:at + 4]
+    Path("b.jpg").write_bytes(data[:at + 2] + kind.replace(b"\3", b"\7") + data[at + 4:])  # a unit of type UNDEFINED
+    with pytest.raises(struct.error), Image.open("b.jpg") as image:
+        ImageOps.exif_transpose(image)
+    assert run("b.jpg")[0] == 0 and Image.open("results/b_x4.png").size == (20, 28)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_upright_is_pillows(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    RGB.save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as image:
+        assert pictures.upright(image).tobytes() == ImageOps.exif_transpose(image).tobytes()
 
 
 def test_exif_too_long_for_a_jpeg_is_left_out(run):
@@ -346,9 +383,9 @@ def test_a_folder_gives_its_pictures_only(run):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["a.png", "--out", "a.png"], "overwrite the input a.png"),
-    (["a.png", "--out", "./link.png"], "overwrite the input link.png"),
-    (["a.png", "hard.png", "--out", "."], "overwrite the input a_x4.png"),
+    (["a.png", "--out", "a.png"], "would overwrite a.png"),
+    (["a.png", "--out", "./link.png"], "would overwrite link.png"),
+    (["a.png", "hard.png", "--out", "."], "would overwrite a_x4.png"),
     (["b.png", "b_bicubic.png", "--out", "here"], None),
     (["a.png", "b.png", "--out", "c.png"], "is one file but there are 2 inputs"),
     (["a.png", "--out", "c.pngg"], "no picture format is called .pngg"),

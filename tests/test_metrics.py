@@ -340,6 +340,19 @@ def test_mean_leaves_out_pictures_of_one_colour(tmp_path, capsys):
     assert "niqe: 1 of 3 pictures have none" in capsys.readouterr().out
 
 
+def test_eval_keeps_the_references(tmp_path, monkeypatch, tiny_model):
+    monkeypatch.chdir(tmp_path)
+    pictures(Path("lr"), 1, size=(24, 16))
+    pictures(Path("hr"), 1, size=(96, 64), suffix="_x4.png")
+    before = Path("hr/0_x4.png").read_bytes()
+    with pytest.raises(SystemExit, match="the result of lr/0.png would overwrite hr/0_x4.png"):
+        evaluation.main(["lr", "--hr", "hr", "--out", "hr", "--model", str(tiny_model), "--device", "cpu"])
+    assert Path("hr/0_x4.png").read_bytes() == before
+    Path("hr/0_x4.png").rename("hr/0_x4_bicubic.png")
+    with pytest.raises(SystemExit, match="hr: only enlargements of --compare there"):
+        evaluation.main(["--sr", "hr", "--hr", "hr", "--device", "cpu"])
+
+
 def test_eval_restores_then_scores(tmp_path, monkeypatch, tiny_model, capsys):
     """The results of this run are scored, those of broken inputs are not; a missing reference is told before."""
     monkeypatch.chdir(tmp_path)
@@ -396,7 +409,24 @@ def test_patch_is_the_central_crop(tmp_path):
     assert np.array_equal(cropped, noise[22:278, 72:328])
 
 
+def test_pictures_too_small_for_a_metric_are_named(tmp_path):
+    pictures(tmp_path / "sr", 1, (24, 24))
+    pair = score.Pair("0.png", tmp_path / "sr/0.png", tmp_path / "sr/0.png")
+    with pytest.raises(ValueError, match=r"sr/0.png: lpips needs at least 31 pixels a side, the image is 24x24"):
+        score.evaluate(None, [pair], ["psnr", "lpips"])
+    x = torch.rand(1, 3, 31, 31)
+    assert metrics.load("lpips")(x, x) == 0 and metrics.load("ssim")(x[..., :11, :11], x[..., :11, :11]) > 0.9
+
+
+def test_pictures_without_a_score_are_reported_last(tmp_path):
+    rows = [{"image": name, "niqe": value} for name, value in zip("abcd", (3.0, math.nan, 9.0, 5.0), strict=True)]
+    order, by = report.worst_first(rows, [None] * 4)
+    assert by == "niqe" and [row["image"] for row, _ in order] == ["c", "d", "a", "b"]
+
+
 def test_partners():
+    with pytest.raises(ValueError, match="several partners: lr1/a.png, lr2/a.png"):
+        score.partners(["a.png"], "lr1 lr2", [Path("lr1/a.png"), Path("lr2/a.png")])
     files = [Path("hr/a.jpg"), Path("hr/b.png"), Path("hr/b.jpg")]
     assert score.partners(["a_x4.png", "b.png"], "hr", files) == files[:2]
     with pytest.raises(ValueError, match="several partners"):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -302,6 +303,17 @@ def test_comparison_with_the_oracle(run, deep, photos, tmp_path, capsys):
         total += (1 - np.log(sample["t"].item() + 1) / np.log(1001)) * loss.item() / 2
     assert float(rows["paper"]["loss"]) == pytest.approx(total, rel=1e-4)
     assert "ρ(oracle)" in capsys.readouterr().out
+
+
+def test_an_interrupted_comparison_gives_no_numbers(monkeypatch, tmp_path):
+    class Caught:
+        caught = signal.SIGINT
+        __enter__, __exit__ = (lambda self: self), (lambda self, *_: None)
+    monkeypatch.setattr(prune, "Signals", Caught)
+    calibration = SimpleNamespace(args=SimpleNamespace(out=tmp_path), samples=lambda *_: [])  # no batch came any more
+    with pytest.raises(SystemExit) as ended:
+        prune.mean_losses(calibration, {"all": None}, 0, 2, "oracle")
+    assert ended.value.code == 128 + signal.SIGINT
 
 
 # --- healing and validation -------------------------------------------------------------------------------------------

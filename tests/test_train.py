@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from seeded import seeded_state_dict
 
 import degrade
@@ -287,8 +288,8 @@ def test_samples_do_not_depend_on_workers_or_on_each_other(photos, tmp_path):
 
 def test_crops_flips_and_t_cover_their_ranges(photos, tmp_path):
     data = stream(photos, tmp_path)
-    t = [float(np.random.default_rng(i).integers(70, 650, endpoint=True)) for i in range(9000)]
-    assert min(t) == 70 and max(t) == 650, "both ends belong to the range"
+    ends = Pairs(data.photos, [""] * 5, 96, (8, 3, 3), (70, 71), 5)
+    assert {float(ends[n]["t"]) for n in range(24)} == {70, 71}, "both ends belong to the range"
     drawn = [data[n]["t"] for n in range(60)]
     assert all(70 <= v <= 650 and v == int(v) for v in drawn) and len(set(drawn)) > 40
     photo = next(p for p in data.photos if p.path.endswith("a.png"))
@@ -326,9 +327,26 @@ def test_real_pairs_are_cut_together(photos, tmp_path):
     Image.new("RGB", (33, 28)).save(tmp_path / "lq" / "a_LR4.png")
     with pytest.raises(SystemExit, match="33x28"):
         match_lq(found, tmp_path / "lq")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (28, 32)).save(tmp_path / "lq" / "a_LR4.png", exif=turned)
+    assert match_lq(found, tmp_path / "lq") == lq, "32x28 once it is upright"
+    Image.new("RGB", (32, 28)).save(tmp_path / "lq" / "a.png")
+    with pytest.raises(SystemExit, match="a.png and .*a_LR4.png have the same name"):
+        match_lq(found, tmp_path / "lq")
+    (tmp_path / "lq" / "a.png").unlink()
+    with pytest.raises(SystemExit, match="have the same name"):
+        match_lq([*found, photo._replace(path="elsewhere/a.png")], tmp_path / "lq")
     (tmp_path / "lq" / "a_LR4.png").rename(tmp_path / "lq" / "unknown.png")
     with pytest.raises(SystemExit, match="no picture there"):
         match_lq(found, tmp_path / "lq")
+
+
+def test_validation_pictures_are_those_of_this_run(photos, tmp_path):
+    found, _ = scan([photos], 96, tmp_path / "index.json", 1)
+    for n in (3, 2):
+        validation_pairs(found[:n], {}, 96, 5, tmp_path / "val")
+        assert [len(list((tmp_path / "val" / kind).iterdir())) for kind in ("lr", "hr")] == [n, n]
 
 
 def test_tags_of_a_file(photos, tmp_path, capsys):
@@ -676,6 +694,37 @@ def test_resume_refuses_what_changed(here, run, photos):
     assert train.main(["--name", "r", "--resume", "--steps", "2"]) == 0
 
 
+def test_resume_refuses_other_tags_and_another_prior(here, photos, tiny_model):
+    model, table = here / "model", here / "tags.csv"
+    shutil.copytree(tiny_model, model)
+    lines = "image,tags\n" + "".join(f"{p.name},tree\n" for p in photos.rglob("*.*"))
+    table.write_text(lines)
+    options = ["--data", str(photos), "--model", str(model), "--name", "r", *QUICK, "--tags", str(table)]
+    assert train.main([*options, "--steps", "1"]) == 0
+    again = ["--name", "r", "--resume", "--steps", "2"]
+    table.write_text(lines.replace("tree", "cat"))
+    with pytest.raises(SystemExit, match="the tags changed"):
+        train.main(again)
+    table.write_text(lines)
+    weights_file = next((model / "transformer").glob("*.safetensors"))
+    state = load_file(weights_file)
+    state["proj_out.weight"] += 1
+    save_file(state, weights_file)
+    with pytest.raises(SystemExit, match="the model changed"):
+        train.main(again)
+
+
+def test_resumed_by_its_own_line_where_something_was_not_to_be_had(run, here, photos, tiny_model, monkeypatch):
+    def unavailable(*_):
+        raise weights.Unavailable("not on this machine")
+    monkeypatch.setattr(tagger.Tagger, "from_pretrained", unavailable)
+    line = ["--data", str(photos), "--model", str(tiny_model), "--name", "r", *QUICK, "--tags", "ram"]
+    assert train.main([*line, "--steps", "1"]) == 0
+    assert train.main([*line, "--steps", "2", "--resume"]) == 0
+    with pytest.raises(SystemExit, match=r"--tags dape \(was none\)"):
+        train.main([*line, "--tags", "dape", "--resume"])
+
+
 @pytest.mark.parametrize("options, message", [
     (["--name", "r"], "holds a run"), (["--name", "other", "--resume"], "nothing to resume"),
     (["--name", "n", "--model", "no-such"], "no-such"), (["--name", "n", "--crop", "100"], "multiple of 32"),
@@ -740,6 +789,9 @@ def test_select_ranks_by_the_scores_of_the_evaluator(here, run, monkeypatch):
     lr, hr = (Image.open(next((folder / "val" / kind).iterdir())) for kind in ("lr", "hr"))
     x, y = (torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255 for image in (model.restore(lr), hr))
     assert float(psnr) == pytest.approx(metrics.load("psnr")(x, y).item(), abs=0.05)
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(SystemExit, match="checkpoints is empty"):
+        train.main(["--name", "r", "--select", "psnr", "--device", "cpu"])
 
 
 def test_workers_never_exceed_the_cores(photos):
