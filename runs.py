@@ -9,6 +9,7 @@ import os
 import pickle
 import platform
 import signal
+import subprocess
 import sys
 import warnings
 from functools import partial
@@ -106,6 +107,15 @@ def _loaded(load, device, fast):
             rewrites.keep_memory()
         rewrites.optimise(model, graphs=device.type == "cuda")
     return model
+
+
+def revision(folder):
+    """The short name of the commit in `folder`, or "unknown"."""
+    try:
+        done = subprocess.run(["git", "-C", folder, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    except OSError:  # there is no git
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 def cpu_name():

@@ -182,6 +182,7 @@ def _backward_query(
         q_tile = _relu(_load(q, n, end, q_n, q_d, D)).to(tl.float32)  # BLOCK D
         numerator = tl.dot(q_tile, kv, input_precision=PRECISION)  # BLOCK D
         denominator = tl.sum(q_tile * z[None, :], axis=1) + eps  # BLOCK
+        denominator = tl.where(n < end, denominator, 1.0)  # beyond the end 0 / eps would be NaN where eps is 0
         dnum = _load(g, n, end, g_n, g_d, D).to(tl.float32) / denominator[:, None]  # BLOCK D
         dden = -tl.sum(dnum * numerator, axis=1) / denominator  # BLOCK
         dq_tile = tl.dot(dnum, tl.trans(kv), input_precision=PRECISION) + dden[:, None] * z[None, :]

@@ -54,6 +54,7 @@ from lab.fault_inputs import (
     without_privileges,
 )
 from pictures import whole
+from runs import revision
 
 SECONDS = 120  # then a case hangs
 
@@ -622,6 +623,7 @@ def main(argv=None):
     parser.add_argument("--only", default="", metavar="TEXT", help="of inputs: KIND, signals, machine: those that "
                         "contain this text; their files are kept")
     args = parser.parse_args(argv)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the cases' address space is limited, and runs are compared bit for bit
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="PIL")
     began, work = time.monotonic(), (args.out / "work").resolve()
@@ -698,8 +700,7 @@ def pooled(units, jobs, work):
 
 
 def report(rows, args, seconds):
-    revision = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    about = (f"Seed {args.seed}, revision {revision.stdout.strip() or 'unknown'}, {time.strftime('%Y-%m-%d')}, "
+    about = (f"Seed {args.seed}, revision {revision(ROOT)}, {time.strftime('%Y-%m-%d')}, "
              f"{seconds:.0f} s with {args.jobs} processes, torch {torch.__version__}.")
     table = {}
     for row in rows:

@@ -111,7 +111,7 @@ def latency(function, args, runs=5):
         start = time.perf_counter()
         function(*args)
         if device.type in ("cuda", "mps"):
-            getattr(torch, device.type).synchronize()
+            getattr(torch, device.type).synchronize(*[device] * (device.type == "cuda"))
         times.append(1000 * (time.perf_counter() - start))
     return median(times[1:])
 
