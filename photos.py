@@ -227,7 +227,7 @@ def validation_pairs(photos, lq, crop, seed, folder, mild=0.0):
         pairs.append((f"{i:02d}_{bare_name(photo.path)}.png", to_image(lr), to_image(hr)))
     if folder:
         names = {name for name, *_ in pairs}
-        for old in folder.glob("[lh]r/*.png"):  # of other photos
+        for old in folder.glob("[lh]r/[0-9][0-9]*_*.png"):  # of other photos, by the names that are given here
             if old.name not in names:
                 old.unlink()
         for name, lr, hr in pairs:

@@ -585,15 +585,16 @@ def starts(folder, args, k, photos):
     elif args.stage == "finetune":
         experts = expert_folders(args, "experts")[k]
         start["adapter"] = starting_point(experts, args)
-        start["network"] = settings_of(experts, args)["start"]["network"]
+        start["network"] = settings_of(experts, args.boundaries)["start"]["network"]
     write_bytes(path, json.dumps({"settings": settings, "start": start}, indent=1))
     return start
 
 
-def settings_of(folder, args):
-    """settings.json of a training. Raises SystemExit where it was made for other intervals."""
+def settings_of(folder, boundaries=None):
+    """settings.json of a training. Raises SystemExit where it, an expert's, was made for other boundaries."""
     noted = json.loads((folder / "settings.json").read_text())
-    if (made := noted["settings"]["boundaries"]) != list(args.boundaries):
+    made = noted["settings"]["boundaries"]
+    if boundaries is not None and made != list(boundaries):
         sys.exit(f"error: {folder} was trained with --boundaries {' '.join(map(str, made))}")
     return noted
 
@@ -604,9 +605,7 @@ def export(args):
     stage = args.of or next((s for s in reversed(STAGES[1:]) if expert_folders(args, s)[0].is_dir()), "pretrain")
     folders = expert_folders(args, stage)
     points = [starting_point(folder, args) for folder in folders]
-    if stage == "pretrain":  # on all t
-        args.boundaries = json.loads((folders[0] / "settings.json").read_text())["settings"]["boundaries"]
-    notes = [settings_of(folder, args) for folder in folders]
+    notes = [settings_of(folder, None if stage == "pretrain" else args.boundaries) for folder in folders]
     shared = {points[0]} if stage == "pretrain" else {note["start"]["network"] for note in notes}
     if len(shared) > 1:
         sys.exit(f"error: {folders[0].parent}: the experts belong to different networks: {', '.join(sorted(shared))}")

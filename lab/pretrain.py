@@ -21,7 +21,6 @@ and from the photos' main colours.
 import argparse
 import copy
 import csv
-import hashlib
 import json
 import re
 import shutil
@@ -41,7 +40,7 @@ from tqdm import tqdm
 import runs
 import weights
 from metrics import DISTS, LPIPS
-from photos import held_out, photo_paths
+from photos import hash_of, held_out, photo_paths
 from pictures import read, whole, write_bytes
 from runs import save_state as save
 from runs import write_csv
@@ -107,7 +106,7 @@ class Photos:
                 image = np.pad(image, [(n // 2, n - n // 2) for n in lacking] + [(0, 0)], mode="symmetric")
             found.append((weights.sha256(path), path, image))
         held = held_out(sha256 for sha256, *_ in found)
-        self.sha256 = hashlib.sha256("".join(sha256 for sha256, *_ in found).encode()).hexdigest()
+        self.sha256 = hash_of(sha256 for sha256, *_ in found)
         self.train = [(path, image) for sha256, path, image in found if sha256 not in held]
         self.val = [(path, image) for sha256, path, image in found if sha256 in held]
         if not self.train or not self.val:
