@@ -5,7 +5,7 @@
     python -m lab.finish encoder --batch 4 --lr 5e-4          # E towards the teacher
     python -m lab.finish adapter --init weights/embedded/adapter.safetensors --rank 64 --batch 16
     python -m lab.finish decoder --dists --no-teacher         # D and adapter; Ctrl-C saves, the same line goes on;
-                                                              # on a GPU --gan 0.3 --soft 0.5 --batch 16, too
+                                                              # with --gan 0.4 --soft 0.5, and on a GPU --batch 16
     python -m lab.finish control --dists --no-teacher         # the same without an update
     python -m lab.finish compare                              # what the update is worth, with intervals
     python -m lab.finish export                               # into weights/embedded
@@ -40,6 +40,7 @@ import weights
 from lab.ablation import bootstrap
 from lab.pretrain import fit, load_state, tags
 from metrics import DISTS, LPIPS, NIQE
+from metrics.perceptual import VGG16
 from objective import Conditions, align_loss
 from photos import held_out, photo_paths
 from pictures import whole, write, write_bytes
@@ -65,7 +66,8 @@ CROP = 192        # pixels of a view that DISTS judges
 ZOOM = 1.0, 2.0   # of x_H, of the pairs that are soft
 BLUR = 0.5, 4.5   # σ in pixels of x_H, of the pairs that are only blurred and reduced
 QUALITY = 30, 95  # of JPEG, of those that are compressed as well
-WARMUP = 500      # steps until the critic has its full weight
+WARMUP = 200      # steps until the critic has its full weight
+FASTER = 8        # times the learning rate of D, for the critic
 PAIR = 320        # pixels of x_H in a pair; a view of 288 then begins at any phase of the 32-pixel grid
 
 # --- Pairs, and the pictures that a teacher makes of them ---
@@ -391,21 +393,32 @@ class Restorer(nn.Module):
         return self.decoder(z.contiguous(memory_format=torch.channels_last)).float()
 
 
-class Critic(nn.Sequential):
-    """A PatchGAN's judge with spectral norms, B,3,H,W in [-1, 1] -> B,1,H/8,W/8, high where a picture looks like x_H.
+class Critic(nn.Module):
+    """Judges the VGG16 features that DISTS compares, of the first four stages: a map of verdicts from each, B,h,w, high
+    where a picture looks like x_H. A critic of pixels learns next to nothing from batches of four; on features of a
+    trained network it does (Sauer et al., "Projected GANs Converge Faster", NeurIPS 2021).
 
-    It sees what differs from the mean of 17×17 pixels: of brightness and colour it could only make the decoder drift.
-    Its first convolution sees single pixels, and so noise and fine grids.
+    Features have norm √C at every position, as in LPIPS, so that it sees faint patterns on flat walls, too.
     """
 
     def __init__(self, width=48):
-        layers = [nn.Conv2d(3, width, 3, 1, 1)]
-        layers += [nn.Conv2d(width * a, width * b, 4, 2, 1) for a, b in ((1, 2), (2, 4), (4, 8))]
-        layers += [nn.Conv2d(width * 8, width * 8, 3, 1, 1), nn.Conv2d(width * 8, 1, 3, 1, 1)]
-        super().__init__(*[m for conv in layers for m in (spectral_norm(conv), nn.LeakyReLU(0.2))][:-1])
+        super().__init__()
+        self.heads = nn.ModuleList()
+        for c in VGG16.channels[:4]:
+            layers = [nn.Conv2d(c, width, 1), nn.Conv2d(width, width, 3, 1, 1), nn.Conv2d(width, 1, 1)]
+            layers = [m for conv in layers for m in (spectral_norm(conv), nn.LeakyReLU(0.2))]
+            self.heads.append(nn.Sequential(*layers[:-1]))
 
-    def forward(self, x):
-        return super().forward(4 * (x - F.avg_pool2d(x, 17, 1, 8, count_include_pad=False)))
+    def forward(self, taps):
+        """taps: of `DISTS.taps`, of pictures of at least 16 pixels per side."""
+        return [head(F.normalize(tap, dim=1, eps=1e-3) * tap.shape[1] ** 0.5)[:, 0]
+                for head, tap in zip(self.heads, taps[1:5], strict=True)]
+
+
+def doubt(worse, better):
+    """Σ of the heads, softplus(worse − better): B. Judged in pairs, since of one view x̂ and x_H differ in little else
+    but what restoring has missed (Jolicoeur-Martineau, "The Relativistic Discriminator", ICLR 2019)."""
+    return sum(F.softplus(a - b).mean((1, 2)) for a, b in zip(worse, better, strict=True))
 
 
 def balanced(terms, y):
@@ -430,11 +443,20 @@ def flatness(x, levels=4):
     return 1 / (1 + variance * (127.5 / levels) ** 2)
 
 
+def repeated(error, period=8, cells=4):
+    """The norm of what of an error: B,C,H,W repeats from cell to cell, in windows of 4×4 cells of 8×8 pixels, the mean
+    over windows: B. D upsamples by sub-pixels, and a critic of features likes what is sharp: without this loss it had
+    D lay a lattice of dots, 4 pixels apart, over flat areas."""
+    cell = F.avg_pool2d(F.pixel_unshuffle(error, period), cells, 1).unflatten(1, (-1, period * period))
+    return ((cell - cell.mean(2, keepdim=True)).square().mean((1, 2)) + 2.5e-6).sqrt().mean((1, 2))
+
+
 def train_decoder(args):
     """The stages decoder and control: D on ẑ of degraded photos, and the adapter that makes ẑ, behind the frozen E.
 
     Losses, each balanced (see there): 0.25 LPIPS (AlexNet), 0.2 L1 and 0.2 L1 where the target is flat, with --dists 1
-    DISTS of a crop against x_H, with --gan its weight of a critic's verdict on that crop (hinge loss, x_H is real).
+    DISTS of a crop against x_H, with --gan its weight of a critic's verdict on that crop, next to x_H's, and 0.3
+    of what of the error is a lattice.
     LPIPS and DISTS disagree about texture: at equal weights LPIPS wins, and DISTS gets worse. LPIPS sees both pictures
     shifted by 0 to 7 pixels, so that no grid hides from AlexNet's stride of 4. An eighth of the views is clean,
     D(E(x_H)) against x_H, so that the autoencoder stays one. Of the others --plain are x_H blurred and reduced:
@@ -476,14 +498,16 @@ def train_decoder(args):
         terms = dict(l1=(0.2, error.mean((1, 2, 3))), flat=(0.2, (error * flatness(x)).mean((1, 2, 3))),
                      lpips=(0.25, lpips(leaf[:, :, dy:, dx:], x[:, :, dy:, dx:])))
         if dists:
-            terms["dists"] = 1, dists(crop / 2 + 0.5, real / 2 + 0.5)
+            taps, real = dists.taps(crop / 2 + 0.5), dists.taps(real / 2 + 0.5)
+            terms["dists"] = 1, dists.compare(taps, real)
         if args.gan:
-            terms["gan"] = args.gan * min(1, step / WARMUP), -restorer.critic(crop).mean((1, 2, 3))
+            terms["grid"] = 0.3, repeated(leaf - x)
+            true = restorer.critic(real)
+            terms["gan"] = args.gan * min(1, step / WARMUP), doubt([t.detach() for t in true], restorer.critic(taps))
         loss = (y * balanced(terms.values(), leaf)).sum()
         parts = {key: values.mean().item() for key, (_, values) in terms.items()}
         if args.gan:
-            fake, true = restorer.critic(torch.cat([crop.detach(), real])).chunk(2)
-            judged = F.relu(1 + fake).mean() + F.relu(1 - true).mean()
+            judged = doubt(restorer.critic([t.detach() for t in taps]), true).mean()
             loss, parts["critic"] = loss + judged, judged.item()
         return 0.02 * loss, parts
 
@@ -511,7 +535,7 @@ def train_decoder(args):
         return {k: sum(v) / len(v) for k, v in scores.items()}
 
     fit("control" if args.stage == "control" else "finish", restorer, loss_fn, validate, args, args.steps or 20_000,
-        args.lr or 1e-4)
+        args.lr or 1e-4, factors=dict(critic=FASTER))
 
 
 def take(restorer, state, share):
@@ -613,6 +637,8 @@ def parse(argv=None):
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
+    if args.gan and not args.dists:
+        parser.error("--gan: its critic judges the features of DISTS; give --dists, too")
     if args.stage == "pairs" and not args.data:
         parser.error("--data is needed: a folder of clean photos")
     return args

@@ -163,22 +163,28 @@ def cut_log(path, step):
         write_bytes(path, "".join([header, *(row for row in rows if int(row.split(",")[0]) <= step)]))
 
 
-def fit(name, model, loss_fn, validate, args, steps, lr, weight_decay=0.01):
+def fit(name, model, loss_fn, validate, args, steps, lr, weight_decay=0.01, factors=None):
     """Minimise `loss_fn(model, step) -> (loss, {name: value})` over `steps`; returns the model with its EMA weights.
+
+    factors: {child of the model: factor of its learning rate}, 1 for those it does not name.
 
     The state lies in OUT/name.pt and is taken up where it ended; SIGTERM and Ctrl-C save. Every --validate-every steps
     a line with `validate(ema_model) -> {name: value}` goes to the screen and to OUT/name.csv.
     """
     with runs.claimed(Path(args.out), name):
-        return _fit(name, model, loss_fn, validate, args, steps, lr, weight_decay)
+        return _fit(name, model, loss_fn, validate, args, steps, lr, weight_decay, factors or {})
 
 
-def _fit(name, model, loss_fn, validate, args, steps, lr, weight_decay):
+def _fit(name, model, loss_fn, validate, args, steps, lr, weight_decay, factors):
     path = Path(args.out) / f"{name}.pt"
     torch.backends.cudnn.benchmark = True  # all batches of a stage have one size
     model.to(args.device).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = {}
+    for key, p in model.named_parameters():
+        if p.requires_grad:
+            trained.setdefault(factors.get(key.split(".")[0], 1), []).append(p)
+    trained = [dict(params=params, factor=factor) for factor, params in trained.items()]
     optimizer = torch.optim.AdamW(trained, lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
     step, seconds = 0, 0.0
     if path.exists():
@@ -199,7 +205,7 @@ def _fit(name, model, loss_fn, validate, args, steps, lr, weight_decay):
         while step < steps and not stop:
             start = time.monotonic()
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, lr)
+                group["lr"] = group["factor"] * learning_rate(step, steps, lr)
             torch.manual_seed(args.seed + step)
             with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bf16"):
                 loss, parts = loss_fn(model, step)

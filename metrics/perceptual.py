@@ -174,9 +174,16 @@ class DISTS(nn.Module):
         self.load_state_dict({(f"net.{k}" if k.startswith("features.") else k): v.float() for k, v in state.items()})
         return self
 
+    def taps(self, x):
+        """x and its five VGG16 features, what `compare` compares."""
+        return [x, *self.net((x - self.mean) / self.std)]
+
     def forward(self, x, y):
+        return self.compare(self.taps(x), self.taps(y))
+
+    def compare(self, taps_x, taps_y):
+        """`forward` of pictures whose `taps` these are."""
         s1, s2 = [], []
-        taps_x, taps_y = ([t, *self.net((t - self.mean) / self.std)] for t in (x, y))
         for fx, fy in zip(taps_x, taps_y, strict=True):
             mx, my, vx, vy, cov = moments(fx, fy)
             s1.append((2 * mx * my + 1e-6) / (mx.square() + my.square() + 1e-6))

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 import degrade
 import weights
-from lab import finish
+from lab import finish, pretrain
+from metrics.perceptual import VGG16
 from photos import held_out
 from sanasr import DCAE, SanaSR, inject_lora, load_lora, lora_parameters, one_step, open_weights, save_lora
 
@@ -85,7 +86,14 @@ def test_the_update_is_eq_4_and_a_lower_rank_starts_a_higher_one(tmp_path, tiny_
     torch.testing.assert_close(finish.update(wider.dit, z, c, m), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_stages_move_what_they_say_and_the_export_loads(run, pairs, tmp_path, capsys):
+@pytest.fixture
+def small_dists(monkeypatch):
+    """DISTS of a VGG16 of few channels, since the real one is a download."""
+    monkeypatch.setattr(VGG16, "channels", (2, 3, 4, 5, 6))
+    monkeypatch.setattr(finish.DISTS, "from_pretrained", lambda: finish.DISTS().requires_grad_(False))
+
+
+def test_the_stages_move_what_they_say_and_the_export_loads(run, pairs, small_dists, tmp_path, capsys):
     before = {part: getattr(SanaSR.from_pretrained(tmp_path / "model"), part).state_dict() for part in ("vae", "dit")}
     out = run("encoder", "--steps", 2, "--validate-every", 1)
     vae = DCAE.from_pretrained(out / "vae").state_dict()
@@ -95,10 +103,10 @@ def test_the_stages_move_what_they_say_and_the_export_loads(run, pairs, tmp_path
     again = torch.load(out / "views_train_teacher.pt", weights_only=True)
     assert len(views["where"]) == 16 and views["where"] == again["where"]
     assert not torch.equal(views["z"][0], again["z"][0])  # by the encoder of the stage before
-    run("decoder", "--steps", 3, "--validate-every", 3, "--mild", 0.7, "--gan", 0.3)
+    run("decoder", "--steps", 3, "--validate-every", 3, "--mild", 0.7, "--dists", "--gan", 0.3)
     run("compare")
     assert capsys.readouterr().out.count("D(ẑ) − D(z_L)") == 2
-    run("control", "--steps", 3, "--validate-every", 3, "--gan", 0.3)
+    run("control", "--steps", 3, "--validate-every", 3, "--dists", "--gan", 0.3)
     run("compare")
     text = capsys.readouterr().out
     assert "strong, 2 pairs: D(ẑ)" in text and text.count("D(ẑ) − control") == 2
@@ -177,6 +185,18 @@ def test_flatness_is_one_half_where_the_texture_has_four_grey_levels():
     torch.testing.assert_close(flat, torch.tensor([1, 0.5, 1e-4]), rtol=0.01, atol=1e-6)
 
 
+def test_repeated_sees_lattices_of_up_to_8_pixels_and_little_else():
+    torch.manual_seed(0)
+    noise = torch.randn(2, 3, 64, 64)
+    assert finish.repeated(torch.full((1, 3, 64, 64), 0.5)).item() < 2e-3  # a shift of brightness is no lattice
+    for period in (2, 4, 8):
+        cell = torch.randn(2, 3, period, period)
+        cell -= cell.mean((2, 3), keepdim=True)
+        tiled = cell.repeat(1, 1, 64 // period, 64 // period)
+        torch.testing.assert_close(finish.repeated(tiled), cell.square().mean((1, 2, 3)).sqrt(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(finish.repeated(noise), torch.full((2,), 0.25), rtol=0.1, atol=0)  # of 16 cells' mean
+
+
 def test_balanced_gives_every_loss_and_picture_the_same_say():
     torch.manual_seed(0)
     y = torch.randn(3, 2, 4, 4, dtype=torch.float64, requires_grad=True)
@@ -187,6 +207,36 @@ def test_balanced_gives_every_loss_and_picture_the_same_say():
     torch.testing.assert_close(finish.balanced([(1, one), (0.5, other)], y) - g, finish.balanced([(0.5, 7 * other)], y))
 
 
+def test_a_critic_doubts_a_blurred_view_of_what_it_has_never_seen(small_dists):
+    torch.manual_seed(0)
+    dists, critic = finish.DISTS.from_pretrained(), finish.Critic(8)
+    optimizer = torch.optim.Adam(critic.parameters(), 5e-3)
+
+    def verdicts():
+        sharp = torch.rand(4, 3, 32, 32)
+        blurred = torch.nn.functional.avg_pool2d(sharp, 3, 1, 1)
+        blurred += sharp.mean((2, 3), keepdim=True) - blurred.mean((2, 3), keepdim=True)
+        return [critic(dists.taps(x)) for x in (blurred, sharp)]
+    for _ in range(60):
+        loss = finish.doubt(*verdicts()).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    blurred, sharp = verdicts()
+    assert (finish.doubt(blurred, sharp) + 0.2 < finish.doubt(sharp, blurred)).all()
+    torch.testing.assert_close(finish.doubt(sharp, sharp), torch.full((4,), 4 * np.log(2)).float())
+
+
+def test_fit_gives_a_child_the_rate_it_is_named_with(tmp_path):
+    model = torch.nn.ModuleDict(dict(a=torch.nn.Linear(1, 1, False), critic=torch.nn.Linear(1, 1, False)))
+    before = {key: x.clone() for key, x in model.state_dict().items()}
+    args = finish.parse(["decoder", "--out", str(tmp_path), "--device", "cpu"])
+    pretrain.fit("x", model, lambda model, step: (sum(p.sum() for p in model.parameters()), {}), lambda _: {}, args, 1,
+                 0.2, weight_decay=0.0, factors=dict(critic=8))
+    moved = {key: (before[key] - x).item() for key, x in model.state_dict().items()}
+    assert moved == pytest.approx({"a.weight": 0.2 / 200, "critic.weight": 8 * 0.2 / 200}, rel=1e-3)
+
+
 def test_a_stage_that_lacks_its_input_says_what_to_do(run, tmp_path, capsys):
     with pytest.raises(SystemExit, match="no pictures; run the stage `pairs`, then any restorer"):
         run("adapter", "--steps", 1)
@@ -195,6 +245,7 @@ def test_a_stage_that_lacks_its_input_says_what_to_do(run, tmp_path, capsys):
         Image.new("RGB", (side, side)).save(tmp_path / "out/pairs/train" / kind / "0_mild.png")
     with pytest.raises(SystemExit, match="train/lr/0_mild.png is RGB, 64×64: .* LR pictures of 80"):
         run("decoder", "--no-teacher", "--steps", 1)
-    with pytest.raises(SystemExit):
-        run("pairs")
-    assert "--data is needed" in capsys.readouterr().err
+    for options, message in (("pairs",), "--data is needed"), (("decoder", "--gan", 0.3), "give --dists, too"):
+        with pytest.raises(SystemExit):
+            run(*options)
+        assert message in capsys.readouterr().err
