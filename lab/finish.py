@@ -455,14 +455,13 @@ def train_decoder(args):
     """The stages decoder and control: D on ẑ of degraded photos, and the adapter that makes ẑ, behind the frozen E.
 
     Losses, each balanced (see there): 0.25 LPIPS (AlexNet), 0.2 L1 and 0.2 L1 where the target is flat, with --dists 1
-    DISTS of a crop against x_H, with --gan its weight of a critic's verdict on that crop, next to x_H's, and 0.3
-    of what of the error is a lattice.
-    LPIPS and DISTS disagree about texture: at equal weights LPIPS wins, and DISTS gets worse. LPIPS sees both pictures
-    shifted by 0 to 7 pixels, so that no grid hides from AlexNet's stride of 4. An eighth of the views is clean,
-    D(E(x_H)) against x_H, so that the autoencoder stays one. Of the others --plain are x_H blurred and reduced:
-    `degrade` always adds noise and compression, a good camera's picture has neither; in --soft of these x_H is
-    enlarged first, since photos that were made smaller are sharper than a camera's; and --jpeg of them are compressed.
-    --freeze trains the adapter alone, through the frozen D. The control has no update: D(E(x_L)).
+    DISTS of a crop against x_H, with --gan its weight of a critic's verdict on that crop, next to x_H's, and 0.3 of
+    what of the error is a lattice. LPIPS and DISTS disagree about texture: at equal weights LPIPS wins, and DISTS gets
+    worse. LPIPS sees both pictures shifted by 0 to 7 pixels, so that no grid hides from AlexNet's stride of 4. An
+    eighth of the views is clean, D(E(x_H)) against x_H, so that the autoencoder stays one. Of the others --plain are
+    x_H blurred and reduced: `degrade` always adds noise and compression, a good camera's picture has neither; in --soft
+    of these x_H is enlarged first, since photos that were made smaller are sharper than a camera's; and --jpeg of them
+    are compressed. --freeze trains the adapter alone, through the frozen D. The control has no update: D(E(x_L)).
 
     Reports LPIPS and PSNR (RGB) against x_H on 48 held-out pairs, of D(E(x_H)), of plain, soft and compressed ones,
     with --dists DISTS on a third and the NIQE of all plain ones side by side. Writes OUT/finish.pt, or control.pt.

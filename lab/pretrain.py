@@ -180,12 +180,12 @@ def _fit(name, model, loss_fn, validate, args, steps, lr, weight_decay, factors)
     torch.backends.cudnn.benchmark = True  # all batches of a stage have one size
     model.to(args.device).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    trained = {}
+    trained = {}  # factor: parameters
     for key, p in model.named_parameters():
         if p.requires_grad:
             trained.setdefault(factors.get(key.split(".")[0], 1), []).append(p)
-    trained = [dict(params=params, factor=factor) for factor, params in trained.items()]
-    optimizer = torch.optim.AdamW(trained, lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
+    groups = [dict(params=params) for params in trained.values()]
+    optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
     step, seconds = 0, 0.0
     if path.exists():
         state = load_state(path, args.device)
@@ -204,8 +204,8 @@ def _fit(name, model, loss_fn, validate, args, steps, lr, weight_decay, factors)
     with tqdm(total=steps, initial=step, desc=name, mininterval=2) as bar:
         while step < steps and not stop:
             start = time.monotonic()
-            for group in optimizer.param_groups:
-                group["lr"] = group["factor"] * learning_rate(step, steps, lr)
+            for factor, group in zip(trained, optimizer.param_groups, strict=True):
+                group["lr"] = factor * learning_rate(step, steps, lr)
             torch.manual_seed(args.seed + step)
             with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bf16"):
                 loss, parts = loss_fn(model, step)
