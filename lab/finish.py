@@ -552,16 +552,20 @@ def compare(args):
     """What the update is worth: LPIPS of D(ẑ) less that of D(z_L), and less the control's, on all held-out pairs.
 
     Strong and mild pairs apart, each with the 95 % interval of 10 000 bootstrap means. Reads finish.pt and control.pt,
-    EMA weights, and says after how many steps each was saved; without control.pt its column is missing.
+    EMA weights, and says after how many steps each was saved; without finish.pt --model is taken as it is, without
+    control.pt its column is missing.
     """
     out, scores = Path(args.out), {}
     lpips, val = LPIPS.from_pretrained("alex").to(args.device), Views(args, "val", 1)
     for name in ("finish", "control"):
-        if name == "control" and not (out / "control.pt").exists():
+        there = (out / f"{name}.pt").exists()
+        if name == "control" and not there:
             continue
-        state, model = load_state(out / f"{name}.pt", args.device), open_restorer(args)
-        print(f"{name}: {state['step']} steps")
-        restorer = take(Restorer(model, name == "finish"), state, args.share)
+        restorer = Restorer(open_restorer(args), name == "finish").eval()
+        if there:
+            state = load_state(out / f"{name}.pt", args.device)
+            print(f"{name}: {state['step']} steps")
+            take(restorer, state, args.share)
         for row in {"finish": ("D(ẑ)", "D(z_L)"), "control": ("control",)}[name]:
             for i in tqdm(range(len(val.where)), row, leave=False):
                 y = restorer(model.vae.encode(val.pictures("lr", [i])), clean=row == "D(z_L)").clamp(-1, 1)
