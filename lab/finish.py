@@ -561,7 +561,8 @@ def compare(args):
         there = (out / f"{name}.pt").exists()
         if name == "control" and not there:
             continue
-        restorer = Restorer(open_restorer(args), name == "finish").eval()
+        model = open_restorer(args)
+        restorer = Restorer(model, name == "finish").eval()
         if there:
             state = load_state(out / f"{name}.pt", args.device)
             print(f"{name}: {state['step']} steps")
