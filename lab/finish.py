@@ -567,6 +567,8 @@ def compare(args):
             state = load_state(out / f"{name}.pt", args.device)
             print(f"{name}: {state['step']} steps")
             take(restorer, state, args.share)
+        else:
+            print(f"{name}: {args.model} as it is")
         for row in {"finish": ("D(ẑ)", "D(z_L)"), "control": ("control",)}[name]:
             for i in tqdm(range(len(val.where)), row, leave=False):
                 y = restorer(model.vae.encode(val.pictures("lr", [i])), clean=row == "D(z_L)").clamp(-1, 1)

@@ -108,6 +108,7 @@ def test_the_stages_move_what_they_say_and_the_export_loads(run, pairs, small_di
     run("decoder", "--steps", 3, "--validate-every", 3, "--mild", 0.7, "--dists", "--gan", 0.3)
     run("compare")
     second = capsys.readouterr().out
+    assert "as it is" in first and "finish: 3 steps" in second
     assert first.count("D(ẑ) − D(z_L)") == second.count("D(ẑ) − D(z_L)") == 2 and first != second
     run("control", "--steps", 3, "--validate-every", 3, "--dists", "--gan", 0.3)
     run("compare")
