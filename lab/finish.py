@@ -36,6 +36,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from tqdm import tqdm
 
 import degrade
+import runs
 import weights
 from lab.ablation import bootstrap
 from lab.pretrain import fit, load_state, tags
@@ -44,7 +45,6 @@ from metrics.perceptual import VGG16
 from objective import Conditions, align_loss
 from photos import held_out, photo_paths
 from pictures import whole, write, write_bytes
-from runs import save_state, workers
 from sanasr import (
     DCAE,
     SanaSR,
@@ -85,7 +85,7 @@ def write_pairs(args):
     kept = [path for path in found if min(sizes[path]) >= PAIR]
     parts = dict(val=([path for path in kept if found[path] in held], VAL_PAIRS),
                  train=([path for path in kept if found[path] not in held], args.count))
-    with Pool(workers(args.workers), start_worker) as pool:
+    with Pool(runs.workers(args.workers), start_worker) as pool:
         for part, (paths, count) in parts.items():
             if not paths:
                 sys.exit(f"error: --data: no {part} photos of at least {PAIR} pixels per side")
@@ -168,7 +168,7 @@ class Views:
                                  f"pixels a side, LR pictures of {PAIR // 4}")
             return ((x + 1) * 127.5).round().byte()
         self.pictures_of, kinds = {}, dict.fromkeys(("lr", "hr", self.target))
-        with ThreadPool(workers(args.workers)) as pool:
+        with ThreadPool(runs.workers(args.workers)) as pool:
             for kind in kinds:
                 paths = [self.folder / kind / name for name in names]
                 found = tqdm(pool.imap(picture, paths), f"reading {part} {kind}", len(paths), leave=False)
@@ -211,7 +211,7 @@ class Views:
                     known[self.where[i]] = (model.vae.encode(x).float() * model.scaling_factor).half().cpu()
         finally:
             if lacking:
-                save_state(path, dict(encoder=encoder, where=list(known), z=list(known.values())))
+                runs.save_state(path, dict(encoder=encoder, where=list(known), z=list(known.values())))
         self.z = torch.stack([known[view] for view in self.where])
         return self
 
@@ -454,14 +454,15 @@ def repeated(error, period=8, cells=4):
 def train_decoder(args):
     """The stages decoder and control: D on ẑ of degraded photos, and the adapter that makes ẑ, behind the frozen E.
 
-    Losses, each balanced (see there): 0.25 LPIPS (AlexNet), 0.2 L1 and 0.2 L1 where the target is flat, with --dists 1
-    DISTS of a crop against x_H, with --gan its weight of a critic's verdict on that crop, next to x_H's, and 0.3 of
-    what of the error is a lattice. LPIPS and DISTS disagree about texture: at equal weights LPIPS wins, and DISTS gets
-    worse. LPIPS sees both pictures shifted by 0 to 7 pixels, so that no grid hides from AlexNet's stride of 4. An
-    eighth of the views is clean, D(E(x_H)) against x_H, so that the autoencoder stays one. Of the others --plain are
-    x_H blurred and reduced: `degrade` always adds noise and compression, a good camera's picture has neither; in --soft
-    of these x_H is enlarged first, since photos that were made smaller are sharper than a camera's; and --jpeg of them
-    are compressed. --freeze trains the adapter alone, through the frozen D. The control has no update: D(E(x_L)).
+    Losses, each balanced (see there): --lpips of LPIPS (AlexNet), 0.2 L1 and 0.2 L1 where the target is flat, with
+    --dists 1 DISTS of a crop against x_H, with --gan its weight of a critic's verdict on that crop, next to x_H's, and
+    0.3 of what of the error is a lattice. LPIPS and DISTS disagree about texture: at equal weights LPIPS wins, and
+    DISTS gets worse. LPIPS sees both pictures shifted by 0 to 7 pixels, so that no grid hides from AlexNet's stride of
+    4. An eighth of the views is clean, D(E(x_H)) against x_H, so that the autoencoder stays one. Of the others --plain
+    are x_H blurred and reduced: `degrade` always adds noise and compression, a good camera's picture has neither; in
+    --soft of these x_H is enlarged first, since photos that were made smaller are sharper than a camera's; and --jpeg
+    of them are compressed. --freeze trains the adapter alone, through the frozen D. The control has no update:
+    D(E(x_L)).
 
     Reports LPIPS and PSNR (RGB) against x_H on 48 held-out pairs, of D(E(x_H)), of plain, soft and compressed ones,
     with --dists DISTS on a third and the NIQE of all plain ones side by side. Writes OUT/finish.pt, or control.pt.
@@ -472,6 +473,12 @@ def train_decoder(args):
     dists, niqe = DISTS.from_pretrained().to(device) if args.dists else None, NIQE(device)
     torch.manual_seed(args.seed)
     restorer = Restorer(model, args.stage != "control", args.gan > 0, args.freeze)
+    if args.critic:
+        state = runs.load_state(args.critic, "no such file", "give another --critic", device).get("model", {})
+        try:
+            restorer.critic.load_state_dict({k[7:]: x for k, x in state.items() if k.startswith("critic.")})
+        except RuntimeError:
+            raise ValueError(f"{args.critic} has no critic of this kind: give a finish.pt that --gan made") from None
 
     def loss_fn(restorer, step):
         rng, pick = train.draw(step)
@@ -495,14 +502,15 @@ def train_decoder(args):
         top, left = rng.integers(Views.VIEW - side + 1, size=2)
         crop, real = (t[:, :, top:top + side, left:left + side] for t in (leaf, x_h))
         terms = dict(l1=(0.2, error.mean((1, 2, 3))), flat=(0.2, (error * flatness(x)).mean((1, 2, 3))),
-                     lpips=(0.25, lpips(leaf[:, :, dy:, dx:], x[:, :, dy:, dx:])))
+                     lpips=(args.lpips, lpips(leaf[:, :, dy:, dx:], x[:, :, dy:, dx:])))
         if dists:
             taps, real = dists.taps(crop / 2 + 0.5), dists.taps(real / 2 + 0.5)
             terms["dists"] = 1, dists.compare(taps, real)
         if args.gan:
             terms["grid"] = 0.3, repeated(leaf - x)
             true = restorer.critic(real)
-            terms["gan"] = args.gan * min(1, step / WARMUP), doubt([t.detach() for t in true], restorer.critic(taps))
+            weight = args.gan if args.critic else args.gan * min(1, step / WARMUP)
+            terms["gan"] = weight, doubt([t.detach() for t in true], restorer.critic(taps))
         loss = (y * balanced(terms.values(), leaf)).sum()
         parts = {key: values.mean().item() for key, (_, values) in terms.items()}
         if args.gan:
@@ -628,8 +636,10 @@ def parse(argv=None):
     add("--jpeg", type=float, default=0.0, metavar="SHARE", help="decoder, control: of the plain ones, that are "
         "compressed, too (default %(default)s)")
     add("--freeze", action="store_true", help="decoder: train the adapter alone, through the frozen decoder")
+    add("--lpips", type=float, default=0.25, metavar="WEIGHT", help="decoder, control: of LPIPS (default %(default)s)")
     add("--gan", type=float, default=0.0, metavar="WEIGHT", help="decoder, control: of a critic that is trained "
         "beside (default: none)")
+    add("--critic", metavar="FILE", help="decoder, control: finish.pt of an earlier training, whose critic goes on")
     add("--share", type=float, default=1.0, metavar="S", help="compare, export: of the trained weights in the average "
         "with those of --model (default %(default)s)")
     add("--workers", type=int, default=16, help="processes that make pairs, threads that read them; never more than "
@@ -645,6 +655,8 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if args.gan and not args.dists:
         parser.error("--gan: its critic judges the features of DISTS; give --dists, too")
+    if args.critic and not args.gan:
+        parser.error("--critic: give the weight of its verdict, too: --gan 0.5")
     if args.stage == "pairs" and not args.data:
         parser.error("--data is needed: a folder of clean photos")
     return args

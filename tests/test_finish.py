@@ -171,6 +171,20 @@ def test_frozen_the_decoder_stays_and_the_adapter_moves(run, pairs):
     assert {k for k in before if not torch.equal(before[k], after[k])} == {k for k in before if ".lora_" in k}
 
 
+def test_a_critic_goes_on_and_other_states_are_refused(run, pairs, small_dists, tmp_path):
+    options = "--no-teacher", "--dists", "--gan", 0.3, "--steps", 1, "--validate-every", 1
+    first = run("decoder", *options).joinpath("finish.pt").rename(tmp_path / "first.pt")
+    out = run("decoder", *options, "--critic", first, "--seed", 1, "--lr", 1e-12)
+    before, after = (torch.load(path, weights_only=True)["model"] for path in (first, out / "finish.pt"))
+    critic = [key for key in before if key.startswith("critic.") and key.endswith(("original", "bias"))]
+    assert critic and all(torch.allclose(before[key], after[key], atol=1e-8) for key in critic)
+    (out / "finish.pt").unlink()
+    for state in {}, dict(model={}), dict(model={k: x for k, x in before.items() if k != critic[0]}):
+        torch.save(state, tmp_path / "other.pt")
+        with pytest.raises(SystemExit, match="other.pt has no critic of this kind: give a finish.pt that --gan made"):
+            run("decoder", *options, "--critic", tmp_path / "other.pt")
+
+
 def test_softened_keeps_the_place_and_takes_the_detail():
     torch.manual_seed(0)
     x = torch.rand(3, 64, 64) * 2 - 1
@@ -249,7 +263,8 @@ def test_a_stage_that_lacks_its_input_says_what_to_do(run, tmp_path, capsys):
         Image.new("RGB", (side, side)).save(tmp_path / "out/pairs/train" / kind / "0_mild.png")
     with pytest.raises(SystemExit, match="train/lr/0_mild.png is RGB, 64×64: .* LR pictures of 80"):
         run("decoder", "--no-teacher", "--steps", 1)
-    for options, message in (("pairs",), "--data is needed"), (("decoder", "--gan", 0.3), "give --dists, too"):
+    for options, message in ((("pairs",), "--data is needed"), (("decoder", "--gan", 0.3), "give --dists, too"),
+                             (("decoder", "--critic", "finish.pt"), "the weight of its verdict")):
         with pytest.raises(SystemExit):
             run(*options)
         assert message in capsys.readouterr().err
