@@ -1,8 +1,8 @@
-"""Finish the carried model on degraded photos: encoder and adapter towards a teacher, then adapter and decoder in one.
+"""Finish the carried model on degraded photos: E against compression, the adapter towards a teacher, then all in one.
 
     python -m lab.finish pairs --data ./hq --count 4000       # runs/pretrain/pairs/{train,val}/{lr,hr}
+    python -m lab.finish encoder --batch 8 --soft 0.5 --jpeg 0.75 --drawn 0.4       # E against compression
     # any restorer now fills pairs/{train,val}/teacher: pictures of the LR pictures, of the same names, 4× the size
-    python -m lab.finish encoder --batch 4 --lr 5e-4          # E towards the teacher
     python -m lab.finish adapter --init weights/embedded/adapter.safetensors --rank 64 --batch 16
     python -m lab.finish decoder --dists --no-teacher         # D and adapter; Ctrl-C saves, the same line goes on;
                                                               # with --gan 0.4 --soft 0.5, and on a GPU --batch 16
@@ -13,7 +13,7 @@
     x_L ── E ─► z_L ── one step ─► ẑ ── D ─► x̂
     x_T = teacher(LR),  z_T = E(x_T)                   a function of the input, where x_H is one of many answers
 
-A mean over all the details that x_H may have is blur, so E and the adapter learn x_T. The carried model's teacher is
+A mean over all the details that x_H may have is blur, so the adapter learns x_T. The carried model's teacher is
 Real-ESRGAN x4plus (BSD-3-Clause); without one, `--no-teacher` makes x_H the target. The model is read from --model;
 what is trained lies under --out until `export`.
 """
@@ -21,6 +21,7 @@ import argparse
 import copy
 import json
 import signal
+import string
 import sys
 from functools import lru_cache, partial
 from multiprocessing import Pool
@@ -30,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from tqdm import tqdm
@@ -65,7 +66,7 @@ VAL_PAIRS = 128
 CROP = 192        # pixels of a view that DISTS judges
 ZOOM = 1.0, 2.0   # of x_H, of the pairs that are soft
 BLUR = 0.5, 4.5   # σ in pixels of x_H, of the pairs that are only blurred and reduced
-QUALITY = 30, 95  # of JPEG, of those that are compressed as well
+QUALITY = 20, 95  # of JPEG, of those that are compressed as well
 WARMUP = 200      # steps until the critic has its full weight
 FASTER = 8        # times the learning rate of D, for the critic
 PAIR = 320        # pixels of x_H in a pair; a view of 288 then begins at any phase of the 32-pixel grid
@@ -126,6 +127,31 @@ def softened(x, zoom):
     return ((y.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
+def drawn(x, rng):
+    """A drawing of the photo x: 3,H,W in [-1, 1], the same out, of 8-bit values: few colours, some with outlines, lines
+    and letters on top. Drawn at twice the size, so that reducing it smooths its edges."""
+    image = ImageEnhance.Color(degrade.to_image(x / 2 + 0.5)).enhance(rng.uniform(0.5, 3))
+    image = ImageOps.autocontrast(image, cutoff=5).reduce(int(rng.integers(2, 6))).filter(ImageFilter.MedianFilter(5))
+    image = image.resize((2 * x.shape[2], 2 * x.shape[1]), Image.Resampling.BICUBIC)
+    image = image.quantize(int(rng.integers(3, 12)), dither=Image.Dither.NONE).convert("RGB")
+    if rng.random() < 0.6:
+        edges = ImageChops.difference(image, ImageChops.offset(image, 1, 1)).convert("L").point(lambda v: 255 * (v > 8))
+        edges = ImageOps.expand(ImageOps.crop(edges, (1, 1, 0, 0)), (1, 1, 0, 0))  # the offset wraps
+        wide = edges.filter(ImageFilter.MaxFilter(int(rng.choice([3, 5, 7, 9]))))
+        image.paste(tuple(rng.integers(60, size=3).tolist()), mask=wide)
+    pen = ImageDraw.Draw(image)
+    for _ in range(rng.integers(6)):
+        colour = (int(rng.choice([0, 255])),) * 3 if rng.random() < 0.5 else tuple(rng.integers(256, size=3).tolist())
+        at = rng.uniform(0, image.size)
+        if rng.random() < 0.4:
+            letters = "".join(rng.choice(list(string.ascii_letters + string.digits + " "), rng.integers(3, 12)))
+            pen.text((at[0] - 0.5 * image.width, at[1]), letters, colour, ImageFont.load_default(rng.uniform(36, 160)))
+        else:
+            line = np.cumsum([at, *rng.normal(0, 60, (rng.integers(1, 12), 2))], 0)
+            pen.line(line.flatten().tolist(), colour, int(rng.integers(3, 24)), joint="curve")
+    return degrade.to_tensor(image.reduce(2)).to(x) * 2 - 1
+
+
 def blurred(x, sigmas, qualities=()):
     """What `degrade.enlarge` makes of x blurred (Gaussian, σ in pixels, one a picture) and reduced 4 times, without
     noise: x: B,3,H,W in [-1, 1], the same out, of 8-bit values. qualities: of JPEG, one a picture, 0 for none."""
@@ -140,6 +166,21 @@ def blurred(x, sigmas, qualities=()):
             small.copy_(255 * degrade.jpeg(small.cpu() / 255, quality))
     y = F.interpolate(y, scale_factor=degrade.SCALE, mode="bicubic", antialias=True)  # with antialias it is Pillow's
     return y.round().clamp(0, 255) / 127.5 - 1
+
+
+def plain_views(x_h, rng, args):
+    """What x_H: B,3,H,W of plain pairs becomes first, with σ and quality of each for `blurred`: --soft of them are
+    enlarged, --drawn become drawings, --jpeg are compressed, of the drawings at least four in five."""
+    soft, drawings, chance = rng.random((3, len(x_h)))
+    zooms, sigmas = rng.uniform(*ZOOM, len(x_h)), rng.uniform(*BLUR, len(x_h)).astype(np.float32)
+    compressed = chance < np.where(drawings < args.drawn, max(0.8, args.jpeg), args.jpeg)
+    x_h = x_h.clone()
+    for i in range(len(x_h)):
+        if soft[i] < args.soft:
+            x_h[i] = softened(x_h[i], zooms[i])
+        if drawings[i] < args.drawn:
+            x_h[i] = drawn(x_h[i], rng)
+    return x_h, sigmas, compressed * rng.integers(*QUALITY, len(x_h))
 
 
 class Views:
@@ -230,48 +271,59 @@ class Views:
 
 
 def train_encoder(args):
-    """E on degraded photos: E(x_L) is to equal z_T, and E(x_H) to stay z_H, both made by the E that it starts from.
+    """E on compressed pictures: E(x_L) is to equal what the E that it starts from makes of x_L before compression, and
+    to stay what it is on all else.
 
-    The loss is the L1 distance, per channel in units of the mean |z_T − z_L|; one view in four is clean. E sees pixels,
-    so what is the same at every phase of the 32-pixel grid it learns once. Reports ‖E(x_L) − z_T‖² / ‖z_L − z_T‖² on
-    32 held-out pairs, and LPIPS of D(E(·)) against x_H on 16. Writes OUT/vae, which the later stages take up.
+    So the target is a function of the input, nearly, which x_H is not: E has no details to guess. Of eight views six
+    are x_H blurred and reduced, as in the stage decoder (--soft, --jpeg, --drawn), one is a pair's x_L, one x_H. The
+    loss is the L1 distance, per channel in units of what compression changes. Reports, on 16 held-out views each, the
+    squared distance to the target of compressed photos and drawings, of plain ones, of the pairs' x_L and of x_H, all
+    as a part of what compression changes in those photos. Writes OUT/vae, which the later stages take up.
     """
-    out, device = Path(args.out), args.device
-    model = SanaSR.from_pretrained(args.model, device, torch.float32, adapter=False)
-    train, val = Views(args, "train", 4).encode(model), Views(args, "val", 1).encode(model)
-    z_l, z_t = (z.float() for z in train.z.unbind(1))
-    unit = (z_t - z_l).abs().mean((0, 2, 3))[:, None, None].to(device)
-    lpips, encoder = LPIPS.from_pretrained("alex").to(device), copy.deepcopy(model.vae.encoder).requires_grad_(True)
+    args.no_teacher = True  # E is its own
+    model = SanaSR.from_pretrained(args.model, args.device, torch.float32, adapter=False)
+    train, val = Views(args, "train", 4), Views(args, "val", 1)
+    encoder = copy.deepcopy(model.vae.encoder).requires_grad_(True)
 
-    def encode(encoder, x):
-        return encoder(x.contiguous(memory_format=torch.channels_last)).float() * model.scaling_factor
+    def latents(x, encoder=model.vae.encoder):
+        return encoder(x.contiguous(memory_format=torch.channels_last)).float()
+
+    def held_out_views(**shares):
+        x_h, rng = val.pictures("hr", range(min(16, len(val.where)))), np.random.default_rng(0)
+        x_h, sigmas, qualities = plain_views(x_h, rng, argparse.Namespace(**{**vars(args), **shares}))
+        return blurred(x_h, sigmas, qualities), blurred(x_h, sigmas)
+
+    with torch.inference_mode():
+        x_l, x_h = (val.pictures(kind, range(min(16, len(val.where)))) for kind in ("lr", "hr"))
+        looks = dict(photos=held_out_views(jpeg=1, drawn=0), drawings=held_out_views(jpeg=1, drawn=1),
+                     plain=held_out_views(jpeg=0, drawn=0), pairs=(x_l, x_l), clean=(x_h, x_h))
+        looks = {key: (x, latents(target)) for key, (x, target) in looks.items()}
+        x, target = looks["photos"]
+        change = latents(x) - target
+    unit, whole_change = change.abs().mean((0, 2, 3))[:, None, None].clone(), change.square().mean()
 
     def loss_fn(encoder, step):
-        _, pick = train.draw(step)
-        clean = args.batch // 4
-        x_h = train.pictures("hr", pick)[:clean]
+        rng, pick = train.draw(step)
+        x, x_l = train.pictures("hr", pick), train.pictures("lr", pick)
+        clean = min(int(args.batch / 8 + rng.random()), (args.batch - 1) // 2)
+        plain = slice(2 * clean, None)
+        x[plain], sigmas, qualities = plain_views(x[plain], rng, args)
+        x[clean:plain.start] = x_l[clean:plain.start]
+        target = x.clone()
+        x[plain], target[plain] = blurred(x[plain], sigmas, qualities), blurred(x[plain], sigmas)
         with torch.no_grad():
-            z_h = [encode(model.vae.encoder, x_h)] if clean else []
-        target = torch.cat([*z_h, train.latents(pick[clean:])[1]])
-        error = (encode(encoder, torch.cat([x_h, train.pictures("lr", pick[clean:])])) - target).abs() / unit
+            target = latents(target)
+        error = ((latents(x, encoder) - target).abs() / unit).mean((1, 2, 3))
         return error.mean(), dict(l1=error.mean().item())
 
     def validate(encoder):
-        scores = {}
-        for i in range(min(32, len(val.z))):
-            kind, (z_l, z_t) = "mild" if "mild" in val.where[i][0] else "strong", val.latents([i])
-            z, x_h = encode(encoder, val.pictures("lr", [i])), val.pictures("hr", [i])
-            ratio = (z - z_t).square().mean() / (z_l - z_t).square().mean()
-            scores.setdefault(f"ratio_{kind}", []).append(ratio.item())
-            for name, code in ((kind, z), ("clean", encode(encoder, x_h))) if i < 16 else ():
-                y = model.vae.decode(code / model.scaling_factor).clamp(-1, 1)
-                scores.setdefault(f"lpips_{name}", []).append(lpips(y, x_h).item())
-        return {k: sum(v) / len(v) for k, v in scores.items()}
+        return {key: ((latents(x, encoder) - target).square().mean() / whole_change).item()
+                for key, (x, target) in looks.items()}
 
-    encoder = fit("encoder", encoder, loss_fn, validate, args, args.steps or 20_000, args.lr or 3e-4)
+    encoder = fit("encoder", encoder, loss_fn, validate, args, args.steps or 1000, args.lr or 4e-4)
     model.vae.encoder.load_state_dict(encoder.state_dict())
-    save_module(model.vae, out / "vae", torch.float16)
-    print(f"wrote {out / 'vae'}: the stages `adapter`, `decoder` and `control` take it up")
+    save_module(model.vae, Path(args.out) / "vae", torch.float16)
+    print(f"wrote {Path(args.out) / 'vae'}: the stages `adapter`, `decoder` and `control` take it up")
 
 
 # --- The update ---
@@ -370,11 +422,12 @@ def open_restorer(args):
 
 class Restorer(nn.Module):
     """What the stages decoder and control train: D, the LoRA matrices of the update in front of it (the control has no
-    update), and with --gan a critic. z_L: B,C,h,w as E gives it -> x̂: B,3,32h,32w; the first `clean` of z_L are
-    decoded as they are."""
+    update), with encoder=True E, and with --gan a critic. x_L: B,3,H,W in [-1, 1] -> x̂ of the same shape; the first
+    `clean` are not updated: D(E(x))."""
 
-    def __init__(self, model, update, gan=False, freeze=False):
+    def __init__(self, model, update, gan=False, freeze=False, encoder=False):
         super().__init__()
+        self.encoder = model.vae.encoder.requires_grad_(encoder)
         self.decoder, self.scale = model.vae.decoder.requires_grad_(not freeze), model.scaling_factor
         self.critic = Critic().to(next(self.decoder.parameters()).device) if gan else None
         self.dit = model.dit.requires_grad_(False) if update else None
@@ -384,7 +437,8 @@ class Restorer(nn.Module):
         self.register_buffer("c", c, persistent=False)
         self.register_buffer("m", m, persistent=False)
 
-    def forward(self, z, clean=0):
+    def forward(self, x, clean=0):
+        z = self.encoder(x.contiguous(memory_format=torch.channels_last)).float()
         if self.dit:
             n = len(z) - clean
             t = torch.full((n,), TAU, device=z.device)
@@ -452,7 +506,7 @@ def repeated(error, period=8, cells=4):
 
 
 def train_decoder(args):
-    """The stages decoder and control: D on ẑ of degraded photos, and the adapter that makes ẑ, behind the frozen E.
+    """The stages decoder and control: D on ẑ of degraded photos, the adapter that makes ẑ, and with --encoder E.
 
     Losses, each balanced (see there): --lpips of LPIPS (AlexNet), 0.2 L1 and 0.2 L1 where the target is flat, with
     --dists 1 DISTS of a crop against x_H, with --gan its weight of a critic's verdict on that crop, next to x_H's, and
@@ -460,9 +514,9 @@ def train_decoder(args):
     DISTS gets worse. LPIPS sees both pictures shifted by 0 to 7 pixels, so that no grid hides from AlexNet's stride of
     4. An eighth of the views is clean, D(E(x_H)) against x_H, so that the autoencoder stays one. Of the others --plain
     are x_H blurred and reduced: `degrade` always adds noise and compression, a good camera's picture has neither; in
-    --soft of these x_H is enlarged first, since photos that were made smaller are sharper than a camera's; and --jpeg
-    of them are compressed. --freeze trains the adapter alone, through the frozen D. The control has no update:
-    D(E(x_L)).
+    --soft of these x_H is enlarged first, since photos that were made smaller are sharper than a camera's; --jpeg of
+    them are compressed; and --drawn of them become drawings, since photos have few hard edges, around which compression
+    rings most. --freeze trains the adapter alone, through the frozen D. The control has no update: D(E(x_L)).
 
     Reports LPIPS and PSNR (RGB) against x_H on 48 held-out pairs, of D(E(x_H)), of plain, soft and compressed ones,
     with --dists DISTS on a third and the NIQE of all plain ones side by side. Writes OUT/finish.pt, or control.pt.
@@ -472,7 +526,7 @@ def train_decoder(args):
     lpips = LPIPS.from_pretrained("alex").to(device)
     dists, niqe = DISTS.from_pretrained().to(device) if args.dists else None, NIQE(device)
     torch.manual_seed(args.seed)
-    restorer = Restorer(model, args.stage != "control", args.gan > 0, args.freeze)
+    restorer = Restorer(model, args.stage != "control", args.gan > 0, args.freeze, args.encoder)
     if args.critic:
         state = runs.load_state(args.critic, "no such file", "give another --critic", device).get("model", {})
         try:
@@ -485,17 +539,12 @@ def train_decoder(args):
         clean = int(args.batch / 8 + rng.random()) * (not args.freeze)
         plain = np.flatnonzero(rng.random(args.batch) < args.plain)
         x_h, x_l, x = (train.pictures(kind, pick) for kind in ("hr", "lr", train.target))
-        x[plain] = x_h[plain]  # the teacher saw another picture of them
-        for i in plain[rng.random(len(plain)) < args.soft]:
-            x_h[i] = x[i] = softened(x_h[i], rng.uniform(*ZOOM))
         if len(plain):
-            sigmas = rng.uniform(*BLUR, len(plain)).astype(np.float32)
-            qualities = rng.integers(*QUALITY, len(plain)) * (rng.random(len(plain)) < args.jpeg) if args.jpeg else ()
+            x_h[plain], sigmas, qualities = plain_views(x_h[plain], rng, args)
+            x[plain] = x_h[plain]  # the teacher saw another picture of them
             x_l[plain] = blurred(x_h[plain], sigmas, qualities)
         x_l[:clean] = x[:clean] = x_h[:clean]
-        with torch.no_grad():
-            z = model.vae.encode(x_l.contiguous(memory_format=torch.channels_last)).float()
-        y = restorer(z, clean)
+        y = restorer(x_l, clean)
         leaf = y.detach().requires_grad_()
         (dy, dx), error = rng.integers(8, size=2), (leaf - x).abs()
         side = min(CROP, Views.VIEW)
@@ -522,7 +571,7 @@ def train_decoder(args):
         scores, plain = {}, []
 
         def note(kind, x_l, x, clean=0):
-            y = restorer(model.vae.encode(x_l), clean).clamp(-1, 1)
+            y = restorer(x_l, clean).clamp(-1, 1)
             scores.setdefault(f"lpips_{kind}", []).append(lpips(y, x).item())
             scores.setdefault(f"psnr_{kind}", []).append(-10 * (y - x).square().mean().div(4).log10().item())
             if dists and i % 6 < 2:
@@ -579,7 +628,7 @@ def compare(args):
             print(f"{name}: {args.model} as it is")
         for row in {"finish": ("D(ẑ)", "D(z_L)"), "control": ("control",)}[name]:
             for i in tqdm(range(len(val.where)), row, leave=False):
-                y = restorer(model.vae.encode(val.pictures("lr", [i])), clean=row == "D(z_L)").clamp(-1, 1)
+                y = restorer(val.pictures("lr", [i]), clean=row == "D(z_L)").clamp(-1, 1)
                 scores.setdefault(row, []).append(lpips(y, val.pictures("hr", [i])).item())
     for kind, chosen in (("strong", ~val.mild), ("mild", val.mild)):
         of = {row: np.array(values)[chosen] for row, values in scores.items()}
@@ -603,7 +652,7 @@ def export(args):
               {key: x.half() for key, x in lora_parameters(restorer.dit).items()})
     path = target / "provenance.json"
     history = json.loads(path.read_text()) if path.exists() else {}
-    for name, title in (("encoder", "encoder towards the teacher"), ("adapter", "adapter towards the teacher"),
+    for name, title in (("encoder", "encoder against compression"), ("adapter", "adapter towards the teacher"),
                         ("finish", "adapter and decoder in one")):
         if (out / f"{name}.pt").exists():
             one = load_state(out / f"{name}.pt")
@@ -631,10 +680,13 @@ def parse(argv=None):
     add("--mild", type=float, default=0.5, metavar="SHARE", help="of mild pairs in a batch (default %(default)s)")
     add("--plain", type=float, default=0.5, metavar="SHARE", help="decoder, control: of LR pictures that are x_H, "
         "blurred and reduced (default %(default)s)")
-    add("--soft", type=float, default=0.0, metavar="SHARE", help="decoder, control: of these, with x_H first enlarged "
-        "1 to 2 times (default %(default)s)")
-    add("--jpeg", type=float, default=0.0, metavar="SHARE", help="decoder, control: of the plain ones, that are "
-        "compressed, too (default %(default)s)")
+    add("--soft", type=float, default=0.0, metavar="SHARE", help="all but the adapter: of these, with x_H "
+        "first enlarged 1 to 2 times (default %(default)s)")
+    add("--jpeg", type=float, default=0.0, metavar="SHARE", help="all but the adapter: of the plain ones, that "
+        "are compressed, too (default %(default)s)")
+    add("--drawn", type=float, default=0.0, metavar="SHARE", help="all but the adapter: of the plain ones, that "
+        "become drawings; of these at least four in five are compressed (default %(default)s)")
+    add("--encoder", action="store_true", help="decoder, control: train E, too")
     add("--freeze", action="store_true", help="decoder: train the adapter alone, through the frozen decoder")
     add("--lpips", type=float, default=0.25, metavar="WEIGHT", help="decoder, control: of LPIPS (default %(default)s)")
     add("--gan", type=float, default=0.0, metavar="WEIGHT", help="decoder, control: of a critic that is trained "
