@@ -280,7 +280,7 @@ def train_encoder(args):
     squared distance to the target of compressed photos and drawings, of plain ones, of the pairs' x_L and of x_H, all
     as a part of what compression changes in those photos. Writes OUT/vae, which the later stages take up.
     """
-    args.no_teacher = True  # E is its own
+    args.no_teacher = True  # the target is made here
     model = SanaSR.from_pretrained(args.model, args.device, torch.float32, adapter=False)
     train, val = Views(args, "train", 4), Views(args, "val", 1)
     encoder = copy.deepcopy(model.vae.encoder).requires_grad_(True)
@@ -709,6 +709,8 @@ def parse(argv=None):
         parser.error("--gan: its critic judges the features of DISTS; give --dists, too")
     if args.critic and not args.gan:
         parser.error("--critic: give the weight of its verdict, too: --gan 0.5")
+    if args.stage == "encoder" and not args.jpeg:
+        parser.error("encoder: it unlearns compression; give the share of compressed views, too: --jpeg 0.75")
     if args.stage == "pairs" and not args.data:
         parser.error("--data is needed: a folder of clean photos")
     return args

@@ -279,7 +279,8 @@ def test_a_stage_that_lacks_its_input_says_what_to_do(run, tmp_path, capsys):
     with pytest.raises(SystemExit, match="train/lr/0_mild.png is RGB, 64×64: .* LR pictures of 80"):
         run("decoder", "--no-teacher", "--steps", 1)
     for options, message in ((("pairs",), "--data is needed"), (("decoder", "--gan", 0.3), "give --dists, too"),
-                             (("decoder", "--critic", "finish.pt"), "the weight of its verdict")):
+                             (("decoder", "--critic", "finish.pt"), "the weight of its verdict"),
+                             (("encoder", "--drawn", 0.4), "the share of compressed views")):
         with pytest.raises(SystemExit):
             run(*options)
         assert message in capsys.readouterr().err
