@@ -32,7 +32,18 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from pictures import COLOUR_FIXES, bicubic, find_inputs, picture_suffixes, read, read_rgb, restored, whole, why, write
+from photos.pictures import (
+    COLOUR_FIXES,
+    bicubic,
+    find_inputs,
+    picture_suffixes,
+    read,
+    read_rgb,
+    restored,
+    whole,
+    why,
+    write,
+)
 from runs import DTYPES, is_linearsr, load_linearsr, load_model, peak_memory, pick_device, pick_dtype
 
 # --- inputs and results ---
@@ -171,7 +182,7 @@ def input_tags(jobs, args, references):
             return None
     if args.tagger == "none":
         return {}
-    from photos import find_tags
+    from photos.pairs import find_tags
     found = find_tags(args.tagger, [job.source.name for job in jobs], picture, args.device)
     return dict(zip(jobs, found, strict=True)) if found else {}
 
@@ -282,7 +293,7 @@ def parse(argv=None):
         "noise: its restoration is the same for every seed")
     add("--tile", type=int, metavar="N", help="largest side, in pixels of the result, that the networks see at once "
         "(default: 1408; 0: no limit)")
-    add("--fast", choices=["auto", "on", "off"], default="auto", help="the rewrites of fast.py: the same result up to "
+    add("--fast", choices=["auto", "on", "off"], default="auto", help="the rewrites of fast/: the same result up to "
         "rounding, sooner; on a GPU with CUDA graphs (auto: on a CPU only)")
     add("--color-fix", choices=COLOUR_FIXES, default="none", help="colours of the enlarged input")
     add("--no-metadata", action="store_true", help="results without the input's EXIF and colour profile")

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import weights
 from metrics import LPIPS
-from pictures import whole, why
+from photos.pictures import whole, why
 from sanasr import adapters_off, conditioning, one_step, sigma
 
 LAMBDA = {"mse": 1.0, "lpips": 2.0, "align": 1.0, "cons": 1.0}
@@ -188,7 +188,7 @@ def complete(args, model, metadata=None):
     metadata: of the adapter whose training goes on in other hands, as in prune.py: its words go before the defaults.
     Raises SystemExit for a crop that does not fit the model.
     """
-    from degrade import MIN_SIZE
+    from photos.degrade import MIN_SIZE
     embedded = args.model == "embedded"
     args.crop = args.crop or model.dit.config["sample_size"] * model.vae.factor
     if args.crop % model.vae.factor or args.crop < MIN_SIZE:

@@ -37,8 +37,8 @@ import weights
 from metrics import METRICS
 from metrics.score import evaluate, folder_pairs, mean, pick
 from objective import LAMBDA, PROTOCOLS, Conditions, Latents, complete, in_float32, load_lpips, losses
-from photos import Pairs, digest, find_tags, hash_of, match_lq, photo_tags, scan, split, validation_pairs
-from pictures import atomically, bicubic, png, read_rgb, whole, write_bytes
+from photos.pairs import Pairs, digest, find_tags, hash_of, match_lq, photo_tags, scan, split, validation_pairs
+from photos.pictures import atomically, bicubic, png, read_rgb, whole, write_bytes
 from runs import (
     DTYPES,
     Signals,

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
 
-from pictures import atomically, whole, why, write_bytes
+from photos.pictures import atomically, whole, why, write_bytes
 
 try:
     import fcntl
@@ -65,7 +65,7 @@ def workers(wanted):
 def load_model(name, device, dtype, adapter=None, fast="off"):
     """SanaSR of a name or folder; adapter: a file, None for the model's own, False or "none" for the bare prior.
 
-    fast: "on" applies the rewrites of fast.py (on a GPU with CUDA graphs), "auto" on a CPU only.
+    fast: "on" applies the rewrites of fast/ (on a GPU with CUDA graphs), "auto" on a CPU only.
     Raises SystemExit in one line.
     """
     from sanasr import SanaSR

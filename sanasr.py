@@ -40,7 +40,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 import weights
-from pictures import atomically, bicubic, write_bytes
+from photos.pictures import atomically, bicubic, write_bytes
 
 # --- Configs: the official config.json files ---
 
@@ -712,7 +712,7 @@ class LinearDiT(nn.Module):
     def forward(self, z, t, c, mask, condition=None):
         """z: B,C,h,w scaled latents; t: B in [0, 1000]; c: B,T,Dt text states; mask: B,T of 0/1 -> B,C,h,w.
 
-        condition: B,D,h,w, added to the embedded latents; see linearsr.py.
+        condition: B,D,h,w, added to the embedded latents; see linearsr/.
         """
         if z.ndim != 4 or c.ndim != 3 or mask.shape != c.shape[:2] or t.shape != z.shape[:1]:
             raise ValueError(f"LinearDiT: expected z B,C,h,w, t B, c B,T,D, mask B,T; got "

@@ -32,7 +32,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import weights
-from degrade import enlarge, to_image, to_tensor
 from metrics import LPIPS, METRICS
 from metrics.score import evaluate, folder_pairs, mean
 from objective import (
@@ -47,8 +46,9 @@ from objective import (
     losses,
     prior,
 )
-from photos import Pairs, digest, find_tags, hash_of, match_lq, photo_tags, scan, split, validation_pairs
-from pictures import bicubic, read_rgb, whole, why
+from photos.degrade import enlarge, to_image, to_tensor
+from photos.pairs import Pairs, digest, find_tags, hash_of, match_lq, photo_tags, scan, split, validation_pairs
+from photos.pictures import bicubic, read_rgb, whole, why
 from runs import (
     DTYPES,
     Run,

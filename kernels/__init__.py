@@ -5,7 +5,6 @@ and Winograd's convolution, in PyTorch.
     mix_ffn            1x1 expand, SiLU, depthwise 3x3, gate, 1x1 project                 (SANA's GLUMBConv)
     depthwise_gate     the middle of mix_ffn, for when the two 1x1 carry adapters
     add_rms_norm_      x += RMSNorm(y) in place, for inference                            (the end of DC-AE's ResBlock)
-    winograd_conv3x3   3×3 convolution with fewer multiplications, on a CPU              (the wide stages of DC-AE)
     set_backend        auto | torch | triton, as does the environment variable SANASR_KERNELS
 
 `python -m kernels.bench` checks and measures them.
@@ -15,6 +14,5 @@ from kernels.dispatch import set_backend
 from kernels.linear_attention import linear_attention
 from kernels.mix_ffn import depthwise_gate, mix_ffn
 from kernels.rms_norm import add_rms_norm_
-from kernels.winograd import winograd_conv3x3
 
-__all__ = ["add_rms_norm_", "depthwise_gate", "linear_attention", "mix_ffn", "set_backend", "winograd_conv3x3"]
+__all__ = ["add_rms_norm_", "depthwise_gate", "linear_attention", "mix_ffn", "set_backend"]

@@ -26,7 +26,7 @@ from kernels.dispatch import device_obstacle, triton
 from kernels.linear_attention import linear_attention_reference
 from kernels.mix_ffn import depthwise_gate_reference
 from kernels.rms_norm import add_rms_norm_reference_
-from pictures import write_bytes
+from photos.pictures import write_bytes
 from runs import DTYPES, cpu_name
 
 CARDS = {"H200": (4.3e12, 790e12), "4090": (1.0e12, 165e12)}  # bytes/s and bf16 FLOP/s, for the floors

@@ -34,10 +34,10 @@ from tqdm import tqdm
 import metrics
 import train
 import weights
-from degrade import to_image, to_tensor
 from metrics.score import evaluate, folder_pairs, pick, shown, write_scores
-from photos import find_tags
-from pictures import bicubic, whole, write_bytes
+from photos.degrade import to_image, to_tensor
+from photos.pairs import find_tags
+from photos.pictures import bicubic, whole, write_bytes
 from runs import load_model, pick_device, pick_dtype, write_csv
 from sanasr import conditioning, fingerprint, open_weights, tiled
 

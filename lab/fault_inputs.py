@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-import tagger
+from photos import tagger
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ["--crop", "96", "--batch", "1", "--val", "1", "--tags", "none", "--lpips", "alex", "--rank", "2"]
@@ -325,7 +325,7 @@ def picture_cases(rng, shared):
             return ["--tagger", "ram", "@in/x.png"]
 
         yield Case(
-            "pictures for the tagger", name, "tagger.py", tag, "error", ("x.png",),
+            "pictures for the tagger", name, "photos.tagger", tag, "error", ("x.png",),
             env={"SANASR_WEIGHTS": "@weights"}, prepare=tiny_tagger,
         )
 
@@ -819,9 +819,10 @@ def table_cases(rng, shared):
             photo().save(folder / "x.png")
             return ["--tagger", "ram", "@in/x.png"]
 
-        yield Case("weights of the tagger", how, "tagger.py", ram, "error", ("ram.pth",), env={"SANASR_WEIGHTS": "@in"})
+        yield Case("weights of the tagger", how, "photos.tagger", ram, "error", ("ram.pth",),
+                   env={"SANASR_WEIGHTS": "@in"})
         yield Case(
-            "weights of the tagger", f"{how}, lean", "tagger.py",
+            "weights of the tagger", f"{how}, lean", "photos.tagger",
             lambda f, d=data: [
                 (f / "ram_fp16.safetensors").write_bytes(d) and "--tagger" or "--tagger", "ram", str(photo_at(f)),
             ],

@@ -39,9 +39,7 @@ import eval
 import lab.finish
 import prune
 import sanasr
-import tagger
 import train
-import train_linearsr
 from lab import pretrain
 from lab.fault_inputs import (
     ROOT,
@@ -53,7 +51,9 @@ from lab.fault_inputs import (
     table_cases,
     without_privileges,
 )
-from pictures import whole
+from linearsr import train as train_linearsr
+from photos import tagger
+from photos.pictures import whole
 from runs import revision
 
 SECONDS = 120  # then a case hangs
@@ -78,8 +78,9 @@ def with_argv(main):
     return run
 
 
-COMMANDS = {"eval.py": eval.main, "train.py": train.main, "prune.py": prune.main, "tagger.py": with_argv(tagger.main),
-            "SanaSR": api, "train_linearsr.py": train_linearsr.main, "lab.pretrain": with_argv(pretrain.main),
+COMMANDS = {"eval.py": eval.main, "train.py": train.main, "prune.py": prune.main,
+            "photos.tagger": with_argv(tagger.main),
+            "SanaSR": api, "linearsr.train": train_linearsr.main, "lab.pretrain": with_argv(pretrain.main),
             "lab.finish": lab.finish.main}
 
 
@@ -352,7 +353,7 @@ def runs(shared):
         "train.py": ("train.py", lambda out: resumed(
             ["--data", shared / "photos", "--model", shared / "model", "--name", out, "--steps", "8", "--every", "2",
              "--workers", "1", *TRAIN], out, "state.pt"), None),
-        "train_linearsr.py": ("train_linearsr.py", lambda out: [
+        "linearsr.train": ("linearsr.train", lambda out: [
             "--stage", "pretrain", "--data", shared / "photos", "--model", shared / "model", "--name", out, "--steps",
             "6", "--every", "2", "--batch", "1", "--pairs", "4", "--crop", "96", "--val", "1", "--workers", "0"], None),
         **stages,

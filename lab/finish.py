@@ -36,16 +36,17 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from tqdm import tqdm
 
-import degrade
 import runs
 import weights
 from lab.ablation import bootstrap
 from lab.pretrain import fit, load_state, tags
+from linearsr.train import encoder_hash
 from metrics import DISTS, LPIPS, NIQE
 from metrics.perceptual import VGG16
 from objective import Conditions, align_loss
-from photos import held_out, photo_paths
-from pictures import whole, write, write_bytes
+from photos import degrade
+from photos.pairs import held_out, photo_paths
+from photos.pictures import whole, write, write_bytes
 from sanasr import (
     DCAE,
     SanaSR,
@@ -59,7 +60,6 @@ from sanasr import (
     save_lora,
     save_module,
 )
-from train_linearsr import encoder_hash
 
 TAU = 900.0       # of the carried adapter
 VAL_PAIRS = 128

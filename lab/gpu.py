@@ -8,7 +8,7 @@
     kernels    every kernel against float64: outputs, gradients, all dtypes, odd sizes; tests/test_kernels_triton.py
     micro      kernels.bench at SANA's and DC-AE's sizes, bf16: eager PyTorch and Triton
     goldens    the official implementations' outputs in float32, bfloat16 and float16
-    bench      bench.py at 512 and 1024, batch 1 and 8, and 4096 in tiles: plain, fast, graphs, Inductor, diffusers
+    bench      lab/bench.py at 512 and 1024, batch 1 and 8, and 4096 in tiles: plain, fast, graphs, Inductor, diffusers
     train      train.py, 512 crops: with and without checkpointing, Triton against the reference's backward
     prune      prune.py: 20 calibration samples
     carried    the carried model: pictures of the GPU against the CPU's
@@ -37,13 +37,13 @@ import torch
 from PIL import Image
 
 import kernels
-from bench import CONFIGS, relative, seeded
 from kernels import bench as micro
 from kernels.dispatch import device_obstacle, triton
 from kernels.linear_attention import linear_attention_reference
 from kernels.mix_ffn import depthwise_gate_reference
 from kernels.rms_norm import add_rms_norm_reference_
-from pictures import write_bytes
+from lab.bench import CONFIGS, relative, seeded
+from photos.pictures import write_bytes
 from runs import DTYPES, cpu_name, revision
 from sanasr import DCAE, Gemma2, LinearDiT, save_module
 
@@ -261,9 +261,9 @@ def part_bench(part):
     def case(size, batch, variants, vs, runs, *more, **env):
         def rows():
             file = part.out / "work" / f"bench_{size}_{batch}.json"
-            part.run("bench.py", "--model", part.model, "--device", part.device, "--dtype", "fp32" if part.rehearse else
-                     "bf16", "--size", size, "--batch", batch, "--variants", variants, "--runs", runs, "--json", file,
-                     *(["--vs", vs] if vs else []), *more, **env)
+            part.run("-m", "lab.bench", "--model", part.model, "--device", part.device, "--dtype",
+                     "fp32" if part.rehearse else "bf16", "--size", size, "--batch", batch, "--variants",
+                     variants, "--runs", runs, "--json", file, *(["--vs", vs] if vs else []), *more, **env)
             content = json.loads(file.read_text())
             for row in content["rows"]:
                 yield {"what": row["variant"], "size": size, "batch": batch, "stage": row["stage"], "p50 ms": 1e3 *

@@ -33,17 +33,17 @@ from PIL import Image, ImageDraw
 from torch import nn
 from tqdm import tqdm
 
-import train_linearsr
 import weights
 from lab.ablation import Bicubic, available, bootstrap, keep_settings, score, tabulate
 from lab.profile import count
+from linearsr import train as train_linearsr
+from linearsr.train import Held, Network, interval
 from metrics.score import folder_pairs
 from objective import Conditions, Latents
-from photos import find_tags, scan, split, validation_pairs
-from pictures import bicubic, png, whole, write_bytes
+from photos.pairs import find_tags, scan, split, validation_pairs
+from photos.pictures import bicubic, png, whole, write_bytes
 from runs import load_linearsr, load_model, pick_device, pick_dtype, workers
 from sanasr import LinearDiT, build_prompt, conditioning, fingerprint
-from train_linearsr import Held, Network, interval
 
 SEEDS = 0, 1
 STEPS = 1, 2, 4, 8, 20

@@ -40,8 +40,8 @@ from tqdm import tqdm
 import runs
 import weights
 from metrics import DISTS, LPIPS
-from photos import hash_of, held_out, photo_paths
-from pictures import read, whole, write_bytes
+from photos.pairs import hash_of, held_out, photo_paths
+from photos.pictures import read, whole, write_bytes
 from runs import save_state as save
 from runs import write_csv
 from sanasr import (

@@ -8,7 +8,7 @@ from statistics import fmean
 import numpy as np
 import torch
 
-from degrade import blur, enlarge, gaussian_kernel, gaussian_noise, jpeg, resize, to_tensor
+from photos.degrade import blur, enlarge, gaussian_kernel, gaussian_noise, jpeg, resize, to_tensor
 
 SIDE = 512  # larger photos are cropped to their centre
 STRENGTHS = {

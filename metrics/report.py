@@ -12,7 +12,7 @@ from PIL import Image
 
 from metrics import METRICS
 from metrics.score import crop, mean, shown
-from pictures import read_rgb, write_bytes
+from photos.pictures import read_rgb, write_bytes
 
 SIDE = 1280  # larger pictures are shown smaller
 

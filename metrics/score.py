@@ -11,7 +11,7 @@ import torch
 
 import weights
 from metrics import ALL, METRICS, load
-from pictures import find_inputs, read_picture, read_rgb, restored
+from photos.pictures import find_inputs, read_picture, read_rgb, restored
 from runs import write_csv
 
 PATCH = 256  # side of the central crop of the protocol `patch`

@@ -10,7 +10,7 @@ from PIL import Image
 import eval as evaluator
 import train
 from lab import ablation
-from pictures import bicubic
+from photos.pictures import bicubic
 from runs import Signals
 from sanasr import SanaSR, open_weights
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import degrade as d
+from photos import degrade as d
 
 
 def photo(height=128, width=160):

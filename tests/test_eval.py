@@ -16,11 +16,10 @@ from tiny import tiny_model
 from tqdm import tqdm
 
 import eval as evaluate
-import pictures
 import runs
 import sanasr
-import tagger
 import weights
+from photos import pictures, tagger
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,7 +16,7 @@ from tiny import tiny_model
 import eval as command
 import fast
 import sanasr
-from bench import CONFIGS, seeded
+from lab.bench import CONFIGS, seeded
 from sanasr import DCAE, LinearDiT, SanaSR, inject_lora
 
 

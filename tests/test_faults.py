@@ -16,12 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import eval
-import photos
 import runs
 import sanasr
-import tagger
 import train
 from lab import pretrain
+from photos import pairs as photos
+from photos import tagger
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import degrade
 import weights
 from lab import finish, pretrain
 from metrics.perceptual import VGG16
-from photos import held_out
+from photos import degrade
+from photos.pairs import held_out
 from sanasr import DCAE, SanaSR, inject_lora, load_lora, lora_parameters, one_step, open_weights, save_lora
 
 

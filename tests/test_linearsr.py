@@ -16,7 +16,7 @@ import linearsr
 import runs
 from linearsr import BOUNDARIES, LinearSR, Stem, expert_of, sample, shifted, unshifted
 from metrics import LPIPS
-from pictures import bicubic
+from photos.pictures import bicubic
 from sanasr import (
     DCAE,
     Conv1x1,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import runs
-from pictures import atomically, write_bytes
+from photos.pictures import atomically, write_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,7 +47,7 @@ def test_it_reaches_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
 def test_what_a_killed_process_left_is_removed(tmp_path):
     code = f"""
 import os, signal
-from pictures import atomically
+from photos.pictures import atomically
 with atomically({str(tmp_path / "x")!r}) as temporary:
     temporary.write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)"""

@@ -6,8 +6,8 @@ from PIL import Image
 from torch import nn
 
 import eval as evaluate
-from degrade import to_tensor
 from lab.stability import STRENGTHS, degraded, stability
+from photos.degrade import to_tensor
 
 
 class Identity(nn.Module):

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from seeded import seeded_state_dict
 
 import sanasr
-import tagger
 import weights
+from photos import tagger
 
 DATA = Path(__file__).parent / "data" / "ram"
 MANIFEST = json.loads((DATA / "manifest.json").read_text())

@@ -21,14 +21,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from seeded import seeded_state_dict
 
-import degrade
 import metrics
 import objective
-import tagger
 import train
 import weights
-from photos import Pairs, held_out, match_lq, photo_tags, scan, split, validation_pairs
-from pictures import read
+from photos import degrade, tagger
+from photos.pairs import Pairs, held_out, match_lq, photo_tags, scan, split, validation_pairs
+from photos.pictures import read
 from runs import peak_memory
 from sanasr import DCAE, LinearDiT, SanaSR, inject_lora, lora_modules, lora_parameters, save_lora
 

@@ -16,11 +16,11 @@ from safetensors import safe_open
 from seeded import seeded_input
 
 import lab.linearsr as lab
-import train_linearsr
 from linearsr import LinearSR, shifted, unshifted
+from linearsr import train as train_linearsr
+from linearsr.train import interval, times
 from objective import Conditions
 from runs import knee, load_model, read_log
-from train_linearsr import interval, times
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +272,7 @@ def test_without_a_graph_it_says_why_and_goes_on(capsys):
 
 
 def command(photos, model, *options):
-    return [sys.executable, ROOT / "train_linearsr.py", "--stage", "pretrain", "--data", photos, "--model", model,
+    return [sys.executable, "-m", "linearsr.train", "--stage", "pretrain", "--data", photos, "--model", model,
             "--crop", "96", "--pairs", "6", "--val", "2", "--val-steps", "2", "--batch", "2", "--workers", "0",
             "--device", "cpu", *options]
 
@@ -281,7 +281,7 @@ def command(photos, model, *options):
 def test_stopped_or_killed_it_goes_on(photos, tiny_model, number):
     log = Path("runs/linearsr/pretrain/log.csv")
     line = command(photos, tiny_model, "--steps", "100000", "--every", "5")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(list(map(str, line)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                           env=environment) as process:
         end = time.monotonic() + 120
@@ -308,7 +308,7 @@ def test_stopped_or_killed_it_goes_on(photos, tiny_model, number):
 
 
 def test_two_processes_equal_one_with_twice_the_batch(photos, tiny_model):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     one = command(photos, tiny_model, "--steps", "3", "--every", "3", "--name", "one")
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
            *command(photos, tiny_model, "--steps", "3", "--every", "3", "--name", "two", "--batch", "1")[1:]]

@@ -6,7 +6,8 @@ import torch
 from seeded import seeded_input
 
 import fast
-from kernels import winograd, winograd_conv3x3
+from fast import winograd
+from fast.winograd import winograd_conv3x3
 
 
 def relative(a, b):

@@ -33,7 +33,7 @@ class Unavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Model:
-    """A whole model: transformer/, vae/, text_encoder/, tokenizer/, or what linearsr.py reads. Without `repo` it is
+    """A whole model: transformer/, vae/, text_encoder/, tokenizer/, or what linearsr/ reads. Without `repo` it is
     carried in weights/."""
     licence: str
     repo: str | None = None
@@ -76,7 +76,7 @@ FILES = {
     "maniqa-pipal": File("MANIQA_PIPAL-ae6d356b.pth", _NC, _IQA, sha256="ae6d356b", megabytes=543),
     "maniqa-koniq": File("ckpt_koniq10k.pt", _NC, _IQA, megabytes=543,
                          sha256="a207f8ab57322e6be38ff5c8d019301dc032b454bef21c3c9f9dbf7974eebff6"),
-    # The tagger's; `python tagger.py --convert` makes the first one lean.
+    # The tagger's; `python -m photos.tagger --convert` makes the first one lean.
     "ram": File("ram_swin_large_14m.pth", "Apache-2.0", "xinyu1205/recognize_anything_model", megabytes=5626,
                 sha256="15c729c793af28b9d107c69f85836a1356d76ea830d4714699fb62e55fcc08ed"),
     "dape": File("DAPE.pth", "Apache-2.0", "CSWRY/SeeSR", megabytes=7.2,

@@ -1,10 +1,10 @@
 """Trains LinearSR stage by stage: flow matching on encoded pairs, no loss on pictures.
 
-    python train_linearsr.py --stage pretrain --data ./hq --steps 20000     one network, from the prior of --model
-    python train_linearsr.py --stage experts --steps 4000                   each expert, on its own interval of t alone
-    python train_linearsr.py --stage finetune --data ./best --steps 1000    each expert again, on the best photos
-    python train_linearsr.py --stage export --to linearsr                   a folder for eval.py --model
-    torchrun --nproc_per_node 8 train_linearsr.py --stage pretrain --data ./hq --model sana-600m-512 --name official
+    python -m linearsr.train --stage pretrain --data ./hq --steps 20000     one network, from the prior of --model
+    python -m linearsr.train --stage experts --steps 4000                   each expert, on its own interval of t alone
+    python -m linearsr.train --stage finetune --data ./best --steps 1000    each expert again, on the best photos
+    python -m linearsr.train --stage export --to linearsr                   a folder for eval.py --model
+    torchrun --nproc_per_node 8 -m linearsr.train --stage pretrain --data ./hq --model sana-600m-512 --name official
 
     z_H = s·E(x_H) and the LR picture x are made once and kept                      runs/pairs
     z_t = (1 − t)·z_H + t·ε,  t = 3u / (1 + 2u),  u uniform on the interval         the sampler's steps, equally likely
@@ -39,12 +39,12 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 import weights
-from degrade import MIN_SIZE, to_image, to_tensor
 from linearsr import BOUNDARIES, STRIDE, SYSTEM, Stem, check_boundaries, expert_of, sample, shifted, unshifted
 from metrics import LPIPS
 from objective import Conditions, Latents, put
-from photos import Pairs, digest, find_tags, match_lq, photo_tags, scan, split, validation_pairs
-from pictures import bicubic, whole, write_bytes
+from photos.degrade import MIN_SIZE, to_image, to_tensor
+from photos.pairs import Pairs, digest, find_tags, match_lq, photo_tags, scan, split, validation_pairs
+from photos.pictures import bicubic, whole, write_bytes
 from runs import (
     Run,
     Signals,

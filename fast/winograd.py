@@ -14,7 +14,7 @@ in strips that stay in cache; a strip's results can be used before the next is c
 
 float32 takes m = 4. Its transforms would magnify a rounding to bfloat16 tenfold, so bfloat16 takes m = 2, which
 magnifies it by four. Limits: a CPU, both sides multiples of m. Check: pytest tests/test_winograd.py; measure:
-python bench.py --rewrites
+python -m lab.bench --rewrites
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Where the time goes: encode, transformer, decode and the whole, plain against fast, and against diffusers.
 
-    python bench.py                                              # official configs under seeded weights, 128 → 512
-    python bench.py --device cuda --dtype bf16 --variants plain,fast,graphs --vs compiled
-    python bench.py --model sana-600m-512 --size 1024
-    python bench.py --vs diffusers --json results.json           # the same weights in diffusers' classes, eager
-    python bench.py --vs compiled                                # and under torch.compile
-    python bench.py --size 4096 --dtype bf16 --variants fast     # in tiles, as eval.py restores large pictures
-    python bench.py --rewrites --size 256                        # fast, and fast without each of its rewrites
-    python bench.py --variants fast --blocks 16 --batch 8        # fast only; a transformer pruned to 16 blocks
+    python -m lab.bench                                              # official configs under seeded weights, 128 → 512
+    python -m lab.bench --device cuda --dtype bf16 --variants plain,fast,graphs --vs compiled
+    python -m lab.bench --model sana-600m-512 --size 1024
+    python -m lab.bench --vs diffusers --json results.json           # the same weights in diffusers' classes, eager
+    python -m lab.bench --vs compiled                                # and under torch.compile
+    python -m lab.bench --size 4096 --dtype bf16 --variants fast     # in tiles, as eval.py restores large pictures
+    python -m lab.bench --rewrites --size 256                        # fast, and fast without each of its rewrites
+    python -m lab.bench --variants fast --blocks 16 --batch 8        # fast only; a transformer pruned to 16 blocks
 
 All variants are in one process and take turns on the same inputs. "error" compares what a variant has after a stage
 with the first variant's, through all its own stages. Text is 300 random states: the text encoder is not part of it, and
@@ -32,11 +32,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fast
-from pictures import write_bytes
+from photos.pictures import write_bytes
 from runs import DTYPES, cpu_name
 from sanasr import DCAE, LinearDiT, SanaSR, one_step, tiled
 
-CONFIGS = Path(__file__).parent / "tests" / "data" / "official_configs"
+CONFIGS = Path(__file__).parent.parent / "tests" / "data" / "official_configs"
 
 
 def seeded(cls, config, dtype, device):

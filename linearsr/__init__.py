@@ -11,7 +11,7 @@ One 128×128 photo on its way to 512×512 (SANA-0.6B, B = 1, N = 20 steps):
     t:         0 ────── 0.223 ────────────── 0.875 ── 0.939 ── 1
     expert:      0 polish     1 texture        2 refine  3 structure
 
-Training is flow matching on latents, with no loss on pictures (train_linearsr.py): z_t = (1 − t)·z_H + t·ε, and every
+Training is flow matching on latents, with no loss on pictures (linearsr/train.py): z_t = (1 − t)·z_H + t·ε, and every
 expert v_k, a LinearDiT, learns ε − z_H on its own interval of t. Paper: "LinearSR" (arXiv 2510.08771).
 
 A folder of LinearSR holds what SANA-SR does not have; autoencoder, text encoder and tokenizer are those of its base:

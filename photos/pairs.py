@@ -23,8 +23,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import weights
-from degrade import SCALE, degrade, enlarge, sharpen, to_image, to_tensor
-from pictures import bicubic, picture_suffixes, png, read, whole, why, write_bytes
+from photos.degrade import SCALE, degrade, enlarge, sharpen, to_image, to_tensor
+from photos.pictures import bicubic, picture_suffixes, png, read, whole, why, write_bytes
 from runs import write_csv
 from sanasr import clean_tags
 
@@ -274,7 +274,7 @@ def find_tags(kind, names, picture, device=None):
         return [tags.get(Path(name).name, []) for name in names]
     if not names:
         return []
-    from tagger import open_tagger
+    from photos.tagger import open_tagger
     try:
         tagger = open_tagger(kind, device)
         if not tagger:

@@ -1,8 +1,8 @@
 """Content tags of a photo: the prompt extractor Π of Eq. 2 and 12, as the paper takes it from SeeSR.
 
-    python tagger.py photo.png                   the tags with their probabilities, then the joined line
-    python tagger.py --tagger ram photo.png      RAM without DAPE's adaptation to degraded photos
-    python tagger.py --convert                   once: a lean fp16 copy (0.43 GB) of the 5.6 GB checkpoint
+    python -m photos.tagger photo.png                   the tags with their probabilities, then the joined line
+    python -m photos.tagger --tagger ram photo.png      RAM without DAPE's adaptation to degraded photos
+    python -m photos.tagger --convert                   once: a lean fp16 copy (0.43 GB) of the 5.6 GB checkpoint
 
 RAM (Recognize Anything, Zhang et al. 2023) and DAPE (SeeSR, Wu et al. 2024: RAM plus LoRA, tuned so that a degraded
 photo gets the tags of the clean one). Needs ram_swin_large_14m.pth and, for DAPE, DAPE.pth; both are fetched once. A
@@ -35,10 +35,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import weights
-from pictures import atomically, read_rgb, write_bytes
+from photos.pictures import atomically, read_rgb, write_bytes
 from sanasr import clean_tags, computes_bf16
 
-DATA = Path(__file__).parent / "weights" / "ram"  # the tag list and the thresholds, one entry a logit
+DATA = weights.HERE / "ram"  # the tag list and the thresholds, one entry a logit
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
@@ -336,7 +336,7 @@ LEAN = "ram_fp16.safetensors"
 
 
 def lean_path():
-    """The lean checkpoint, in $SANASR_WEIGHTS or in the cache; None where there is none (`tagger.py --convert`)."""
+    """The lean checkpoint, in $SANASR_WEIGHTS or in the cache; None where there is none (see --convert)."""
     roots = [Path(root) for root in (os.environ.get("SANASR_WEIGHTS"), cache_dir()) if root]
     return next((root / LEAN for root in roots if (root / LEAN).is_file()), None)
 

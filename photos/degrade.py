@@ -1,6 +1,6 @@
 """Synthetic low-quality photos: the second-order Real-ESRGAN degradation (Wang et al. 2021), 4x smaller, seeded.
 
-    python degrade.py photo.png --out lr.png [--seed N] [--sheet]     # --sheet also draws every stage
+    python -m photos.degrade photo.png --out lr.png [--seed N] [--sheet]     # --sheet also draws every stage
 
     x_H  -> blur, resize, noise, JPEG                                 # first order
          -> blur (p 0.8), resize, noise                               # second order, sizes relative to 1/4
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from pictures import read_rgb, whole, write
+from photos.pictures import read_rgb, whole, write
 
 SCALE = 4
 MIN_SIZE = 80  # below it, the smallest first-order result would be smaller than the blur's reflected border

@@ -4,10 +4,10 @@
 
 `sanasr.py` is the readable path. The modules here replace its modules. They compute the same function of the same
 weights with fewer multiplications or fewer bytes moved. Results differ by rounding: by less than 1e-4 in float32, in
-bfloat16 by its own rounding (tests/test_fast.py). What each rewrite gains: `python bench.py --rewrites`.
+bfloat16 by its own rounding (tests/test_fast.py). What each rewrite gains: `python -m lab.bench --rewrites`.
 
     winograd     3×3 convolutions with a quarter of the multiplications, in bfloat16 four ninths (on a CPU, where there
-                 are many channels), see kernels/winograd.py
+                 are many channels), see fast/winograd.py
     up           nearest ×2 and 3×3: nine products per small pixel, of differences, instead of 36; for 3×3 and
                  channel-to-space, the shortcut becomes a tap of the 3×3
     down         the space-to-channel shortcut becomes a tap of the strided convolution
@@ -34,7 +34,7 @@ import torch.nn.functional as F
 
 import kernels
 import sanasr
-from kernels import winograd
+from fast import winograd
 from kernels.rms_norm import add_rms_norm_reference_, rms_norm_
 from sanasr import to_picture, to_tokens
 
@@ -102,7 +102,7 @@ class Norm(nn.Module):
 
 
 class Winograd(nn.Module):
-    """A 3×3 convolution by `kernels.winograd`; sizes for which the direct convolution is faster use that."""
+    """A 3×3 convolution by `fast.winograd`; sizes for which the direct convolution is faster use that."""
 
     def __init__(self, plain):
         super().__init__()
