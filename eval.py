@@ -32,19 +32,20 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from fast import is_linearsr, load_model
 from photos.pictures import (
     COLOUR_FIXES,
     bicubic,
     find_inputs,
+    one_line,
     picture_suffixes,
     read,
     read_rgb,
+    reason,
     restored,
-    whole,
-    why,
     write,
 )
-from runs import DTYPES, is_linearsr, load_linearsr, load_model, peak_memory, pick_device, pick_dtype
+from runs import DTYPES, UserError, command, peak_memory, pick_device, pick_dtype
 
 # --- inputs and results ---
 
@@ -63,19 +64,19 @@ class Job:
 def plan(inputs, out=None, scale=4, references=()):
     """Where each input's result goes: `out` is a file for a single input, else a folder, results/ by default.
 
-    Inputs of one stem (a.png, a.jpg) get different results. Raises SystemExit where an input or a reference would be
+    Inputs of one stem (a.png, a.jpg) get different results. Raises UserError where an input or a reference would be
     overwritten.
     """
     folder = Path(out or "results")
     single = None
     if out and not folder.is_dir() and not out.endswith(("/", os.sep)) and folder.suffix:
         if folder.suffix.lower() not in picture_suffixes(Image.SAVE):
-            sys.exit(f"error: --out {out}: no picture format is called {folder.suffix}; end a folder's name with /")
+            raise UserError(f"--out {out}: no picture format is called {folder.suffix}; end a folder's name with /")
         if len(inputs) != 1:
-            sys.exit(f"error: --out {out} is one file but there are {len(inputs)} inputs: name a folder")
+            raise UserError(f"--out {out} is one file but there are {len(inputs)} inputs: name a folder")
         single = folder
     elif folder.exists() and not folder.is_dir():
-        sys.exit(f"error: --out {folder} is a file, not a folder")
+        raise UserError(f"--out {folder} is a file, not a folder")
     jobs, taken = [], set()
     for source in inputs:
         stem, n = source.stem, 1
@@ -92,7 +93,7 @@ def plan(inputs, out=None, scale=4, references=()):
     for job in jobs:
         for target in (job.target, job.compare):
             if os.path.realpath(target) in names or same(target) in files:
-                sys.exit(f"error: the result of {job.source} would overwrite {target}: choose another --out")
+                raise UserError(f"the result of {job.source} would overwrite {target}: choose another --out")
     return jobs
 
 
@@ -124,7 +125,7 @@ def restore(job, model, args, tags=(), progress=None):
     """Read, restore and write one picture. Returns what is worth reporting; raises Skipped.
 
     tags: what the picture shows, for the prompt. progress: see `SanaSR.restore`.
-    Raises SystemExit where the model's text encoder, which is loaded on the first new prompt, turns out broken.
+    Raises UserError where the model's text encoder, which is loaded on the first new prompt, turns out broken.
     """
     start = time.perf_counter()
     if args.device.type == "cuda":
@@ -136,14 +137,14 @@ def restore(job, model, args, tags=(), progress=None):
     try:
         picture = read(job.source)
     except Exception as error:  # on broken files the decoders raise anything, from struct.error to IndexError
-        raise Skipped(f"not a picture that can be read ({why(error, job.source)})") from error
+        raise Skipped(f"not a picture that can be read ({reason(error, job.source)})") from error
     width, height = picture.rgb.size
     prompt = ", ".join(filter(None, [args.prompt, *tags]))
     try:
         result = restored(model, picture, prompt, args.color_fix, args.scale, suffix=args.suffix, tile=args.tile,
                           instruction=args.instruction, progress=progress, **args.sampling)
     except (OSError, ValueError) as error:  # of the text encoder, which is loaded here: it concerns every picture
-        sys.exit(f"error: {whole(error)}")
+        raise UserError(f"{one_line(error)}")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise Skipped(f"{width}×{height} needs more memory than there is; try a smaller --tile") from error
@@ -154,7 +155,7 @@ def restore(job, model, args, tags=(), progress=None):
         if args.compare:
             write(picture.finish(bicubic(picture.rgb, args.scale), args.scale), job.compare, *metadata)
     except (OSError, ValueError) as error:
-        raise Skipped(f"{job.target} cannot be written ({why(error, job.target)})") from error
+        raise Skipped(f"{job.target} cannot be written ({reason(error, job.target)})") from error
     return {"image": job.source.name, "from": f"{width}×{height}", "to": f"{args.scale * width}×{args.scale * height}",
             "ms": dict(model.stages), "seconds": time.perf_counter() - start, "peak_gb": peak_memory(args.device)}
 
@@ -168,7 +169,7 @@ def describe(row, target):
 
 
 def input_tags(jobs, args, references):
-    """{job: its tags} by args.tagger; empty where the tagger's weights cannot be had. Raises SystemExit.
+    """{job: its tags} by args.tagger; empty where the tagger's weights are unavailable. Raises UserError.
 
     Tags describe the enlarged input, or with --prompt-from hr the reference, `references[job.target]`. All pictures are
     tagged, and the tagger's memory is free, before the restorer is loaded.
@@ -195,14 +196,14 @@ LEAK = "prompts from the references"  # marks scores that --prompt-from hr helpe
 def find_pairs(args, jobs):
     """[Pair] to score: the results of `jobs`, or the pictures in --sr, with their partners in --hr.
 
-    With --sr, the inputs are only shown in the report. Raises SystemExit.
+    With --sr, the inputs are only shown in the report. Raises UserError.
     """
     from metrics.score import Pair, partners
     if args.sr:
         results = [p for p in find_inputs([args.sr]) if not re.search(r"_x[124]_bicubic$", p.stem)]  # of --compare
         names = [p.name for p in results]
         if not results:
-            sys.exit(f"error: {args.sr}: only enlargements of --compare there; rename them to score them")
+            raise UserError(f"{args.sr}: only enlargements of --compare there; rename them to score them")
     else:
         results, names = [job.target for job in jobs], [job.source.name for job in jobs]
     try:
@@ -216,12 +217,12 @@ def find_pairs(args, jobs):
         else:
             inputs = [job.source for job in jobs]
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        raise UserError(f"{error}")
     return [Pair(*pair) for pair in zip(names, results, references, inputs, strict=True)]
 
 
 def score(pairs, args, note=""):
-    """Score `pairs`, print the table and write --csv and --report, each with `note`. Raises SystemExit."""
+    """Score `pairs`, print the table and write --csv and --report, each with `note`. Raises UserError."""
     import weights
     from metrics.report import write_report
     from metrics.score import evaluate, print_table, write_scores
@@ -235,31 +236,31 @@ def score(pairs, args, note=""):
             note = ", ".join(filter(None, ["" if args.sr else str(args.model), note]))
             write_report(rows, pairs, args.report, args.protocol, note=note)
     except (OSError, ValueError, weights.Unavailable) as error:
-        sys.exit(f"error: {whole(error)}")
+        raise UserError(f"{one_line(error)}")
 
 
 # --- measurements ---
 
 def profile(model, args):
-    """Print parameters, MACs and latency by stage. Raises SystemExit."""
+    """Print parameters, MACs and latency by stage. Raises UserError."""
     from lab.profile import print_profile, profile
     where = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else (
         f"{args.device.type}, {torch.get_num_threads()} threads")
     try:
         table = profile(model, args.profile, steps=args.sampling.get("steps", 1))
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {whole(error)}")
+        raise UserError(f"{one_line(error)}")
     print(f"{args.model}, {args.profile}×{args.profile}, {str(args.dtype).removeprefix('torch.')}, {where}")
     print_profile(table)
 
 
 def stability(model, inputs, args):
-    """Print how much the pictures `inputs` and their latents change under degradations. Raises SystemExit."""
+    """Print how much the pictures `inputs` and their latents change under degradations. Raises UserError."""
     from lab.stability import print_stability, stability
     try:
         changes = stability(model.vae, map(read_rgb, tqdm(inputs, unit="img", disable=None)), args.seed)
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {whole(error)}")
+        raise UserError(f"{one_line(error)}")
     print(f"{args.model}, {len(inputs)} photos, mean of ‖y' − y‖ / ‖y‖")
     print_stability(changes)
 
@@ -344,32 +345,31 @@ def parse(argv=None):
     try:
         args.instruction = args.instruction.read_text("utf-8").removesuffix("\n") if args.instruction else None
     except (OSError, ValueError) as error:
-        parser.error(f"--instruction {args.instruction}: {why(error)}")
+        parser.error(f"--instruction {args.instruction}: {reason(error)}")
     return args
 
 
 def choose_system(args):
     """args.linear: whether --model is a LinearSR; args.sampling: what its `restore` takes that the other's does not.
 
-    Raises SystemExit in one line where an option belongs to the other system.
+    Raises UserError in one line where an option belongs to the other system.
     """
     args.linear = is_linearsr(args.model, args.dtype)
     foreign = ("adapter", "timestep") if args.linear else ("steps", "cfg", "offload")
     if given := [f"--{name}" for name in foreign if getattr(args, name) not in (None, False)]:
         what = "LinearSR, which has no adapter and no τ" if args.linear else "SANA-SR, which takes one step"
-        sys.exit(f"error: {', '.join(given)}: {args.model} is a model of {what}; leave it out or name another --model")
+        raise UserError(f"{', '.join(given)}: {args.model} is a model of {what}; leave it out or name another --model")
     args.sampling = {"timestep": args.timestep}
     if args.linear:
         args.sampling = {"steps": args.steps or 20, "seed": args.seed, "cfg": 1.0 if args.cfg is None else args.cfg}
 
 
 def load(args, fast="off"):
-    """The model that the arguments name. Raises SystemExit in one line."""
-    if args.linear:
-        return load_linearsr(args.model, args.device, args.dtype, fast, args.offload)
-    return load_model(args.model, args.device, args.dtype, args.adapter, fast)
+    """The model that the arguments name. Raises UserError in one line."""
+    return load_model(args.model, args.device, args.dtype, args.adapter, fast, args.offload)
 
 
+@command
 def main(argv=None):
     args = parse(argv)
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

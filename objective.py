@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 import weights
 from metrics import LPIPS
-from photos.pictures import whole, why
+from photos.pictures import one_line, reason
+from runs import UserError
 from sanasr import adapters_off, conditioning, one_step, sigma
 
 LAMBDA = {"mse": 1.0, "lpips": 2.0, "align": 1.0, "cons": 1.0}
@@ -115,12 +116,12 @@ class Latents:
 
 
 def load_lpips(net):
-    """(LPIPS, its network): VGG16 as in the paper, or AlexNet, which is carried along, where that cannot be had."""
+    """(LPIPS, its network): VGG16 as in the paper, or AlexNet, which is bundled, where that is unavailable."""
     if net == "vgg":
         try:
             return LPIPS.from_pretrained("vgg"), "vgg"
         except weights.Unavailable as error:
-            print(f"note: the LPIPS loss uses AlexNet: {why(error)}", file=sys.stderr)
+            print(f"note: the LPIPS loss uses AlexNet: {reason(error)}", file=sys.stderr)
     return LPIPS.from_pretrained("alex"), "alex"
 
 
@@ -163,13 +164,13 @@ class Conditions:
     def prepare(self, prompts, chunk=64):
         """Encode what the disk does not have yet; the text encoder is loaded once a chunk, and only if needed.
 
-        Raises SystemExit in one line for a broken text encoder or tokenizer.
+        Raises UserError in one line for a broken text encoder or tokenizer.
         """
         for i in tqdm(range(0, len(prompts), chunk), "encoding prompts", leave=False, disable=len(prompts) <= chunk):
             try:
                 self.model.encode_prompt(prompts[i:i + chunk])
             except (OSError, ValueError) as error:
-                sys.exit(f"error: {whole(error)}")
+                raise UserError(f"{one_line(error)}")
 
     def __call__(self, prompts, length=None):
         """-> c: B,T,Dt and m: B,T, padded on the right to `length` or the longest, the padding masked."""
@@ -182,17 +183,17 @@ class Conditions:
 # --- Settings that depend on the model ---
 
 
-def complete(args, model, metadata=None):
+def fill_defaults(args, model, metadata=None):
     """Fill in crop, timestep, suffix, tags and lpips of train.py's or prune.py's arguments where they are None.
 
     metadata: of the adapter whose training goes on in other hands, as in prune.py: its words go before the defaults.
-    Raises SystemExit for a crop that does not fit the model.
+    Raises UserError for a crop that does not fit the model.
     """
     from photos.degrade import MIN_SIZE
     embedded = args.model == "embedded"
     args.crop = args.crop or model.dit.config["sample_size"] * model.vae.factor
     if args.crop % model.vae.factor or args.crop < MIN_SIZE:
-        sys.exit(f"error: --crop {args.crop}: it must be a multiple of {model.vae.factor} and at least {MIN_SIZE}")
+        raise UserError(f"--crop {args.crop}: it must be a multiple of {model.vae.factor} and at least {MIN_SIZE}")
     how = conditioning(metadata or {}, args.suffix, args.timestep, default_timestep=PROTOCOLS[args.protocol][0])
     args.suffix, args.timestep = how["suffix"], how["timestep"]
     args.tags = args.tags or ("none" if embedded else "ram")

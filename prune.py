@@ -34,18 +34,20 @@ from tqdm import tqdm
 
 import train
 import weights
+from fast import load_model
 from metrics import METRICS
 from metrics.score import evaluate, folder_pairs, mean, pick
-from objective import LAMBDA, PROTOCOLS, Conditions, Latents, complete, in_float32, load_lpips, losses
+from objective import LAMBDA, PROTOCOLS, Conditions, Latents, fill_defaults, in_float32, load_lpips, losses
 from photos.pairs import Pairs, digest, find_tags, hash_of, match_lq, photo_tags, scan, split, validation_pairs
-from photos.pictures import atomically, bicubic, png, read_rgb, whole, write_bytes
+from photos.pictures import atomically, bicubic, one_line, png, read_rgb, write_bytes
 from runs import (
     DTYPES,
     Signals,
+    UserError,
     batches,
     claimed,
+    command,
     dtype_name,
-    load_model,
     load_state,
     outlive_signals,
     pick_device,
@@ -109,7 +111,7 @@ def calibrate(fisher, loss_of, samples, state, steps, save, every=50):
             fisher.weight = omega(batch["t"].item())
             loss = loss_of(batch)
             if not math.isfinite(loss.item()):
-                sys.exit(f"error: step {state['step'] + 1}: the loss is {loss.item()} on {name}; nothing of it was "
+                raise UserError(f"step {state['step'] + 1}: the loss is {loss.item()} on {name}; nothing of it was "
                          "added, the last save is whole")
             loss.backward()
             state["step"] += 1
@@ -237,14 +239,14 @@ def chart(scores, kept, kind, note, width=860, height=360):
 
 
 def write_model(args, model, scores, kept, provenance):
-    """Write the pruned model, saliency.csv and saliency.png. Raises SystemExit in one line."""
+    """Write the pruned model, saliency.csv and saliency.png. Raises UserError in one line."""
     rank = {i: n for n, i in enumerate(sorted(range(len(scores)), key=lambda i: -scores[i]), 1)}
     pruned = with_blocks(model.dit, kept)
     try:
         link_parts(model.folder, args.out)
         save_module(pruned, args.out / "transformer", metadata=provenance)
     except OSError as error:
-        sys.exit(f"error: {args.out}: the model cannot be written ({error.strerror or error})")
+        raise UserError(f"{args.out}: the model cannot be written ({error.strerror or error})")
     write_csv(args.out / "saliency.csv", ["block", "score", "rank", "kept"],
               [{"block": i, "score": s, "rank": rank[i], "kept": int(i in kept)} for i, s in enumerate(scores)])
     before, after = (sum(p.numel() for p in dit.parameters()) / 1e6 for dit in (model.dit, pruned))
@@ -393,14 +395,14 @@ def validate(args):
     else:
         _, held, lq, _ = find_photos(args)
         if not held:
-            sys.exit("error: --validate: no photo is held out; see --val, or name pictures by --pairs LR HR")
+            raise UserError("--validate: no photo is held out; see --val, or name pictures by --pairs LR HR")
         validation_pairs(held, lq, args.crop, args.seed, args.out / "val")
         lr, hr = args.out / "val" / "lr", args.out / "val" / "hr"
     try:
         pairs = folder_pairs(lr, hr)
         before = mean_scores(args, pairs, args.model, args.adapter)
     except (ValueError, weights.Unavailable) as error:
-        sys.exit(f"error: --validate: {whole(error)}")
+        raise UserError(f"--validate: {one_line(error)}")
     passed, rows = {}, []
     for name, folder in (("pruned", args.out), *([("healed", args.out / "healed")] if args.heal else [])):
         after = mean_scores(args, pairs, folder)
@@ -422,7 +424,7 @@ def validate(args):
 
 
 def load_networks(args):
-    """(SanaSR with its adapter merged, f0: the prior without it). Raises SystemExit in one line."""
+    """(SanaSR with its adapter merged, f0: the prior without it). Raises UserError in one line."""
     model = load_model(args.model, args.device, DTYPES[args.dtype], args.adapter)
     if not model.metadata and args.adapter != "none":
         print("note: the model has no adapter; its transformer is pruned as it is", file=sys.stderr)
@@ -448,7 +450,7 @@ class Calibration:
         self.vae = Latents(model.vae, model.scaling_factor)
         photos, _, lq, report = find_photos(args)
         tags = photo_tags(args.tags, args.protocol, photos, lq, args.out / "tags.csv")
-        if tags is None:  # the tagger's weights cannot be had
+        if tags is None:  # the tagger's weights are unavailable
             args.tags, tags = "none", [[]] * len(photos)
         prompts = [build_prompt(line, args.suffix) for line in tags]
         self.conditions = Conditions(model)
@@ -494,15 +496,15 @@ def measure_fisher(args, model, calibration, settings):
     if args.resume and path.exists():
         saved = load_state(path, damaged="delete it to calibrate anew", keys=("step", "settings", "sums"))
         if changed := [k for k in FISHER_SETTINGS if saved["settings"].get(k) != settings[k]]:
-            sys.exit(f"error: --resume: {', '.join(changed)} changed since {path} was begun; choose another --out")
+            raise UserError(f"--resume: {', '.join(changed)} changed since {path} was begun; choose another --out")
         if saved["step"] > args.steps:
-            sys.exit(f"error: --resume: {path} holds {saved['step']} steps already, more than --steps {args.steps}")
+            raise UserError(f"--resume: {path} holds {saved['step']} steps already, more than --steps {args.steps}")
         state["step"] = saved["step"]
         try:
             for key, total in fisher.sums.items():
                 total.copy_(saved["sums"][key])
         except (KeyError, RuntimeError, TypeError):
-            sys.exit(f"error: {path} does not fit this transformer; delete it to calibrate anew")
+            raise UserError(f"{path} does not fit this transformer; delete it to calibrate anew")
 
     def save():
         save_state(path, state | {"sums": fisher.sums})
@@ -557,7 +559,7 @@ def parser():
 
 
 def parse(argv=None):
-    """The arguments. Raises SystemExit in one line for what does not fit."""
+    """The arguments. Raises UserError in one line for what does not fit."""
     p = parser()
     args = p.parse_args(argv)
     args.calibrates = args.saliency in FROM_GRADIENTS or args.compare
@@ -573,9 +575,9 @@ def parse(argv=None):
     if args.seed < 0:
         p.error(f"--seed must not be negative, not {args.seed}")
     if not args.resume and any((args.out / name).exists() for name in ("calibration.pt", "transformer")):
-        sys.exit(f"error: {args.out} holds a model already: add --resume to go on, or choose another --out")
+        raise UserError(f"{args.out} holds a model already: add --resume to go on, or choose another --out")
     if (args.out / "adapter.safetensors").exists():
-        sys.exit(f"error: {args.out} holds an adapter.safetensors, which would be applied to the pruned model")
+        raise UserError(f"{args.out} holds an adapter.safetensors, which would be applied to the pruned model")
     args.device = pick_device(args.device, 0)
     args.dtype = dtype_name(pick_dtype(args.dtype, args.device))
     args.workers = workers(args.workers)
@@ -583,13 +585,13 @@ def parse(argv=None):
 
 
 def find_budget(args, dit):
-    """The budget in parameters of the whole transformer. Raises SystemExit."""
+    """The budget in parameters of the whole transformer. Raises UserError."""
     blocks, fixed = sizes(dit)
     if len(blocks) < 3:
-        sys.exit(f"error: {args.model} has {len(blocks)} blocks: first and last are kept, so there is nothing to drop")
+        raise UserError(f"{args.model} has {len(blocks)} blocks: first and last are kept, so there is nothing to drop")
     if args.keep is not None:
         if not 2 <= args.keep < len(blocks):
-            sys.exit(f"error: --keep {args.keep}: of {len(blocks)} blocks 2 to {len(blocks) - 1} can be kept")
+            raise UserError(f"--keep {args.keep}: of {len(blocks)} blocks 2 to {len(blocks) - 1} can be kept")
         return fixed + args.keep * blocks[0]
     if args.budget is not None:
         return args.budget
@@ -603,15 +605,15 @@ def prune(args):
     torch.backends.cudnn.deterministic = True
     model, prior = load_networks(args)
     if args.out.resolve() == model.folder.resolve():
-        sys.exit(f"error: --out {args.out} is the model itself")
+        raise UserError(f"--out {args.out} is the model itself")
     metadata = model.metadata
     args.protocol = args.protocol or metadata.get("protocol", "hq")
-    complete(args, model, metadata)
+    fill_defaults(args, model, metadata)
     budget = find_budget(args, model.dit)
     try:  # an impossible budget is reported before hours of calibration
         choose([0.0] * len(model.dit.transformer_blocks), *sizes(model.dit), budget)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        raise UserError(f"{error}")
 
     args.out.mkdir(parents=True, exist_ok=True)
     settings = {"model": args.model, "base_fingerprint": fingerprint(model.folder / "transformer"),
@@ -636,6 +638,7 @@ def prune(args):
     return validate(args) if args.validate else 0
 
 
+@command
 def main(argv=None):
     args = parse(argv)
     try:
@@ -644,8 +647,6 @@ def main(argv=None):
     except KeyboardInterrupt:  # outside the loops, which save
         print(f"interrupted; every file in {args.out} is whole", file=sys.stderr)
         return 130
-    except OSError as error:
-        sys.exit(f"error: {str(error).strip().splitlines()[-1].removeprefix('OSError: ')}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import functools
 import math
 import os
 import pickle
@@ -21,25 +22,44 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
 
-from photos.pictures import atomically, whole, why, write_bytes
+import weights
+from photos.pictures import atomically, one_line, reason, write_bytes
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-# --- Device, dtype, model ---
+# --- Errors, and the end of a command ---
+
+
+class UserError(Exception):
+    """What a user can mend: one line that names the file or option and the mend."""
+
+
+def command(main):
+    """Decorates a command's main(argv): what a user can mend ends it with one line `error: …` and exit code 1."""
+    @functools.wraps(main)
+    def run(argv=None):
+        try:
+            return main(argv)
+        except (UserError, OSError, ValueError, weights.Unavailable) as error:
+            raise UserError(f"{one_line(error).rpartition(' OSError: ')[2]}")  # of a loader's traceback the last line
+    return run
+
+
+# --- Device, dtype ---
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device for cpu, cuda, mps or auto (the best there is). Raises SystemExit for one that is not there."""
+    """The device for cpu, cuda, mps or auto (the best there is). Raises UserError for one that is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(n for n in there if there[n])
     if not there[name]:
-        sys.exit(f"error: --device {name}: PyTorch {torch.__version__} finds none here; use --device cpu")
+        raise UserError(f"--device {name}: PyTorch {torch.__version__} finds none here; use --device cpu")
     return torch.device(name, local_rank % torch.cuda.device_count()) if name == "cuda" else torch.device(name)
 
 
@@ -60,53 +80,6 @@ def workers(wanted):
     """Loader processes for this rank: `wanted`, but never more than its share of the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(wanted, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-def load_model(name, device, dtype, adapter=None, fast="off"):
-    """SanaSR of a name or folder; adapter: a file, None for the model's own, False or "none" for the bare prior.
-
-    fast: "on" applies the rewrites of fast/ (on a GPU with CUDA graphs), "auto" on a CPU only.
-    Raises SystemExit in one line.
-    """
-    from sanasr import SanaSR
-    if is_linearsr(name, dtype):
-        sys.exit(f"error: {name} is a LinearSR model: it has experts instead of an adapter, and is no prior")
-    adapter = False if adapter == "none" else adapter
-    if adapter and not Path(adapter).is_file():
-        sys.exit(f"error: --adapter {adapter}: no such file")
-    return _loaded(lambda: SanaSR.from_pretrained(name, device, dtype, adapter), device, fast)
-
-
-def load_linearsr(name, device, dtype, fast="off", offload=False):
-    """LinearSR of a name or folder; fast: as `load_model`'s; offload: only the expert in use lies on the device."""
-    from linearsr import LinearSR
-    return _loaded(lambda: LinearSR.from_pretrained(name, device, dtype, offload), device, fast)
-
-
-def is_linearsr(name, dtype=None):
-    """Whether the model of this name or folder is a LinearSR rather than a SanaSR: it has a config.json of its own.
-
-    Raises SystemExit in one line where there is no such model.
-    """
-    import weights
-    try:
-        return (weights.folder(name, dtype) / "config.json").is_file()
-    except (OSError, weights.Unavailable) as error:
-        sys.exit(f"error: {whole(error)}")
-
-
-def _loaded(load, device, fast):
-    import weights
-    try:
-        model = load()
-    except (OSError, ValueError, weights.Unavailable) as error:
-        sys.exit(f"error: {whole(error)}")
-    if fast == "on" or (fast == "auto" and device.type == "cpu"):
-        import fast as rewrites
-        if device.type == "cpu":
-            rewrites.keep_memory()
-        rewrites.optimise(model, graphs=device.type == "cuda")
-    return model
 
 
 def revision(folder):
@@ -143,16 +116,16 @@ def peak_memory(device):
 
 
 def write_atomically(path, save):
-    """save(f) into a binary file, see `pictures.atomically`. Raises SystemExit, with the old file unharmed."""
+    """save(f) into a binary file, see `pictures.atomically`. Raises UserError, with the old file unharmed."""
     try:
         with atomically(path) as temporary, open(temporary, "wb") as f:
             save(f)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        sys.exit(f"error: {path} cannot be written ({why(error)}); what was there before is unharmed")
+        raise UserError(f"{path} cannot be written ({reason(error)}); what was there before is unharmed")
 
 
 def save_state(path, state):
-    """Write a state that `load_state` reads. Raises SystemExit, with the old file unharmed."""
+    """Write a state that `load_state` reads. Raises UserError, with the old file unharmed."""
     write_atomically(path, partial(torch.save, state))
 
 
@@ -160,19 +133,19 @@ def load_state(path, missing="there is nothing to resume; check --name or leave 
                damaged="start anew under another --name", device="cpu", keys=()):
     """A state that `save_state` wrote, a dict with these keys at least. No pickle in it is executed.
 
-    Raises SystemExit in one line, which tells what to do: `missing`, `damaged`.
+    Raises UserError in one line, which tells what to do: `missing`, `damaged`.
     """
     try:
         with warnings.catch_warnings(action="ignore"):  # about pickles, in several lines
             state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        sys.exit(f"error: {path}: {missing}")
+        raise UserError(f"{path}: {missing}")
     except pickle.UnpicklingError:
-        sys.exit(f"error: {path} cannot be read (it holds more than tensors and numbers); {damaged}")
+        raise UserError(f"{path} cannot be read (it holds more than tensors and numbers); {damaged}")
     except Exception as error:  # a damaged archive raises anything
-        sys.exit(f"error: {path} cannot be read ({why(error)[:200]}); {damaged}")
+        raise UserError(f"{path} cannot be read ({reason(error)[:200]}); {damaged}")
     if not isinstance(state, dict) or not set(keys) <= set(state):
-        sys.exit(f"error: {path} cannot be read (it is no state of this command); {damaged}")
+        raise UserError(f"{path} cannot be read (it is no state of this command); {damaged}")
     return state
 
 
@@ -193,27 +166,27 @@ def claimed(folder, name=""):
     """A context in which no other process may claim `folder`, or the part `name` of it. The folder is made if missing.
 
     The claim ends with the process, however that ends. Where the file system knows no locks, all are let in.
-    Raises SystemExit in one line where another process has the folder, or where it cannot be written.
+    Raises UserError in one line where another process has the folder, or where it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / f".{name}.lock", "a")
     except OSError as error:
-        sys.exit(f"error: {folder} cannot be written ({why(error)})")
+        raise UserError(f"{folder} cannot be written ({reason(error)})")
     with lock:
         try:
             if fcntl:  # lockf: worker processes do not inherit it, so one that outlives a killed run blocks nothing
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                sys.exit(f"error: {folder} is in use by another process: wait until it ends, or choose another name")
+                raise UserError(f"{folder} is in use by another process: wait until it ends, or choose another name")
         yield
 
 
 def read_log(path, last=math.inf):
     """The rows of log.csv up to step `last`, as dicts of numbers; empty cells are left out. Without the file, none.
 
-    Raises SystemExit in one line for a damaged file.
+    Raises UserError in one line for a damaged file.
     """
     try:
         with open(path, newline="") as f:
@@ -222,7 +195,7 @@ def read_log(path, last=math.inf):
     except FileNotFoundError:
         return []
     except (ValueError, TypeError, KeyError, csv.Error):
-        sys.exit(f"error: {path} is damaged; delete it: the run goes on without the rows of the log")
+        raise UserError(f"{path} is damaged; delete it: the run goes on without the rows of the log")
 
 
 def curves(rows, names, mark=None, width=360, height=200):
@@ -268,7 +241,7 @@ class Run:
             with open(self.folder / "log.csv", "a", newline="") as f:
                 f.write(",".join(f"{row[c]:.6g}" if c in row else "" for c in self.columns) + "\r\n")
         except OSError as error:
-            sys.exit(f"error: {self.folder}/log.csv cannot be written ({why(error)})")
+            raise UserError(f"{self.folder}/log.csv cannot be written ({reason(error)})")
 
     def picture(self, name, image):
         write_atomically(self.folder / name, lambda f: image.save(f, "PNG"))

@@ -1210,7 +1210,7 @@ class SanaSR:
         dtype: torch.float32, bfloat16 or float16, see `choose_dtypes`.
         adapter: a LoRA file; None takes `adapter.safetensors` of the folder where there is one; False takes none.
         merge: fold the adapter into the weights (inference); False keeps it apart (training).
-        Raises OSError or ValueError that names the file, weights.Unavailable where a known model cannot be had.
+        Raises OSError or ValueError that names the file, weights.Unavailable where a known model is unavailable.
         """
         device = torch.device(device)
         dtype, vae_dtype = choose_dtypes(device, dtype)

@@ -1,6 +1,6 @@
 """Trains SANA-SR's adapter from a folder of photos: Algorithm 1 of the paper.
 
-    python train.py --data ./hq --steps 2000                              # the carried model, on a laptop
+    python train.py --data ./hq --steps 2000                              # the bundled model, on a laptop
     torchrun --nproc_per_node 8 train.py --data ./hq --model sana-600m-512 --name official --checkpointing
     python train.py --name official --resume                              # goes on where it was stopped or killed
     python train.py --name official --select musiq                        # ranks its checkpoints, copies the best
@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import weights
+from fast import load_model
 from metrics import LPIPS, METRICS
 from metrics.score import evaluate, folder_pairs, mean
 from objective import (
@@ -39,7 +40,7 @@ from objective import (
     PROTOCOLS,
     Conditions,
     Latents,
-    complete,
+    fill_defaults,
     in_autocast,
     in_float32,
     load_lpips,
@@ -48,21 +49,22 @@ from objective import (
 )
 from photos.degrade import enlarge, to_image, to_tensor
 from photos.pairs import Pairs, digest, find_tags, hash_of, match_lq, photo_tags, scan, split, validation_pairs
-from photos.pictures import bicubic, read_rgb, whole, why
+from photos.pictures import bicubic, one_line, read_rgb, reason
 from runs import (
     DTYPES,
     Run,
     Signals,
+    UserError,
     average,
     batches,
     claimed,
+    command,
     copy,
     curves,
     dtype_name,
     from_first,
     holding,
     knee,
-    load_model,
     load_state,
     outlive_signals,
     peak_memory,
@@ -96,11 +98,11 @@ CURVES = [name for name in COLUMNS[2:] if name not in ("images_per_s", "memory_g
 
 
 def load_run(folder):
-    """The state of a run. Raises SystemExit in one line."""
+    """The state of a run. Raises UserError in one line."""
     path = folder / "state.pt"
     state = load_state(path, keys=("step", "settings", "masters", "ema", "optimizer", "scaler"))
     if not {"data", "photos_sha256", "global_batch"} <= set(state["settings"]):
-        sys.exit(f"error: {path} cannot be read (its settings are not whole); start anew under another --name")
+        raise UserError(f"{path} cannot be read (its settings are not whole); start anew under another --name")
     return state
 
 
@@ -116,7 +118,7 @@ def export(folder, step, model, adapter, metadata):
         try:
             save_lora(model, path, metadata, adapter)
         except OSError as error:
-            sys.exit(f"error: {path} cannot be written ({why(error, path)}); {folder}/state.pt is whole")
+            raise UserError(f"{path} cannot be written ({reason(error, path)}); {folder}/state.pt is whole")
 
 
 # --- Validation, and the choice of a checkpoint ---
@@ -168,9 +170,9 @@ def select(args):
             rows = evaluate(model, pairs, [args.select], device=args.device, prompts=prompts)
             scores[path] = mean(rows)[args.select]
     except (ValueError, weights.Unavailable) as error:
-        sys.exit(f"error: --select: {whole(error)}")
+        raise UserError(f"--select: {one_line(error)}")
     if not scores:
-        sys.exit(f"error: --select: {args.run}/checkpoints is empty; --resume writes the last one again")
+        raise UserError(f"--select: {args.run}/checkpoints is empty; --resume writes the last one again")
     order = sorted(scores, key=scores.get, reverse=METRICS[args.select].better == "higher")
     write_csv(args.run / "select.csv", ["checkpoint", args.select],
               [{"checkpoint": path.name, args.select: scores[path]} for path in order])
@@ -187,7 +189,7 @@ def select(args):
 def start_adapter(args, dit):
     """Inject the adapter that the settings and --init describe; fills in args.rank and args.lora_targets.
 
-    The projections that --init holds keep its ranks; the others get --rank. Raises SystemExit in one line for an option
+    The projections that --init holds keep its ranks; the others get --rank. Raises UserError in one line for an option
     that --init contradicts.
     """
     found = {}
@@ -195,22 +197,22 @@ def start_adapter(args, dit):
         try:
             state, _ = read_lora(args.init)
         except ValueError as error:
-            sys.exit(f"error: {error}")
+            raise UserError(f"{error}")
         found = {key.rpartition(".lora_")[0]: len(x) for key, x in state.items() if ".lora_A." in key}  # its rank
     ffn = any(".ff." in name for name in found)
     if ffn and args.lora_targets == "attn":
-        sys.exit(f"error: --lora-targets attn: --init {args.init} adapts the Mix-FFN too; leave --lora-targets out")
+        raise UserError(f"--lora-targets attn: --init {args.init} adapts the Mix-FFN too; leave --lora-targets out")
     args.lora_targets = args.lora_targets or ("attn+ffn" if ffn else "attn")
     wanted, args.rank = args.rank, args.rank or max(found.values(), default=64)
     torch.manual_seed(args.seed)
     names = inject_lora(dit, args.rank, targets=args.lora_targets)
     if wanted and set(names) <= set(found) and wanted not in found.values():
-        sys.exit(f"error: --rank {wanted}: --init {args.init} has rank {max(found.values())}; leave --rank out")
+        raise UserError(f"--rank {wanted}: --init {args.init} has rank {max(found.values())}; leave --rank out")
     if args.init:
         try:
             load_lora(dit, args.init)
         except ValueError as error:
-            sys.exit(f"error: {error}")
+            raise UserError(f"{error}")
 
 
 def report_nan(path, step, names, prompts, t, values, norm):
@@ -234,7 +236,7 @@ def train(args, state=None):
     for part in (model.vae, model.dit):
         part.requires_grad_(False)
     model.dit.checkpointing = model.vae.decoder.checkpointing = args.checkpointing
-    complete(args, model)
+    fill_defaults(args, model)
     judge = LPIPS.from_pretrained("alex").to(device)
     terms = {name: factor for name, factor in LAMBDA.items() if not getattr(args, f"no_{name}", False)}
     lpips, args.lpips = load_lpips(args.lpips) if "lpips" in terms else (None, "none")
@@ -260,7 +262,7 @@ def train(args, state=None):
         val_tags = find_tags(tagger, [name for name, *_ in pairs], lambda i: bicubic(pairs[i][1])) or [[]] * len(pairs)
         return photos, lq, tags, pairs, val_tags, f"{report}; {len(held)} held out, {len(pairs)} for validation"
     photos, lq, tags, pairs, val_tags, report = from_first(look_at_data)
-    if tags is None:  # the tagger's weights cannot be had
+    if tags is None:  # the tagger's weights are unavailable
         args.tags, tags = "none", [[]] * len(photos)
     prompts, val_prompts = ([build_prompt(line, args.suffix) for line in lines] for lines in (tags, val_tags))
     conditions = Conditions(model)
@@ -280,7 +282,7 @@ def train(args, state=None):
                           ("prompts_sha256", "the tags"), ("base_fingerprint", "the model"),
                           ("global_batch", "--batch times the number of processes")):
             if state["settings"].get(key, settings[key]) != settings[key]:  # older runs have not noted all of them
-                sys.exit(f"error: --resume: {what} changed since the run began; start anew under another --name")
+                raise UserError(f"--resume: {what} changed since the run began; start anew under another --name")
         step = state["step"]
         try:
             copy(masters, state["masters"])
@@ -288,7 +290,7 @@ def train(args, state=None):
             optimizer.load_state_dict(state["optimizer"])
             scaler.load_state_dict(state["scaler"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            sys.exit(f"error: {args.run}/state.pt does not fit the adapter of this run ({why(error)[:200]}); "
+            raise UserError(f"{args.run}/state.pt does not fit the adapter of this run ({reason(error)[:200]}); "
                      "start anew under another --name")
         rows = read_log(args.run / "log.csv", step)
     copy(parameters, masters)
@@ -359,7 +361,7 @@ def train(args, state=None):
             if not math.isfinite(mean_loss) or not (math.isfinite(norm) or overflow):
                 if math.isfinite(mean_loss) or not math.isfinite(loss.item()):
                     report_nan(args.run / f"nan_rank{rank}.json", step + 1, names, texts, batch["t"], values, norm)
-                sys.exit(f"error: step {step + 1}: loss {mean_loss}, gradient norm {norm}: stopped before the adapter "
+                raise UserError(f"step {step + 1}: loss {mean_loss}, gradient norm {norm}: stopped before the adapter "
                          f"changed; {args.run}/nan_rank*.json names the samples, the last save is whole")
             scaler.step(optimizer)
             scaler.update()
@@ -427,9 +429,9 @@ def parser():
     add("--protocol", choices=list(PROTOCOLS), default="hq", help="hq: τ 900, tags of x_H; lq: τ 999, tags of x_L")
     add("--timestep", type=float, metavar="N", help="another τ, in (0, 1000]")
     add("--tags", metavar="none|ram|dape|FILE.csv", help="tags of the photos: none, by a tagger, or from the columns "
-        "image and tags of a file (default: ram; none for the carried model)")
+        "image and tags of a file (default: ram; none for the bundled model)")
     add("--suffix", metavar="appendix|main|none|TEXT", help="quality words after the tags (default: appendix)")
-    add("--lpips", choices=["vgg", "alex"], help="network of the LPIPS loss (default: vgg; alex for the carried model)")
+    add("--lpips", choices=["vgg", "alex"], help="network of the LPIPS loss (default: vgg; alex for the bundled model)")
     for name in ("lpips", "align", "cons"):
         add(f"--no-{name}", action="store_true", help="without this loss")
     add("--usm", action="store_true", help="sharpen x_H first, as Real-ESRGAN does")
@@ -448,7 +450,7 @@ def parser():
 
 
 def parse(argv=None):
-    """-> (arguments, state to resume or None). Raises SystemExit in one line for what does not fit."""
+    """-> (arguments, state to resume or None). Raises UserError in one line for what does not fit."""
     p, state = parser(), None
     args = p.parse_args(argv)
     args.run = Path("runs") / args.name  # an absolute path as the name gives that path
@@ -459,7 +461,7 @@ def parse(argv=None):
         args = p.parse_args(argv)
         args.run = Path("runs") / args.name
     elif not args.select and (args.run / "state.pt").exists():
-        sys.exit(f"error: {args.run} holds a run: add --resume to go on, or choose another --name")
+        raise UserError(f"{args.run} holds a run: add --resume to go on, or choose another --name")
     if args.data:
         args.data = [str(Path(folder).resolve()) for folder in args.data]
     elif not args.select:
@@ -485,18 +487,19 @@ def parse(argv=None):
                 setattr(args, option, saved[option])
         changed = [k for k in saved if k not in CHANGEABLE and getattr(args, k) != saved[k]]
         if changed:
-            sys.exit("error: --resume goes on with the settings of the run; different: " + ", ".join(
+            raise UserError("--resume goes on with the settings of the run; different: " + ", ".join(
                 f"--{k.replace('_', '-')} {getattr(args, k)} (was {saved[k]})" for k in changed))
     return args, state
 
 
+@command
 def main(argv=None):
     args, state = parse(argv)
     if args.select:
         try:
             return select(args)
         except OSError as error:
-            sys.exit(f"error: {whole(error)}")
+            raise UserError(f"{one_line(error)}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if args.device.type == "cuda":
             torch.cuda.set_device(args.device)
@@ -504,13 +507,11 @@ def main(argv=None):
     try:
         with claimed(args.run) if ranks()[0] == 0 else nullcontext():
             if not state and (args.run / "state.pt").exists():
-                sys.exit(f"error: {args.run} holds a run that has just ended: add --resume, or choose another --name")
+                raise UserError(f"{args.run} holds a run that has just ended: add --resume, or choose another --name")
             return train(args, state)
     except KeyboardInterrupt:  # before the first step, which nothing else catches
         print(f"interrupted; nothing of {args.run} is lost", file=sys.stderr)
         return 130
-    except OSError as error:
-        sys.exit(f"error: {str(error).strip().splitlines()[-1].removeprefix('OSError: ')}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

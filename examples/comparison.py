@@ -2,7 +2,7 @@
 
 Of each result the central 320×320 pixels are shown, so that the page shows them without shrinking.
 
-    python -m examples.comparison                          # -> examples/picture/comparison.jpg, with the carried model
+    python -m examples.comparison                          # -> examples/picture/comparison.jpg, with the bundled model
     python -m examples.comparison a.jpg photos/ --out c.jpg --model sana-600m-512 --device cuda
 """
 import argparse

@@ -27,13 +27,16 @@ import ctypes
 import math
 import sys
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import kernels
+import linearsr
 import sanasr
+import weights
 from fast import winograd
 from kernels.rms_norm import add_rms_norm_reference_, rms_norm_
 from sanasr import to_picture, to_tokens
@@ -412,3 +415,33 @@ def optimise(model: sanasr.SanaSR, graphs: bool = False) -> sanasr.SanaSR:
         model.dit = optimise_dit(model.dit, graphs)
     model.vae = optimise_vae(model.vae, graphs=graphs)
     return model
+
+
+def load_model(name, device, dtype=None, adapter=None, fast="off", offload=False):
+    """SanaSR or LinearSR of a name or folder.
+
+    adapter: of a SanaSR: a file, None for the model's own, False or "none" for the bare prior.
+    fast: "on" applies these rewrites (on a GPU with CUDA graphs), "auto" on a CPU only.
+    offload: of a LinearSR: only the expert in use lies on the device.
+    Raises OSError or ValueError that names the file, weights.Unavailable where a known model is unavailable.
+    """
+    device = torch.device(device)
+    if is_linearsr(name, dtype):
+        if adapter is not None:
+            raise ValueError(f"{name} is a LinearSR model: it has experts instead of an adapter, and is no prior")
+        model = linearsr.LinearSR.from_pretrained(name, device, dtype, offload)
+    else:
+        adapter = False if adapter == "none" else adapter
+        if adapter and not Path(adapter).is_file():
+            raise ValueError(f"--adapter {adapter}: no such file")
+        model = sanasr.SanaSR.from_pretrained(name, device, dtype, adapter)
+    if fast == "on" or (fast == "auto" and device.type == "cpu"):
+        if device.type == "cpu":
+            keep_memory()
+        optimise(model, graphs=device.type == "cuda")
+    return model
+
+
+def is_linearsr(name, dtype=None):
+    """Whether the model of this name or folder is a LinearSR rather than a SanaSR: it has a config.json of its own."""
+    return (weights.folder(name, dtype) / "config.json").is_file()

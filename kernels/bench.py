@@ -27,7 +27,7 @@ from kernels.linear_attention import linear_attention_reference
 from kernels.mix_ffn import depthwise_gate_reference
 from kernels.rms_norm import add_rms_norm_reference_
 from photos.pictures import write_bytes
-from runs import DTYPES, cpu_name
+from runs import DTYPES, command, cpu_name
 
 CARDS = {"H200": (4.3e12, 790e12), "4090": (1.0e12, 165e12)}  # bytes/s and bf16 FLOP/s, for the floors
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
@@ -286,12 +286,13 @@ def show(row, labels, copies, matmul):
     print(line, flush=True)
 
 
-def main():
+@command
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", choices=OPS, help="this one only")
     parser.add_argument("--dtype", choices=DTYPES, help="bf16 on a GPU and fp32 on a CPU, if not given")
     parser.add_argument("--json", metavar="FILE", help="also write every number there")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     names = [args.op] if args.op else list(OPS)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES[args.dtype or ("bf16" if device == "cuda" else "fp32")]

@@ -1,6 +1,6 @@
 """Makes two tables: what each stage of the method does, and what each part of its training is worth.
 
-    python -m lab.ablation --lr lr/ --hr hr/ --tags tags.csv                         # stages of the carried model
+    python -m lab.ablation --lr lr/ --hr hr/ --tags tags.csv                         # stages of the bundled model
     python -m lab.ablation --lr lr/ --hr hr/ --tags tags.csv --data ./hq --steps 300 \\
         --train-args "--rank 16 --lr 2e-4"                                               # and the ablations
     python -m lab.ablation … --only method no-align --limit 10                       # some rows, ten pairs
@@ -34,11 +34,12 @@ from tqdm import tqdm
 import metrics
 import train
 import weights
+from fast import load_model
 from metrics.score import evaluate, folder_pairs, pick, shown, write_scores
 from photos.degrade import to_image, to_tensor
 from photos.pairs import find_tags
-from photos.pictures import bicubic, whole, write_bytes
-from runs import load_model, pick_device, pick_dtype, write_csv
+from photos.pictures import bicubic, one_line, write_bytes
+from runs import UserError, command, pick_device, pick_dtype, write_csv
 from sanasr import conditioning, fingerprint, open_weights, tiled
 
 STAGES = {
@@ -113,7 +114,7 @@ def score(model, pairs, path, args, tags=None, **options):
         rows = evaluate(model, pairs, args.metrics, device=args.device, prompts=prompts, **options,
                         progress=lambda x: tqdm(x, path.stem, unit="img", leave=False, disable=None))
     except (ValueError, weights.Unavailable) as error:
-        sys.exit(f"error: {path.stem}: {whole(error)}")
+        raise UserError(f"{path.stem}: {one_line(error)}")
     write_scores(rows, path)
 
 
@@ -153,12 +154,12 @@ def variant(name, path, args, model):
 
 
 def keep_settings(folder, settings):
-    """Rows of one table are made alike. Raises SystemExit where those in `folder` were made with other settings."""
+    """Rows of one table are made alike. Raises UserError where those in `folder` were made with other settings."""
     path = folder / "settings.json"
     old = json.loads(path.read_text()) if path.exists() else {}
     settings = {k: v if v is None else str(v) for k, v in settings.items()}
     if changed := [k for k, v in settings.items() if old.get(k) is not None and v is not None and v != old[k]]:
-        sys.exit(f"error: {folder} holds rows that were made with another {', '.join(changed)}: choose another --out")
+        raise UserError(f"{folder} holds rows that were made with another {', '.join(changed)}: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(path, json.dumps(old | {k: v for k, v in settings.items() if v is not None}, indent=1))
 
@@ -201,7 +202,9 @@ def available(names, device):
             found.append(name)
         except weights.Unavailable as error:
             print(f"skipped {name}: {error}", file=sys.stderr)
-    return found or sys.exit("error: --metrics: none of them can be had here")
+    if not found:
+        raise UserError("--metrics: none of them is available here")
+    return found
 
 
 def parse(argv=None):
@@ -236,6 +239,7 @@ def parse(argv=None):
     return args
 
 
+@command
 def main(argv=None):
     args = parse(argv)
     model = load_model(args.model, args.device, pick_dtype("auto", args.device), args.adapter)

@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fast
 from photos.pictures import write_bytes
-from runs import DTYPES, cpu_name
+from runs import DTYPES, UserError, command, cpu_name
 from sanasr import DCAE, LinearDiT, SanaSR, one_step, tiled
 
 CONFIGS = Path(__file__).parent.parent / "tests" / "data" / "official_configs"
@@ -81,7 +81,7 @@ class Diffusers(Ours):
         try:
             from diffusers import AutoencoderDC, SanaTransformer2DModel
         except ImportError as error:
-            sys.exit(f"error: --vs diffusers needs the package diffusers ({error}); pip install diffusers transformers")
+            raise UserError(f"--vs diffusers needs the package diffusers ({error}); pip install diffusers transformers")
         with torch.device("meta"):
             vae = AutoencoderDC.from_config({k: v for k, v in ours.vae.config.items() if k[0] != "_"})
             dit = SanaTransformer2DModel.from_config({k: v for k, v in ours.dit.config.items() if k[0] != "_"})
@@ -197,7 +197,8 @@ def show(rows, variants):
 
 
 @torch.inference_mode()
-def main():
+@command
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder or a name of `python -m weights`; by default the official configs "
                                         "under seeded weights")
@@ -221,20 +222,20 @@ def main():
     parser.add_argument("--floor", action="store_true", help="count every variant's own multiplications, by one more "
                         "call")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there, too")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     device, dtype, names = torch.device(args.device), DTYPES[args.dtype], args.variants.split(",")
     if args.size < 32 or args.size % 32:
-        sys.exit(f"error: --size {args.size} is not a multiple of 32")
+        raise UserError(f"--size {args.size} is not a multiple of 32")
     if args.tile < 0:
-        sys.exit(f"error: --tile {args.tile} is negative")
+        raise UserError(f"--tile {args.tile} is negative")
     if unknown := set(names) - {"plain", "fast", "graphs", "inductor"}:
-        sys.exit(f"error: --variants {args.variants}: no variant is called {', '.join(sorted(unknown))!r}")
+        raise UserError(f"--variants {args.variants}: no variant is called {', '.join(sorted(unknown))!r}")
     if "graphs" in names and device.type != "cuda":
-        sys.exit("error: --variants graphs needs --device cuda")
+        raise UserError("--variants graphs needs --device cuda")
     if args.rewrites:
         names = ["fast"]
         if unknown := set(args.rewrites.split(",")) - {*fast.REWRITES, "dit"}:
-            sys.exit(f"error: --rewrites {args.rewrites}: no rewrite is called {', '.join(sorted(unknown))!r}")
+            raise UserError(f"--rewrites {args.rewrites}: no rewrite is called {', '.join(sorted(unknown))!r}")
 
     torch.set_num_threads(args.threads)
     if args.keep_memory:

@@ -53,8 +53,8 @@ from lab.fault_inputs import (
 )
 from linearsr import train as train_linearsr
 from photos import tagger
-from photos.pictures import whole
-from runs import revision
+from photos.pictures import one_line
+from runs import UserError, command, revision
 
 SECONDS = 120  # then a case hangs
 
@@ -67,7 +67,7 @@ def api(argv):
     try:
         sanasr.SanaSR.from_pretrained(argv[0]).restore(Image.new("RGB", (8, 8), "teal"), "a tree")
     except (OSError, ValueError, weights.Unavailable) as error:
-        sys.exit(f"error: {whole(error)}")
+        raise UserError(f"{one_line(error)}")
 
 
 def with_argv(main):
@@ -181,7 +181,7 @@ def problem_of(path):
             if not text.endswith("\n") or len({line.count(",") for line in text.splitlines()}) > 1:
                 return "a line is cut"
     except Exception as error:
-        return whole(error)
+        return one_line(error)
     return None
 
 
@@ -603,7 +603,7 @@ def make_shared(shared):
     for name, folder in (("train.py", "run"), ("prune.py", "pruned"), ("lab.pretrain autoencoder", "autoencoder")):
         (shared / folder).mkdir()
         if wrong := finish(shared, name, shared / folder, shared / folder):
-            sys.exit(f"error: {name} does not run at all: {wrong[0]}")
+            raise UserError(f"{name} does not run at all: {wrong[0]}")
     shutil.move(shared / "autoencoder" / "autoencoder.pt", shared / "autoencoder.pt")
     shutil.rmtree(shared / "pruned" / "transformer")
 
@@ -614,6 +614,7 @@ def every_case(seed, shared):
         yield from make(random.Random(rng.random() + number), shared)
 
 
+@command
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/faults"), metavar="DIR")

@@ -1,4 +1,4 @@
-"""Finish the carried model on degraded photos: E against compression, the adapter towards a teacher, then all in one.
+"""Finish the bundled model on degraded photos: E against compression, the adapter towards a teacher, then all in one.
 
     python -m lab.finish pairs --data ./hq --count 4000       # runs/pretrain/pairs/{train,val}/{lr,hr}
     python -m lab.finish encoder --batch 8 --soft 0.5 --jpeg 0.75 --drawn 0.4       # E against compression
@@ -13,7 +13,7 @@
     x_L ── E ─► z_L ── one step ─► ẑ ── D ─► x̂
     x_T = teacher(LR),  z_T = E(x_T)                   a function of the input, where x_H is one of many answers
 
-A mean over all the details that x_H may have is blur, so the adapter learns x_T. The carried model's teacher is
+A mean over all the details that x_H may have is blur, so the adapter learns x_T. The bundled model's teacher is
 Real-ESRGAN x4plus (BSD-3-Clause); without one, `--no-teacher` makes x_H the target. The model is read from --model;
 what is trained lies under --out until `export`.
 """
@@ -46,7 +46,8 @@ from metrics.perceptual import VGG16
 from objective import Conditions, align_loss
 from photos import degrade
 from photos.pairs import held_out, photo_paths
-from photos.pictures import whole, write, write_bytes
+from photos.pictures import one_line, write, write_bytes
+from runs import UserError, command
 from sanasr import (
     DCAE,
     SanaSR,
@@ -61,7 +62,7 @@ from sanasr import (
     save_module,
 )
 
-TAU = 900.0       # of the carried adapter
+TAU = 900.0       # of the bundled adapter
 VAL_PAIRS = 128
 CROP = 192        # pixels of a view that DISTS judges
 ZOOM = 1.0, 2.0   # of x_H, of the pairs that are soft
@@ -89,7 +90,7 @@ def write_pairs(args):
     with Pool(runs.workers(args.workers), start_worker) as pool:
         for part, (paths, count) in parts.items():
             if not paths:
-                sys.exit(f"error: --data: no {part} photos of at least {PAIR} pixels per side")
+                raise UserError(f"--data: no {part} photos of at least {PAIR} pixels per side")
             areas = np.array([np.prod(sizes[path]) for path in paths], float)
             job = partial(write_pair, Path(args.out) / "pairs" / part, paths, areas / areas.sum(), args.seed)
             list(tqdm(pool.imap(job, range(count), chunksize=8), f"{part} pairs", count))
@@ -198,7 +199,7 @@ class Views:
         names = sorted(p.name for p in (self.folder / self.target).glob("[0-9]*.png")
                        if (self.folder / "lr" / p.name).exists())
         if not names:
-            sys.exit(f"error: {self.folder / self.target}: no pictures; run the stage `pairs`, then any restorer over "
+            raise UserError(f"{self.folder / self.target}: no pictures; run the stage `pairs`, then any restorer over "
                      f"{self.folder / 'lr'}, or give --no-teacher")
 
         def picture(path):
@@ -364,7 +365,7 @@ def open_adapted(args, adapter):
                     continue
                 x = file.get_tensor(key)
                 if x.shape[0] > p.shape[0] or x.shape[1] > p.shape[1]:
-                    sys.exit(f"error: {adapter}: its rank is above --rank {args.rank}")
+                    raise UserError(f"{adapter}: its rank is above --rank {args.rank}")
                 p[:x.shape[0], :x.shape[1]] = x
     return model
 
@@ -716,6 +717,7 @@ def parse(argv=None):
     return args
 
 
+@command
 def main(argv=None):
     args = parse(argv)
     try:
@@ -723,7 +725,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         sys.exit("interrupted; what was made is kept, the same command goes on")
     except (ValueError, OSError, FloatingPointError, weights.Unavailable) as error:
-        sys.exit(f"error: {whole(error)}")
+        raise UserError(f"{one_line(error)}")
 
 
 if __name__ == "__main__":

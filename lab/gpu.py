@@ -11,7 +11,7 @@
     bench      lab/bench.py at 512 and 1024, batch 1 and 8, and 4096 in tiles: plain, fast, graphs, Inductor, diffusers
     train      train.py, 512 crops: with and without checkpointing, Triton against the reference's backward
     prune      prune.py: 20 calibration samples
-    carried    the carried model: pictures of the GPU against the CPU's
+    carried    the bundled model: pictures of the GPU against the CPU's
 
 gpu.json and gpu.md in --out are written anew after every result, so that a run that is cut short keeps what it has.
 Each part runs in a process of its own; what a part cannot do is a row that says why.
@@ -44,7 +44,7 @@ from kernels.mix_ffn import depthwise_gate_reference
 from kernels.rms_norm import add_rms_norm_reference_
 from lab.bench import CONFIGS, relative, seeded
 from photos.pictures import write_bytes
-from runs import DTYPES, cpu_name, revision
+from runs import DTYPES, UserError, command, cpu_name, revision
 from sanasr import DCAE, Gemma2, LinearDiT, save_module
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -403,6 +403,7 @@ def write(out, results):
     write_bytes(out / "gpu.md", "\n".join(lines))
 
 
+@command
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="DIR")
@@ -415,9 +416,9 @@ def main(argv=None):
         return one_part(args)
     names = args.parts.split(",")
     if unknown := set(names) - set(SECONDS):
-        sys.exit(f"error: --parts {args.parts}: no part is called {', '.join(sorted(unknown))!r}")
+        raise UserError(f"--parts {args.parts}: no part is called {', '.join(sorted(unknown))!r}")
     if not args.rehearse and not torch.cuda.is_available():
-        sys.exit(f"error: PyTorch {torch.__version__} finds no NVIDIA GPU here; --rehearse runs the same on a CPU")
+        raise UserError(f"PyTorch {torch.__version__} finds no NVIDIA GPU here; --rehearse runs the same on a CPU")
     args.out.mkdir(parents=True, exist_ok=True)
     if "model" not in names and not (args.out / "work" / "model").exists():
         names.insert(0, "model")

@@ -34,6 +34,7 @@ from torch import nn
 from tqdm import tqdm
 
 import weights
+from fast import load_model
 from lab.ablation import Bicubic, available, bootstrap, keep_settings, score, tabulate
 from lab.profile import count
 from linearsr import train as train_linearsr
@@ -41,8 +42,8 @@ from linearsr.train import Held, Network, interval
 from metrics.score import folder_pairs
 from objective import Conditions, Latents
 from photos.pairs import find_tags, scan, split, validation_pairs
-from photos.pictures import bicubic, png, whole, write_bytes
-from runs import load_linearsr, load_model, pick_device, pick_dtype, workers
+from photos.pictures import bicubic, one_line, png, write_bytes
+from runs import UserError, command, pick_device, pick_dtype, workers
 from sanasr import LinearDiT, build_prompt, conditioning, fingerprint
 
 SEEDS = 0, 1
@@ -74,14 +75,14 @@ class Off(nn.Module):
 
 def losses(args):
     """Print the table of losses."""
-    model = load_linearsr(args.model, args.device, torch.float32)
+    model = load_model(args.model, args.device, torch.float32)
     folder = weights.folder(args.model)
     shared = LinearDiT.from_pretrained(folder / "transformer", torch.float32, args.device)
     side = shared.config["sample_size"] * model.vae.factor
     photos, report = scan(args.data, side, args.out / "data.json", workers(4))
     _, held = split(photos)
     if not held:
-        sys.exit("error: --data: at least two photos are needed, one of them to be held out")
+        raise UserError("--data: at least two photos are needed, one of them to be held out")
     held = held[:args.val]
     pairs = validation_pairs(held, {}, side, 0, None, args.mild)
     suffix = conditioning(model.metadata)["suffix"]
@@ -130,7 +131,7 @@ def table_rows(args):
         make(path, load_model(args.sanasr, args.device, dtype, fast="auto"), tags)
 
     def linear(path, steps, seed, tags=None, name=args.model):
-        make(path, load_linearsr(name, args.device, dtype, "auto"), tags, steps=steps, seed=seed)
+        make(path, load_model(name, args.device, dtype, fast="auto"), tags, steps=steps, seed=seed)
 
     def variant(path, name, seed):
         linear(path, 20, seed, name=train_variant(args, name, seed))
@@ -161,7 +162,7 @@ def models(args):
     """Train and export what the table measures, without measuring it. Returns the exit code."""
     names = {f"{name}-{seed}": (name, seed) for name, seed in trained(args)}
     if unknown := set(args.only or ()) - set(names):
-        sys.exit(f"error: --only: no model {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+        raise UserError(f"--only: no model {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     try:
         for name in args.only or names:
             print(train_variant(args, *names[name]), flush=True)
@@ -180,7 +181,7 @@ def train_variant(args, name, seed):
     if (model / "config.json").is_file():  # it is written last
         made = json.loads((model / "config.json").read_text())["_provenance"]["steps"]
         if name != "pretrained" and set(made) != {asked := fine_steps if tuned else steps}:
-            sys.exit(f"error: {model}: its experts have {made} steps, not {asked} each: choose another --out")
+            raise UserError(f"{model}: its experts have {made} steps, not {asked} each: choose another --out")
         return model
     lines, of = [], "pretrain" if name == "pretrained" else "finetune" if tuned else "experts"
     if name != "pretrained":
@@ -247,10 +248,10 @@ def table(args):
         args.pairs = folder_pairs(args.lr, args.hr)[:args.limit]
         args.metrics = available(args.metrics, args.device)
     except ValueError as error:
-        sys.exit(f"error: {whole(error)}")
+        raise UserError(f"{one_line(error)}")
     rows, folder = table_rows(args), args.out / "rows"
     if unknown := set(args.only or ()) - set(rows):
-        sys.exit(f"error: --only: no row {', '.join(sorted(unknown))}; there are {', '.join(rows)}")
+        raise UserError(f"--only: no row {', '.join(sorted(unknown))}; there are {', '.join(rows)}")
     model = weights.folder(args.model)
     keep_settings(folder, {
         "lr": Path(args.lr).resolve(), "hr": Path(args.hr).resolve(), "pairs": len(args.pairs),
@@ -317,6 +318,7 @@ def parse(argv=None):
     return args
 
 
+@command
 def main(argv=None):
     args = parse(argv)
     return {"losses": losses, "table": table, "models": models}[args.command](args)

@@ -41,9 +41,9 @@ import runs
 import weights
 from metrics import DISTS, LPIPS
 from photos.pairs import hash_of, held_out, photo_paths
-from photos.pictures import read, whole, write_bytes
+from photos.pictures import one_line, read, write_bytes
+from runs import UserError, command, write_csv
 from runs import save_state as save
-from runs import write_csv
 from sanasr import (
     DCAE,
     Gemma2,
@@ -110,7 +110,7 @@ class Photos:
         self.train = [(path, image) for sha256, path, image in found if sha256 not in held]
         self.val = [(path, image) for sha256, path, image in found if sha256 in held]
         if not self.train or not self.val:
-            sys.exit(f"error: {', '.join(map(str, folders))}: too few photos of at least {crop} pixels per side")
+            raise UserError(f"{', '.join(map(str, folders))}: too few photos of at least {crop} pixels per side")
         print(f"{len(self.train)} photos to train on, {len(self.val)} held out, {small} smaller than {crop} "
               f"({'mirrored' if mirror else 'left out'})" + (f", {bad} unreadable" if bad else ""))
 
@@ -195,7 +195,7 @@ def _fit(name, model, loss_fn, validate, args, steps, lr, weight_decay, factors)
             optimizer.load_state_dict(state["optimizer"])
             step, seconds = state["step"], state["seconds"]
         except (KeyError, RuntimeError, TypeError, ValueError):
-            sys.exit(f"error: {path} does not fit the networks of this stage; delete it to start the stage anew")
+            raise UserError(f"{path} does not fit the networks of this stage; delete it to start the stage anew")
         print(f"{name}: continuing at step {step}")
     cut_log(path.with_suffix(".csv"), step)
 
@@ -467,7 +467,7 @@ def train_prior(photos, args):
         save(path, dict(z=torch.cat(z).half(), photo=torch.from_numpy(chosen), made_of=made_of))
     data = torch.load(path, weights_only=True)
     if data.get("made_of", made_of) != made_of:
-        sys.exit(f"error: {path} is of other photos, another autoencoder, --seed or --latents; delete it and "
+        raise UserError(f"{path} is of other photos, another autoencoder, --seed or --latents; delete it and "
                  f"{out / 'prior.pt'}")
     scale = 1 / data["z"].float().std().item()
     print(f"{len(data['z'])} latents, scaling factor {scale:.5f}")
@@ -507,7 +507,7 @@ def train_prior(photos, args):
 def write_tags(args):
     """Write the `tags` of all photos of the folders as a CSV file with the columns image and tags."""
     if Path(args.to).is_dir():
-        sys.exit(f"error: --to {args.to} is a folder; name the CSV file to write")
+        raise UserError(f"--to {args.to} is a folder; name the CSV file to write")
     rows, bad = [], 0
     for path in tqdm(photo_paths(args.data), desc="tags", leave=False):
         try:
@@ -546,7 +546,8 @@ def export(args):
     print(f"wrote {target}: {sum(f.stat().st_size for f in target.rglob('*') if f.is_file()) / 1e6:.1f} MB")
 
 
-def main():
+@command
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["autoencoder", "decoder", "prior", "export", "tags"])
     parser.add_argument("--data", nargs="+", help="folders of clean photos")
@@ -569,7 +570,7 @@ def main():
     parser.add_argument("--validate-every", type=int, default=500, metavar="N", help="steps (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.stage != "export" and not args.data:
         parser.error("--data is needed: a folder of clean photos")
     try:
@@ -578,7 +579,7 @@ def main():
         photos = Photos(args.data, args.crop, mirror=args.stage == "prior")
         dict(autoencoder=train_autoencoder, decoder=train_autoencoder, prior=train_prior)[args.stage](photos, args)
     except (OSError, ValueError, FloatingPointError, Unavailable) as error:
-        sys.exit(f"error: {whole(error)}")
+        raise UserError(f"{one_line(error)}")
 
 
 if __name__ == "__main__":

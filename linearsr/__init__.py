@@ -209,7 +209,7 @@ class LinearSR(SanaSR):
         """Load a LinearSR folder, or a name in `weights.MODELS`. dtype: as SanaSR's.
 
         offload: only the expert in use lies on the device; a restoration moves each one there once.
-        Raises OSError or ValueError that names the file, weights.Unavailable where a known model cannot be had.
+        Raises OSError or ValueError that names the file, weights.Unavailable where a known model is unavailable.
         """
         device = torch.device(device)
         dtype, vae_dtype = choose_dtypes(device, dtype)

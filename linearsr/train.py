@@ -39,24 +39,26 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 import weights
+from fast import load_model
 from linearsr import BOUNDARIES, STRIDE, SYSTEM, Stem, check_boundaries, expert_of, sample, shifted, unshifted
 from metrics import LPIPS
 from objective import Conditions, Latents, put
 from photos.degrade import MIN_SIZE, to_image, to_tensor
 from photos.pairs import Pairs, digest, find_tags, match_lq, photo_tags, scan, split, validation_pairs
-from photos.pictures import bicubic, whole, write_bytes
+from photos.pictures import bicubic, one_line, write_bytes
 from runs import (
     Run,
     Signals,
+    UserError,
     average,
     claimed,
+    command,
     copy,
     curves,
     dtype_name,
     from_first,
     holding,
     knee,
-    load_model,
     load_state,
     outlive_signals,
     peak_memory,
@@ -243,23 +245,23 @@ def validations(folder, watch):
     values = [row[watch] * (-1 if watch == "val_psnr" else 1) for row in rows]
     steps = [row["step"] for row in rows]
     if not steps:
-        sys.exit(f"error: {folder / 'log.csv'} has no validations: raise --steps, the next one is noted there")
+        raise UserError(f"{folder / 'log.csv'} has no validations: raise --steps, the next one is noted there")
     return steps, steps[knee(values, TOLERANCE)]
 
 
 def starting_point(folder, args):
     """The checkpoint of `folder` that the next stage starts from: the one at the knee, or the last (--start end).
 
-    Raises SystemExit where there is none.
+    Raises UserError where there is none.
     """
     if not (folder / "log.csv").is_file() or not any((folder / "checkpoints").glob("*.safetensors")):
-        sys.exit(f"error: {folder} holds no training: run the stages in the order {', '.join(STAGES)} under one "
+        raise UserError(f"{folder} holds no training: run the stages in the order {', '.join(STAGES)} under one "
                  "--name, or name the folder of the pretraining by --pretrained")
     steps, bend = validations(folder, args.watch)
     step = steps[-1] if args.start == "end" else bend
     path = folder / "checkpoints" / f"{step:06d}.safetensors"
     if not path.is_file():
-        sys.exit(f"error: {path} is missing: {args.watch} has its {args.start or 'knee'} there")
+        raise UserError(f"{path} is missing: {args.watch} has its {args.start or 'knee'} there")
     print(f"{path}: {'the end' if args.start == 'end' else 'the knee of ' + args.watch}, step {step} of {steps[-1]}",
           flush=True)
     return str(path)
@@ -313,7 +315,7 @@ class Backward:
                 self.capture([x.clone() for x in inputs])
             except Exception as error:  # whatever the driver, Triton or a kernel raises
                 self.wanted, self.graph = False, None
-                print(f"no CUDA graph, which makes the training slower: {whole(error)[:300]}", flush=True)
+                print(f"no CUDA graph, which makes the training slower: {one_line(error)[:300]}", flush=True)
         if self.graph is None:
             return self.eager(inputs)
         torch._foreach_copy_(self.inputs, inputs)
@@ -378,8 +380,8 @@ def fit(folder, k, args, network, start, pairs, prompts, conditions, held, judge
             copy(ema, state["ema"])
             optimizer.load_state_dict(state["optimizer"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            sys.exit(f"error: {folder / 'state.pt'} does not fit this network ({whole(error)[:200]}); start anew under "
-                     "another --name")
+            raise UserError(f"{folder / 'state.pt'} does not fit this network ({one_line(error)[:200]}); start anew "
+                            "under another --name")
     run = Run(folder, columns(boundaries), rows) if rank == 0 else None
     ends = (0.0, 1.0) if k is None else interval(k, boundaries)
     label = args.stage if k is None else f"{args.stage} {k}"
@@ -454,7 +456,7 @@ def fit(folder, k, args, network, start, pairs, prompts, conditions, held, judge
             for at, (mean_loss, mean_norm, caught) in enumerate(values, step + 2 - len(values)):
                 if not np.isfinite(mean_norm):
                     bar.close()
-                    sys.exit(f"error: {label}, step {at}: loss {mean_loss}, gradient norm {mean_norm}: stopped, the "
+                    raise UserError(f"{label}, step {at}: loss {mean_loss}, gradient norm {mean_norm}: stopped, the "
                              f"last save in {folder} is whole; try a smaller --lr under another --name")
                 stop = stop or caught
             for group in optimizer.param_groups:
@@ -501,10 +503,10 @@ def run_stage(args):
     torch.backends.cudnn.deterministic = True  # a resumed run repeats the one that was not interrupted
     model = load_model(args.model, device, torch.float32, adapter=False)
     if model.vae.factor != 4 * STRIDE:
-        sys.exit(f"error: --model {args.model}: its latents are {model.vae.factor} times smaller, not {4 * STRIDE}")
+        raise UserError(f"--model {args.model}: its latents are {model.vae.factor} times smaller, not {4 * STRIDE}")
     args.crop = args.crop or model.dit.config["sample_size"] * model.vae.factor
     if args.crop % model.vae.factor or args.crop < MIN_SIZE:
-        sys.exit(f"error: --crop {args.crop}: it must be a multiple of {model.vae.factor} and at least {MIN_SIZE}")
+        raise UserError(f"--crop {args.crop}: it must be a multiple of {model.vae.factor} and at least {MIN_SIZE}")
     model.vae.requires_grad_(False)
     latents, judge = Latents(model.vae, model.scaling_factor), LPIPS.from_pretrained("alex").to(device)
 
@@ -518,8 +520,8 @@ def run_stage(args):
         return photos, lq, tags, pairs, held_tags, f"{report}; {len(held)} held out, {len(pairs)} for validation"
     photos, lq, tags, val_pairs, val_tags, report = from_first(look_at_data)
     if not val_pairs:
-        sys.exit("error: --data: at least two photos are needed, one of them to be held out")
-    if tags is None:  # the tagger's weights cannot be had
+        raise UserError("--data: at least two photos are needed, one of them to be held out")
+    if tags is None:  # the tagger's weights are unavailable
         args.tags = "none"
     tags, val_tags = tags or [[]] * len(photos), val_tags or [[]] * len(val_pairs)
     prompts, val_prompts = ([build_prompt(line, args.suffix) for line in lines] for lines in (tags, val_tags))
@@ -563,7 +565,7 @@ def run_stage(args):
 def starts(folder, args, k, photos):
     """What a training starts from: {"network": checkpoint or None for the prior, "adapter": checkpoint or None}.
 
-    It is found when the training begins, and noted in settings.json. Raises SystemExit where the settings have changed
+    It is found when the training begins, and noted in settings.json. Raises UserError where the settings have changed
     since then, or where the stage before is missing or has other intervals.
     """
     path = folder / "settings.json"
@@ -574,10 +576,10 @@ def starts(folder, args, k, photos):
         before = {"pairs_seed": 0} | noted["settings"]
         fixed = [key for key in settings if key not in ("data", "batch", "watch")]  # photos_sha256, global_batch tell
         if changed := [key for key in fixed if settings[key] != before[key]]:
-            sys.exit(f"error: {folder} was begun with other settings: " + ", ".join(
+            raise UserError(f"{folder} was begun with other settings: " + ", ".join(
                 f"{key} {before[key]}, now {settings[key]}" for key in changed) + "; choose another --name")
         if args.start not in (None, at := noted["start"].get("at", args.start)):
-            sys.exit(f"error: {folder} was begun with --start {at}; choose another --name")
+            raise UserError(f"{folder} was begun with --start {at}; choose another --name")
         return noted["start"]
     start = {"network": None, "adapter": None, "at": args.start or "knee"}
     if args.stage == "experts":
@@ -591,11 +593,11 @@ def starts(folder, args, k, photos):
 
 
 def settings_of(folder, boundaries=None):
-    """settings.json of a training. Raises SystemExit where it, an expert's, was made for other boundaries."""
+    """settings.json of a training. Raises UserError where it, an expert's, was made for other boundaries."""
     noted = json.loads((folder / "settings.json").read_text())
     made = noted["settings"]["boundaries"]
     if boundaries is not None and made != list(boundaries):
-        sys.exit(f"error: {folder} was trained with --boundaries {' '.join(map(str, made))}")
+        raise UserError(f"{folder} was trained with --boundaries {' '.join(map(str, made))}")
     return noted
 
 
@@ -608,7 +610,7 @@ def export(args):
     notes = [settings_of(folder, None if stage == "pretrain" else args.boundaries) for folder in folders]
     shared = {points[0]} if stage == "pretrain" else {note["start"]["network"] for note in notes}
     if len(shared) > 1:
-        sys.exit(f"error: {folders[0].parent}: the experts belong to different networks: {', '.join(sorted(shared))}")
+        raise UserError(f"{folders[0].parent}: the experts belong to different networks: {', '.join(sorted(shared))}")
     model = load_model(args.model, torch.device("cpu"), torch.float32, adapter=False)
     network = Network(model.dit, Stem({"width": model.dit.config["cross_attention_dim"]}))
     load_network(network, shared.pop())
@@ -687,7 +689,7 @@ def parser():
 
 
 def parse(argv=None):
-    """-> arguments, completed by the settings of the stage before. Raises SystemExit in one line."""
+    """-> arguments, completed by the settings of the stage before. Raises UserError in one line."""
     p = parser()
     args = p.parse_args(argv)
     args.root = Path("runs") / args.name
@@ -729,6 +731,7 @@ def parse(argv=None):
     return args
 
 
+@command
 def main(argv=None):
     args = parse(argv)
     try:
@@ -742,7 +745,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         sys.exit("interrupted; what was encoded or saved is kept, the same command goes on")
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {whole(error).rpartition(' OSError: ')[2]}")  # of a loader's traceback the last line
+        raise UserError(f"{one_line(error).rpartition(' OSError: ')[2]}")  # of a loader's traceback the last line
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

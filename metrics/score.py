@@ -100,8 +100,8 @@ def evaluate(model, pairs: list, names: list, *, protocol: str = "full", device=
     model: anything with restore(image, prompt, scale=…, **options); None scores the pictures `Pair.sr` that exist.
     pairs: [Pair], with `lr` to restore or `sr` to score. names: of metrics, see `pick`. prompts: one for each pair.
     options: go to model.restore. progress: wraps the iteration, as tqdm does.
-    A metric whose weights cannot be had is left out with a line on stderr. Raises ValueError for pairs that do not fit
-    or cannot be read, weights.Unavailable where no metric is left.
+    A metric whose weights are unavailable is left out with a line on stderr. Raises ValueError for pairs that do not
+    fit or cannot be read, weights.Unavailable where no metric is left.
     """
     functions, reason = {}, None
     for name in names:

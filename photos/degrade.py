@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from photos.pictures import read_rgb, whole, write
+from photos.pictures import one_line, read_rgb, write
 
 SCALE = 4
 MIN_SIZE = 80  # below it, the smallest first-order result would be smaller than the blur's reflected border
@@ -282,7 +282,7 @@ def main(argv=None):
             write(sheet(stages + [("LR", lr)]), Path(name))
             print(name)
     except (OSError, ValueError) as e:
-        sys.exit(f"error: {whole(e)}")
+        sys.exit(f"error: {one_line(e)}")
 
 
 if __name__ == "__main__":

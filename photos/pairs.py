@@ -11,7 +11,6 @@ import csv
 import hashlib
 import json
 import re
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -24,8 +23,8 @@ from tqdm import tqdm
 
 import weights
 from photos.degrade import SCALE, degrade, enlarge, sharpen, to_image, to_tensor
-from photos.pictures import bicubic, picture_suffixes, png, read, whole, why, write_bytes
-from runs import write_csv
+from photos.pictures import bicubic, one_line, picture_suffixes, png, read, reason, write_bytes
+from runs import UserError, write_csv
 from sanasr import clean_tags
 
 # --- Finding photos ---
@@ -54,12 +53,12 @@ def inspect(path):
 def photo_paths(folders):
     """All files below the folders with a picture's suffix, hidden ones left out, each once, sorted.
 
-    Raises SystemExit for a folder that is missing.
+    Raises UserError for a folder that is missing.
     """
     suffixes, paths = picture_suffixes(Image.OPEN), set()
     for folder in map(Path, folders):
         if not folder.is_dir():
-            sys.exit(f"error: --data {folder}: no such folder")
+            raise UserError(f"--data {folder}: no such folder")
         paths |= {p.resolve() for p in folder.rglob("*")
                   if p.suffix.lower() in suffixes and not p.name.startswith(".") and p.is_file()}
     return sorted(paths)
@@ -69,7 +68,7 @@ def scan(folders, crop, index, workers):
     """All different photos of at least crop x crop below the folders, in the order of their hashes, and the report.
 
     index: a JSON file that remembers what was read, so that a second scan reads only new files.
-    Raises SystemExit where a folder is missing or nothing is left.
+    Raises UserError where a folder is missing or nothing is left.
     """
     try:
         known = {row[0]: Photo(*row) for row in json.loads(index.read_text())}
@@ -90,7 +89,7 @@ def scan(folders, crop, index, workers):
     report = (f"{len(photos)} photos of {len(paths)} files; skipped: {len(readable) - len(distinct)} duplicates, "
               f"{len(paths) - len(readable)} unreadable, {len(distinct) - len(photos)} smaller than {crop} pixels")
     if not photos:
-        sys.exit(f"error: --data {' '.join(map(str, folders))}: {report}")
+        raise UserError(f"--data {' '.join(map(str, folders))}: {report}")
     return photos, report
 
 
@@ -135,7 +134,7 @@ def bare_name(path):
 
 
 def match_lq(photos, folder):
-    """{path of a photo: path of its LR picture in `folder`}. Raises SystemExit for a pair that is not 1 : 4."""
+    """{path of a photo: path of its LR picture in `folder`}. Raises UserError for a pair that is not 1 : 4."""
     suffixes = picture_suffixes(Image.OPEN)
     by_name, of = {}, {}
     for path in sorted(Path(folder).rglob("*")):
@@ -146,18 +145,18 @@ def match_lq(photos, folder):
     for name in of.keys() & by_name.keys():
         for same in (of[name], by_name[name]):
             if len(same) > 1:
-                sys.exit(f"error: --lq {folder}: {same[0]} and {same[1]} have the same name; rename one")
+                raise UserError(f"--lq {folder}: {same[0]} and {same[1]} have the same name; rename one")
     by_name = {name: path for name, (path, *_) in by_name.items()}
     pairs = {p.path: by_name[bare_name(p.path)] for p in photos if bare_name(p.path) in by_name}
     if not pairs:
-        sys.exit(f"error: --lq {folder}: no picture there has the name of a photo")
+        raise UserError(f"--lq {folder}: no picture there has the name of a photo")
     for photo in photos:
         if photo.path in pairs:
             with Image.open(pairs[photo.path]) as image:
                 turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
                 width, height = image.size[::-1] if turned else image.size
                 if (width * SCALE, height * SCALE) != (photo.width, photo.height):
-                    sys.exit(f"error: {pairs[photo.path]} is {width}x{height}, but {photo.path} is "
+                    raise UserError(f"{pairs[photo.path]} is {width}x{height}, but {photo.path} is "
                              f"{photo.width}x{photo.height}, not {SCALE} times that")
             pairs[photo.path] = str(pairs[photo.path])
     return pairs
@@ -213,7 +212,7 @@ def crop_pair(path, lq_path, left, top, crop):
         hr = to_tensor(read(path).rgb.crop(box))
         lr = to_tensor(read(lq_path).rgb.crop([v // SCALE for v in box])) if lq_path else None
     except Exception as error:  # it could be read when the run began; of a loader only the last line is shown
-        raise OSError(f"{path} (or its LR picture) can no longer be read: {why(error)}") from error
+        raise OSError(f"{path} (or its LR picture) can no longer be read: {reason(error)}") from error
     return hr, lr
 
 
@@ -242,17 +241,17 @@ def validation_pairs(photos, lq, crop, seed, folder, mild=0.0):
 def read_tags(path):
     """{file name: [tags]} of a CSV file with the columns image and tags, words of degradation left out.
 
-    Raises SystemExit in one line.
+    Raises UserError in one line.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:  # -sig: Excel puts a byte order mark first
             rows = csv.DictReader(f)
             if not {"image", "tags"} <= set(rows.fieldnames or ()):
-                sys.exit(f"error: {path}: the first line must name the columns image and tags")
+                raise UserError(f"{path}: the first line must name the columns image and tags")
             return {Path(row["image"]).name: clean_tags(split_tags(row["tags"]))
                     for row in rows if row["image"]}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        sys.exit(f"error: {path}: {why(error, path)}")
+        raise UserError(f"{path}: {reason(error, path)}")
 
 
 def split_tags(line):
@@ -261,11 +260,11 @@ def split_tags(line):
 
 
 def find_tags(kind, names, picture, device=None):
-    """[[tags of a picture], …] for pictures called `names`; None where the tagger's weights cannot be had.
+    """[[tags of a picture], …] for pictures called `names`; None where the tagger's weights are unavailable.
 
     kind: none, ram, dape, or a CSV file. picture(i): the RGB picture i that a tagger looks at, or None for no tags.
     device: the tagger's, by default a GPU where there is one. The tagger is gone when this returns.
-    Raises SystemExit in one line, for broken weights of the tagger too.
+    Raises UserError in one line, for broken weights of the tagger too.
     """
     if kind == "none":
         return [[] for _ in names]
@@ -282,11 +281,11 @@ def find_tags(kind, names, picture, device=None):
         seen = (picture(i) for i in tqdm(range(len(names)), "tagging", unit="img", disable=None))
         return [tagger.tags(image) if image else [] for image in seen]
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {whole(error)}")
+        raise UserError(f"{one_line(error)}")
 
 
 def photo_tags(kind, protocol, photos, lq, cache):
-    """The tags of each training photo, [[tag, …], …]; None where the tagger's weights cannot be had.
+    """The tags of each training photo, [[tag, …], …]; None where the tagger's weights are unavailable.
 
     They describe x_H in the hq protocol and x_L in the lq protocol: the whole photo's LR picture, enlarged; where no
     real one exists it is made by the degradation seeded with the photo's hash.
@@ -310,7 +309,7 @@ def photo_tags(kind, protocol, photos, lq, cache):
     new = [i for i, key in enumerate(keys) if key not in known]
     if new:
         found = find_tags(kind, [names[i] for i in new],
-                          lambda n: x_h_or_x_l(photos[new[n]], lq.get(photos[new[n]].path), protocol))
+                          lambda n: tagger_input(photos[new[n]], lq.get(photos[new[n]].path), protocol))
         if found is None:
             return None
         columns = ["image", "tags", "sha256", "tagger", "picture"]
@@ -320,7 +319,7 @@ def photo_tags(kind, protocol, photos, lq, cache):
     return [split_tags(known[key]["tags"]) for key in keys]
 
 
-def x_h_or_x_l(photo, lq_path, protocol):
+def tagger_input(photo, lq_path, protocol):
     """The picture that the tags of a training photo come from."""
     image = read(photo.path).rgb
     if protocol == "hq":

@@ -22,18 +22,18 @@ from PIL import ExifTags, Image
 # --- Errors in one line ---
 
 
-def whole(error):
+def one_line(error):
     """An exception in one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def why(error, path=""):
+def reason(error, path=""):
     """An exception in one line, without the file name `path`, which the message around it already has."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return whole(error).replace(f" {str(path)!r}", "").replace(f" '{os.path.realpath(path)}'", "")
+    return one_line(error).replace(f" {str(path)!r}", "").replace(f" '{os.path.realpath(path)}'", "")
 
 
 # --- The atomic write ---
@@ -238,7 +238,7 @@ def read_picture(path):
     try:
         return read(path)
     except Exception as error:  # on broken files the decoders raise anything
-        raise ValueError(f"{path}: not a picture that can be read ({why(error, path)})") from error
+        raise ValueError(f"{path}: not a picture that can be read ({reason(error, path)})") from error
 
 
 def read_rgb(path):

@@ -403,7 +403,7 @@ class Tagger:
         """name: "ram" or "dape". ram, dape: paths of the checkpoints, where `weights` is not to find them.
 
         By default on the GPU in bf16 where there is one, else on the CPU in float32.
-        Raises weights.Unavailable where a checkpoint cannot be had, ValueError for a bad one.
+        Raises weights.Unavailable where a checkpoint is unavailable, ValueError for a bad one.
         """
         if name not in ("ram", "dape"):
             raise ValueError(f"no tagger is called {name!r}: choose ram or dape")

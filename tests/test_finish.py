@@ -1,4 +1,4 @@
-"""The last stages of the carried model's training, on a tiny model and noise: what moves, what stays, what repeats."""
+"""The last stages of the bundled model's training, on a tiny model and noise: what moves, what stays, what repeats."""
 import json
 import shutil
 

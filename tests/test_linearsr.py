@@ -470,7 +470,7 @@ def test_profile_counts_a_step_and_the_whole(folder, capsys):
         macs["stem"] + 5 * macs["dit, one step"] + macs["decode"], abs=0.03)
 
 
-# --- the carried model ---
+# --- the bundled model ---
 
 
 def test_the_carried_model_beats_bicubic():

@@ -1,4 +1,4 @@
-"""The pre-training of the carried model: what can be checked without training it."""
+"""The pre-training of the bundled model: what can be checked without training it."""
 import json
 from pathlib import Path
 

@@ -84,7 +84,7 @@ def arguments(photos, deep, out, *options):
     args.protocol, args.suffix = "hq", "appendix"
     out.mkdir()
     model, prior = prune.load_networks(args)
-    prune.complete(args, model)
+    prune.fill_defaults(args, model)
     return args, model, prior
 
 

@@ -28,7 +28,7 @@ PARTS = ("transformer", "vae", "text_encoder")  # the folders that hold config.j
 
 
 class Unavailable(RuntimeError):
-    """Known weights that cannot be had here and now; the message, one line, says what to do."""
+    """Known weights that are unavailable here and now; the message, one line, says what to do."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Model:
 
 @dataclass(frozen=True)
 class File:
-    """One file. Without `repo` it is carried in weights/. `sha256` may be given by its first digits."""
+    """One file. Without `repo` it is bundled in weights/. `sha256` may be given by its first digits."""
     filename: str
     licence: str
     repo: str | None = None
@@ -215,7 +215,7 @@ def folder(name_or_path: str | Path, dtype=None) -> Path:
     """The folder of a model, from a name in MODELS (downloaded if need be) or from a path, which is returned as it is.
 
     dtype: None, a torch.dtype, or "fp32", "bf16", "fp16": the set of files to prefer, see `pick_files`.
-    Raises Unavailable where a known model cannot be had, FileNotFoundError for a name that is neither.
+    Raises Unavailable where a known model is unavailable, FileNotFoundError for a name that is neither.
     """
     name = str(name_or_path)
     if name not in MODELS:
