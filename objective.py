@@ -1,13 +1,17 @@
 """The training objective, which train.py and prune.py share: Algorithm 1's losses and the frozen networks around them.
 
-    values = losses(f, f0, vae, batch, tau, lpips)      {"mse": …, "lpips": …, "align": …, "cons": …}
+    values = losses(f, f0, vae, batch, tau, lpips)      {"loss": …, "mse": …, "lpips": …, "align": …, "cons": …}
     f, f0 = in_float32(dit), prior(dit)                 the adapted and the frozen network
     vae = Latents(model.vae, model.scaling_factor)      pictures <-> scaled latents
     conditions = Conditions(model)                      prompts -> text states and masks
 """
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -15,19 +19,14 @@ from tqdm import tqdm
 
 import weights
 from metrics import LPIPS
-from photos.pictures import one_line, reason
-from runs import UserError
+from photos.degrade import MIN_SIZE
+from photos.pictures import reason
+from runs import UserError, from_first, ranks
 from sanasr import adapters_off, conditioning, one_step, sigma
 
-LAMBDA = {"mse": 1.0, "lpips": 2.0, "align": 1.0, "cons": 1.0}
 PROTOCOLS = {"hq": (900, (70, 650)), "lq": (999, (20, 980))}  # τ, and the range of t, both ends included
 
 # --- Losses ---
-
-
-def mse(x, target):
-    """‖x̂ − x_H‖² per value, on pictures in [-1, 1] that are not clamped."""
-    return F.mse_loss(x, target)
 
 
 def align_loss(q, q_target, eps=1e-6):
@@ -44,43 +43,82 @@ def align_loss(q, q_target, eps=1e-6):
     return 0.5 * (torch.log((var_t + eps) / (var + eps)) + ratio - 1).mean()
 
 
-def consistency_loss(f, q):
-    """Adapter consistency (Eq. 6): mean squared difference of the adapted and the frozen network's answers."""
-    return F.mse_loss(f, q)
-
-
 def noised(z, t, noise):
     """z̃ = (1−σ_t)·z + σ_t·ε for z, noise: B,C,h,w and t: B."""
     s = sigma(t).view(-1, 1, 1, 1)
     return (1 - s) * z + s * noise
 
 
-def losses(f, f0, vae, batch, tau, lpips=None, terms=LAMBDA):
-    """The terms of Algorithm 1 for one batch, each a scalar, as {name: value} of those named in `terms`.
+class Update:
+    """What Algorithm 1 computes of one batch, each quantity when a term first asks for it.
 
     f, f0:  (z, t, c, m) -> prediction, the adapted and the frozen network, float32 outside (see `in_float32`)
-    vae:    a `Latents`
-    batch:  x_L, x_H: B,3,H,W in [-1, 1]; c: B,T,Dt and m: B,T; t: B; noise: B,C,H/32,W/32
+    vae:    a `Latents`; lpips: (x, x_H, batch) -> B, see `load_lpips`
+    batch:  x_L, x_H: B,3,H,W in [-1, 1]; c: B,T,Dt and m: B,T; t: B; noise: B,C,H/32,W/32; shift: B,2
     Gradients flow through ẑ into every term, through f0 as well; f0's weights do not move and z_H's side is a target.
     """
-    x_h, c, m, t = batch["x_H"], batch["c"], batch["m"], batch["t"]
-    with torch.no_grad():
-        z_l, z_h = vae.encode(batch["x_L"]), vae.encode(x_h)
-    z = one_step(f, z_l, torch.full_like(t, tau), c, m)
-    x = vae.decode(z)
-    values = {"mse": mse(x, x_h)}
-    if "lpips" in terms:
-        values["lpips"] = lpips(x, x_h).mean()
-    if "align" in terms or "cons" in terms:
-        z_noised = noised(z, t, batch["noise"])
-        q = f0(z_noised, t, c, m)
-    if "align" in terms:
+
+    def __init__(self, f, f0, vae, batch, tau, lpips=None):
+        self.f, self.f0, self.vae, self.batch, self.tau, self.lpips = f, f0, vae, batch, tau, lpips
+        self.x_h, self.t, self.prompt = batch["x_H"], batch["t"], (batch["c"], batch["m"])
+
+    @cached_property
+    def z(self):  # ẑ
         with torch.no_grad():
-            q_h = f0(noised(z_h, t, batch["noise"]), t, c, m)
-        values["align"] = align_loss(q, q_h)
-    if "cons" in terms:
-        values["cons"] = consistency_loss(f(z_noised, t, c, m), q)
-    return values
+            z_l = self.vae.encode(self.batch["x_L"])
+        return one_step(self.f, z_l, torch.full_like(self.t, self.tau), *self.prompt)
+
+    @cached_property
+    def x(self):  # x̂, not clamped
+        return self.vae.decode(self.z)
+
+    @cached_property
+    def z_noised(self):
+        return noised(self.z, self.t, self.batch["noise"])
+
+    @cached_property
+    def q(self):
+        return self.f0(self.z_noised, self.t, *self.prompt)
+
+    @cached_property
+    @torch.no_grad()
+    def q_h(self):
+        return self.f0(noised(self.vae.encode(self.x_h), self.t, self.batch["noise"]), self.t, *self.prompt)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of the loss: λ, and Update -> scalar."""
+    weight: float
+    function: Callable
+
+
+# A new term is one line here, its test and one line in docs/usage.md; `--no-NAME` follows.
+TERMS = {
+    "mse": Term(1.0, lambda u: F.mse_loss(u.x, u.x_h)),
+    "lpips": Term(2.0, lambda u: u.lpips(u.x, u.x_h, u.batch).mean()),
+    "align": Term(1.0, lambda u: align_loss(u.q, u.q_h)),                                               # Eq. 5
+    "cons": Term(1.0, lambda u: F.mse_loss(u.f(u.z_noised, u.t, *u.prompt), u.q)),                      # Eq. 6
+}
+REC_AND_ALIGN = ("mse", "lpips", "align")  # of the calibration (Eq. 21)
+
+
+def losses(f, f0, vae, batch, tau, lpips=None, terms=tuple(TERMS)):
+    """{"loss": Σ λ·term, name: term, …} of Algorithm 1 for one batch, each a scalar; the arguments are `Update`'s."""
+    update = Update(f, f0, vae, batch, tau, lpips)
+    values = {name: TERMS[name].function(update) for name in terms}
+    return {"loss": sum(TERMS[name].weight * value for name, value in values.items())} | values
+
+
+def lattice(error, period=32):
+    """The share of an error's variance that repeats every `period` pixels in both directions, 0 to 1.
+
+    error: x̂ − x_H, B,3,H,W, at least four periods a side. Of white noise the share is 1 / (number of periods).
+    """
+    error = error[:, :, :error.shape[2] // period * period, :error.shape[3] // period * period]
+    error = error - error.mean((2, 3), keepdim=True)
+    repeated = error.unflatten(3, (-1, period)).unflatten(2, (-1, period)).mean((2, 4))  # B,3,period,period
+    return (repeated.square().mean() / error.square().mean().clamp(min=1e-12)).item()
 
 
 # --- The frozen networks, as the losses see them ---
@@ -115,22 +153,25 @@ class Latents:
         return self.vae.decode((z / self.scale).to(self.dtype)).float()
 
 
-def load_lpips(net):
-    """(LPIPS, its network): VGG16 as in the paper, or AlexNet, which is bundled, where that is unavailable."""
-    if net == "vgg":
-        try:
-            return LPIPS.from_pretrained("vgg"), "vgg"
-        except weights.Unavailable as error:
-            print(f"note: the LPIPS loss uses AlexNet: {reason(error)}", file=sys.stderr)
-    return LPIPS.from_pretrained("alex"), "alex"
+def load_lpips(net, device, dtype):
+    """((x, x_H, batch) -> B, the network's name): LPIPS by VGG16, or by AlexNet where VGG16's weights are unavailable.
 
+    Unshifted, AlexNet's LPIPS draws a dot in each 32-pixel cell (docs/training.md, T7): it sees both pictures without
+    their first rows and columns, batch["shift"], 0 to 31 of them. The first rank decides for all.
+    """
+    try:
+        lpips = LPIPS.from_pretrained(net) if ranks()[0] == 0 else None
+    except weights.Unavailable as error:
+        print(f"note: the LPIPS loss uses AlexNet: {reason(error)}", file=sys.stderr)
+        net = "alex"
+    net = from_first(lambda: net)
+    lpips = (lpips or LPIPS.from_pretrained(net)).to(device)
 
-def in_autocast(lpips, device, dtype):
-    """lpips with its convolutions in dtype: VGG16's are most of a step's work and take half the time in bfloat16."""
-    def f(x, y):
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return lpips(x, y)
-    return f
+    def judge(x, x_h, batch):
+        top, left = batch["shift"][0].tolist() if net == "alex" else (0, 0)
+        with torch.autocast(device.type, dtype, dtype != torch.float32):  # bfloat16 takes half the time
+            return lpips(x[:, :, top:, left:], x_h[:, :, top:, left:])
+    return judge, net
 
 
 def put(x, device):
@@ -162,15 +203,9 @@ class Conditions:
         return max(len(self.one(prompt)[1]) for prompt in prompts)
 
     def prepare(self, prompts, chunk=64):
-        """Encode what the disk does not have yet; the text encoder is loaded once a chunk, and only if needed.
-
-        Raises UserError in one line for a broken text encoder or tokenizer.
-        """
+        """Encode what the disk does not have yet; the text encoder is loaded once a chunk, and only if needed."""
         for i in tqdm(range(0, len(prompts), chunk), "encoding prompts", leave=False, disable=len(prompts) <= chunk):
-            try:
-                self.model.encode_prompt(prompts[i:i + chunk])
-            except (OSError, ValueError) as error:
-                raise UserError(f"{one_line(error)}")
+            self.model.encode_prompt(prompts[i:i + chunk])
 
     def __call__(self, prompts, length=None):
         """-> c: B,T,Dt and m: B,T, padded on the right to `length` or the longest, the padding masked."""
@@ -186,15 +221,15 @@ class Conditions:
 def fill_defaults(args, model, metadata=None):
     """Fill in crop, timestep, suffix, tags and lpips of train.py's or prune.py's arguments where they are None.
 
-    metadata: of the adapter whose training goes on in other hands, as in prune.py: its words go before the defaults.
-    Raises UserError for a crop that does not fit the model.
+    metadata: of the adapter that is trained further or pruned; its words go before the defaults. tags and lpips: what
+    the model's provenance.json names, else those of the paper. Raises UserError for a crop that does not fit the model.
     """
-    from photos.degrade import MIN_SIZE
-    embedded = args.model == "embedded"
     args.crop = args.crop or model.dit.config["sample_size"] * model.vae.factor
     if args.crop % model.vae.factor or args.crop < MIN_SIZE:
         raise UserError(f"--crop {args.crop}: it must be a multiple of {model.vae.factor} and at least {MIN_SIZE}")
     how = conditioning(metadata or {}, args.suffix, args.timestep, default_timestep=PROTOCOLS[args.protocol][0])
     args.suffix, args.timestep = how["suffix"], how["timestep"]
-    args.tags = args.tags or ("none" if embedded else "ram")
-    args.lpips = args.lpips or ("alex" if embedded else "vgg")
+    about = model.folder / "provenance.json"
+    defaults = {"tags": "ram", "lpips": "vgg"} | (json.loads(about.read_text()).get("training", {}) if about.is_file()
+                                                  else {})
+    args.tags, args.lpips = args.tags or defaults["tags"], args.lpips or defaults["lpips"]

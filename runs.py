@@ -1,4 +1,4 @@
-"""What the commands share: device and dtype, loading a model, state that can be resumed, signals, ranks, tables."""
+"""What the commands share: errors, options, devices, states that resume, tables and charts, ranks, signals."""
 from __future__ import annotations
 
 import contextlib
@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from datetime import timedelta
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -38,7 +39,8 @@ class UserError(Exception):
 
 
 def command(main):
-    """Decorates a command's main(argv): what a user can mend ends it with one line `error: …` and exit code 1."""
+    """Decorates a command's main(argv): what a user can mend ends it with one line `error: …` and exit code 1, Ctrl-C
+    with exit code 130."""
     @functools.wraps(main)
     def run(argv=None):
         try:
@@ -110,6 +112,56 @@ def peak_memory(device):
     except ImportError:
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+# --- Options ---
+
+RANGES = {  # option: (least, most); where the least is a string, the number lies above it
+    **dict.fromkeys(("steps", "every", "batch", "accumulate", "rank", "pairs", "val_steps", "samples"), (1, math.inf)),
+    **dict.fromkeys(("seed", "workers", "val", "knee", "heal", "min_side", "tile"), (0, math.inf)),
+    **dict.fromkeys(("lr", "clip", "eps_p"), ("0", math.inf)), "timestep": ("0", 1000), "mild": (0, 1)}
+
+
+def check_ranges(parser, args):
+    """End the command with one line where a number among the arguments lies outside its range."""
+    for option, (low, high) in RANGES.items():
+        value = getattr(args, option, None)
+        above = isinstance(low, str)
+        if isinstance(value, int | float) and not (float(low) <= value <= high and (value != 0 or not above)):
+            bounds = f"above {low}" if above else f"at least {low}"
+            bounds += "" if high == math.inf else f" and at most {high}"
+            parser.error(f"--{option.replace('_', '-')} must be {bounds}, not {value:g}")
+
+
+def add_device_options(add, workers=4):
+    """--device, --dtype, --workers and --seed, by a parser's or group's `add_argument`; see `resolve_device`."""
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bf16 on a GPU that has it, else fp32")
+    add("--workers", type=int, default=workers, help="loader processes, never more than there are cores")
+    add("--seed", type=int, default=0)
+
+
+def resolve_device(args):
+    """Make of --device, --dtype and --workers what is used: a torch.device, fp32, bf16 or fp16, a number."""
+    args.device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+    args.dtype = dtype_name(pick_dtype(args.dtype, args.device))
+    args.workers = workers(args.workers)
+
+
+@contextlib.contextmanager
+def process_group(device):
+    """A context with torch.distributed set up under torchrun, and nothing without it."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1),
+                            device_id=device if device.type == "cuda" else None)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 # --- Files of a run ---
@@ -223,64 +275,6 @@ def curves(rows, names, mark=None, width=360, height=200):
         draw.text((left, top - 16), f"{name} {smooth[-1]:.4g}   (axis {low:.4g} to {high:.4g}, "
                                     f"steps {x[0]:.0f} to {x[-1]:.0f})", "black")
     return canvas
-
-
-class Run:
-    """The folder of a run with its log.csv; only the first rank has one."""
-
-    def __init__(self, folder, columns, rows):
-        """rows: of the log, up to the step of the state that the run goes on from."""
-        self.folder, self.columns = folder, columns
-        for sub in ("checkpoints", "samples"):
-            (folder / sub).mkdir(parents=True, exist_ok=True)
-        write_csv(folder / "log.csv", columns, rows)
-
-    def note(self, row):
-        """Add a row to the log."""
-        try:
-            with open(self.folder / "log.csv", "a", newline="") as f:
-                f.write(",".join(f"{row[c]:.6g}" if c in row else "" for c in self.columns) + "\r\n")
-        except OSError as error:
-            raise UserError(f"{self.folder}/log.csv cannot be written ({reason(error)})")
-
-    def picture(self, name, image):
-        write_atomically(self.folder / name, lambda f: image.save(f, "PNG"))
-
-
-# --- Weights during validation, and where a stage ends ---
-
-
-@contextlib.contextmanager
-def holding(parameters, values):
-    """A context within which the parameters have these values."""
-    own = [p.detach().clone() for p in parameters]
-    copy(parameters, values)
-    try:
-        yield
-    finally:
-        copy(parameters, own)
-
-
-@torch.no_grad()
-def copy(parameters, values):
-    for p, v in zip(parameters, values, strict=True):
-        p.copy_(v)
-
-
-def knee(values, tolerance=0.05):
-    """Index of the last good point of a falling curve: the first after which it gains no more to speak of.
-
-    A running median of three takes single peaks and dips out. Of what is left, the knee is the first value within
-    `tolerance` of the whole fall (from the start to the least value) of the least value. So a curve that still falls
-    has its knee at its end, one that oscillates or rises again has it before that, one that never falls at its start.
-    On the curve of validation LPIPS a stage of LinearSR's training ends there (ESGF of arXiv 2510.08771, which gives no
-    rule; this one is ours).
-    """
-    y = np.array(values, float)
-    if len(y) > 2:
-        y[1:-1] = np.median([y[:-2], y[1:-1], y[2:]], 0)
-        y[-1] = np.median([y[-1], y[-2], 3 * y[-2] - 2 * y[-3]])  # Tukey's rule for the end: no dip there, either
-    return int(np.argmax(y <= y.min() + tolerance * (y[0] - y.min())))
 
 
 # --- Several processes ---

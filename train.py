@@ -1,8 +1,8 @@
 """Trains SANA-SR's adapter from a folder of photos: Algorithm 1 of the paper.
 
     python train.py --data ./hq --steps 2000                              # the bundled model, on a laptop
-    torchrun --nproc_per_node 8 train.py --data ./hq --model sana-600m-512 --name official --checkpointing
-    python train.py --name official --resume                              # goes on where it was stopped or killed
+    torchrun --nproc_per_node 8 train.py --data ./hq --model sana-600m-512 --name official --checkpointing all
+    python train.py --name official --resume                              # after a stop or a kill
     python train.py --name official --select musiq                        # ranks its checkpoints, copies the best
 
     x_H ── crop, flip ─► degrade ─► x_L           z_L = s·E(x_L), z_H = s·E(x_H)         DC-AE, frozen
@@ -11,74 +11,55 @@
     L = MSE(x̂, x_H) + 2·LPIPS(x̂, x_H) + L_align + L_cons
 
 Needs photos at least as large as the crop, any number of folders deep; `--lq DIR` adds real LR pictures of the same
-names. Leaves in runs/NAME: adapter.safetensors (EMA weights), checkpoints/, samples/, log.csv, curves.png, state.pt
-(to resume), val/ (the fixed validation pairs). Settings are the paper's Appendix B; 100 000 steps took it 8 GPUs.
+names. Starts from the model's own adapter where it has one (--init none: from nothing). Leaves in runs/NAME:
+adapter.safetensors (EMA weights), checkpoints/, samples/, log.csv, curves.png, state.pt (to resume), val/ (the fixed
+validation pairs). Settings are the paper's Appendix B; 100 000 steps took it 8 GPUs.
 """
 import argparse
-import json
 import math
-import os
-import signal
 import sys
-import time
-from contextlib import closing, nullcontext
-from datetime import timedelta
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import weights
 from fast import load_model
 from metrics import LPIPS, METRICS
 from metrics.score import evaluate, folder_pairs, mean
 from objective import (
-    LAMBDA,
     PROTOCOLS,
+    TERMS,
     Conditions,
     Latents,
     fill_defaults,
-    in_autocast,
     in_float32,
+    lattice,
     load_lpips,
     losses,
     prior,
 )
 from photos.degrade import enlarge, to_image, to_tensor
-from photos.pairs import Pairs, digest, find_tags, hash_of, match_lq, photo_tags, scan, split, validation_pairs
-from photos.pictures import bicubic, one_line, read_rgb, reason
+from photos.pairs import Pairs, TrainingData, absolute, add_data_options, find_tags
+from photos.pictures import bicubic, read_rgb
 from runs import (
     DTYPES,
-    Run,
-    Signals,
     UserError,
-    average,
+    add_device_options,
     batches,
+    check_ranges,
     claimed,
     command,
-    copy,
-    curves,
-    dtype_name,
-    from_first,
-    holding,
-    knee,
-    load_state,
     outlive_signals,
-    peak_memory,
-    pick_device,
-    pick_dtype,
+    process_group,
     ranks,
-    read_log,
-    save_state,
-    workers,
+    resolve_device,
     write_atomically,
     write_csv,
 )
 from sanasr import (
-    build_prompt,
     fingerprint,
     inject_lora,
     load_lora,
@@ -88,69 +69,31 @@ from sanasr import (
     read_lora,
     save_lora,
 )
+from trainer import Trainer, open_state
 
-EMA = 0.999
-
-# --- The files of a run ---
-
-COLUMNS = ["step", "epoch", "loss", *LAMBDA, "grad_norm", "images_per_s", "memory_gb", "val_lpips", "val_psnr"]
-CURVES = [name for name in COLUMNS[2:] if name not in ("images_per_s", "memory_gb")]
-
-
-def load_run(folder):
-    """The state of a run. Raises UserError in one line."""
-    path = folder / "state.pt"
-    state = load_state(path, keys=("step", "settings", "masters", "ema", "optimizer", "scaler"))
-    if not {"data", "photos_sha256", "global_batch"} <= set(state["settings"]):
-        raise UserError(f"{path} cannot be read (its settings are not whole); start anew under another --name")
-    return state
-
-
-def save_run(folder, state, model, adapter, metadata):
-    """The state first, then what it can make again: a crash in between loses nothing."""
-    save_state(folder / "state.pt", state)
-    export(folder, state["step"], model, adapter, metadata)
-
-
-def export(folder, step, model, adapter, metadata):
-    """The adapter, under its name and as a checkpoint. A resumed run does it again: it may have been killed here."""
-    for path in (folder / "adapter.safetensors", folder / "checkpoints" / f"{step:06d}.safetensors"):
-        try:
-            save_lora(model, path, metadata, adapter)
-        except OSError as error:
-            raise UserError(f"{path} cannot be written ({reason(error, path)}); {folder}/state.pt is whole")
-
+EMA, CLIP, WEIGHT_DECAY = 0.999, 1.0, 1e-2
+WATCHED = ("val_lpips", "val_psnr", "val_lattice")
+GAIN, LOSS = 0.01, 0.2  # of LPIPS, the least that counts as better; of PSNR in dB, the most that may be lost
 
 # --- Validation, and the choice of a checkpoint ---
 
 
 @torch.no_grad()
 def validate(f, vae, pairs, conditions, tau, lpips):
-    """(mean LPIPS (AlexNet), mean PSNR, a grid x_L | x̂ | x_H of the first six) over the 8-bit results of `pairs`.
+    """({mean LPIPS (AlexNet), PSNR, lattice over the 8-bit results of `pairs`}, a grid x_L | x̂ | x_H of the first six).
 
-    This PSNR is over R, G and B; eval.py's is over the luma Y, and some dB higher.
+    This PSNR is over R, G and B; eval.py's is over the luma Y, and some dB higher. lattice: see `objective.lattice`.
     """
-    device, distances, psnrs, rows = next(lpips.parameters()).device, [], [], []
+    device, scores, rows = next(lpips.parameters()).device, [], []
     for (_, lr, hr), (c, m) in zip(pairs, conditions, strict=True):
         x_l, x_h = enlarge(lr)[None].to(device), (to_tensor(hr) * 2 - 1)[None].to(device)
         x = vae.decode(one_step(f, vae.encode(x_l), torch.full((1,), tau, device=device), c, m))
         x = ((x.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
-        distances.append(lpips(x, x_h).item())
-        psnrs.append(10 * math.log10(4 / max((x - x_h).square().mean().item(), 1e-10)))
+        psnr = 10 * math.log10(4 / max((x - x_h).square().mean().item(), 1e-10))
+        scores.append((lpips(x, x_h).item(), psnr, lattice(x - x_h)))
         rows.append(torch.cat([x_l, x, x_h], 3)[0].cpu() / 2 + 0.5)
-    return sum(distances) / len(pairs), sum(psnrs) / len(pairs), to_image(torch.cat(rows[:6], 1))
-
-
-def past_knee(run, patience):
-    """If the knee lies `patience` validations back: copy its adapter to knee.safetensors, return a message; else ""."""
-    rows = read_log(run.folder / "log.csv")
-    steps, values = zip(*((row["step"], row["val_lpips"]) for row in rows if "val_lpips" in row), strict=True)
-    k = knee(values)
-    if not 0 < k <= len(values) - 1 - patience:
-        return ""
-    content = (run.folder / "checkpoints" / f"{steps[k]:06d}.safetensors").read_bytes()
-    write_atomically(run.folder / "knee.safetensors", lambda f: f.write(content))
-    return f"stopped past the knee of validation LPIPS, step {steps[k]} (knee.safetensors)"
+    means = [sum(column) / len(pairs) for column in zip(*scores, strict=True)]
+    return dict(zip(WATCHED, means, strict=True)), to_image(torch.cat(rows[:6], 1))
 
 
 def select(args):
@@ -158,46 +101,57 @@ def select(args):
 
     Scored are the run's validation pictures; `--lq DIR --data DIR` names others.
     """
-    settings = load_run(args.run)["settings"]
-    lr, hr = (args.lq, args.data[0]) if args.lq and args.data else (args.run / "val" / "lr", args.run / "val" / "hr")
-    tagger = settings["tags"] if settings["tags"] in ("ram", "dape") else "none"
+    options = open_state(args.run)["options"]
+    lr, hr = (args.lq, args.data[0]) if args.lq else (args.run / "val" / "lr", args.run / "val" / "hr")
+    tagger = options["tags"] if options["tags"] in ("ram", "dape") else "none"
+    pairs = folder_pairs(lr, hr)
+    prompts = find_tags(tagger, [p.name for p in pairs], lambda i: bicubic(read_rgb(pairs[i].lr)), args.device)
     scores = {}
-    try:
-        pairs = folder_pairs(lr, hr)
-        prompts = find_tags(tagger, [p.name for p in pairs], lambda i: bicubic(read_rgb(pairs[i].lr)), args.device)
-        for path in tqdm(sorted((args.run / "checkpoints").glob("*.safetensors")), "scoring checkpoints"):
-            model = load_model(settings["model"], args.device, DTYPES[args.dtype], path, "auto")
-            rows = evaluate(model, pairs, [args.select], device=args.device, prompts=prompts)
-            scores[path] = mean(rows)[args.select]
-    except (ValueError, weights.Unavailable) as error:
-        raise UserError(f"--select: {one_line(error)}")
+    for path in tqdm(sorted((args.run / "checkpoints").glob("*.safetensors")), "scoring checkpoints"):
+        model = load_model(options["model"], args.device, DTYPES[args.dtype], path, "auto")
+        rows = evaluate(model, pairs, [args.select], device=args.device, prompts=prompts)
+        scores[path] = mean(rows)[args.select]
     if not scores:
-        raise UserError(f"--select: {args.run}/checkpoints is empty; --resume writes the last one again")
+        raise UserError(f"--select: {args.run}/checkpoints is empty; --resume writes the next one")
     order = sorted(scores, key=scores.get, reverse=METRICS[args.select].better == "higher")
     write_csv(args.run / "select.csv", ["checkpoint", args.select],
               [{"checkpoint": path.name, args.select: scores[path]} for path in order])
-    content = order[0].read_bytes()
-    write_atomically(args.run / "best.safetensors", lambda f: f.write(content))
+    copy_file(order[0], args.run / "best.safetensors")
     print("\n".join(f"{path.stem}  {args.select} {scores[path]:.4f}" for path in order))
     print(f"best: {order[0].name}, copied to {args.run}/best.safetensors")
     return 0
 
 
+def copy_file(source, target):
+    content = source.read_bytes()
+    write_atomically(target, lambda f: f.write(content))
+
+
+def verdict(rows):
+    """What the validations of a log say of the training: a line, "" where there are fewer than two."""
+    seen = [row for row in rows if "val_lpips" in row]
+    if len(seen) < 2:
+        return ""
+    first, last = seen[0], seen[-1]
+    text = (f"held-out LPIPS {first['val_lpips']:.4f} to {last['val_lpips']:.4f}, PSNR {first['val_psnr']:.2f} to "
+            f"{last['val_psnr']:.2f} dB, lattice {first['val_lattice']:.4f} to {last['val_lattice']:.4f}")
+    gained = first["val_lpips"] - last["val_lpips"] >= GAIN and first["val_psnr"] - last["val_psnr"] <= LOSS
+    return text + ("" if gained else ": nothing was gained; keep the model as it was, or train longer")
+
+
 # --- Training ---
 
 
-def start_adapter(args, dit):
+def start_adapter(args, model):
     """Inject the adapter that the settings and --init describe; fills in args.rank and args.lora_targets.
 
-    The projections that --init holds keep its ranks; the others get --rank. Raises UserError in one line for an option
-    that --init contradicts.
+    The projections that --init holds keep its ranks; the others get --rank. Returns the metadata of --init.
+    Raises UserError for an option that --init contradicts.
     """
-    found = {}
-    if args.init:
-        try:
-            state, _ = read_lora(args.init)
-        except ValueError as error:
-            raise UserError(f"{error}")
+    own, found, metadata = model.folder / "adapter.safetensors", {}, {}
+    args.init = args.init or (str(own) if own.is_file() else "none")
+    if args.init != "none":
+        state, metadata = read_lora(args.init)
         found = {key.rpartition(".lora_")[0]: len(x) for key, x in state.items() if ".lora_A." in key}  # its rank
     ffn = any(".ff." in name for name in found)
     if ffn and args.lora_targets == "attn":
@@ -205,213 +159,118 @@ def start_adapter(args, dit):
     args.lora_targets = args.lora_targets or ("attn+ffn" if ffn else "attn")
     wanted, args.rank = args.rank, args.rank or max(found.values(), default=64)
     torch.manual_seed(args.seed)
-    names = inject_lora(dit, args.rank, targets=args.lora_targets)
+    names = inject_lora(model.dit, args.rank, targets=args.lora_targets)
     if wanted and set(names) <= set(found) and wanted not in found.values():
         raise UserError(f"--rank {wanted}: --init {args.init} has rank {max(found.values())}; leave --rank out")
-    if args.init:
-        try:
-            load_lora(dit, args.init)
-        except ValueError as error:
-            raise UserError(f"{error}")
+    if found:
+        load_lora(model.dit, args.init)
+    return metadata
 
 
-def report_nan(path, step, names, prompts, t, values, norm):
-    """Write the samples, prompts and losses of a step whose loss is not finite."""
-    content = {"step": step, "samples": names, "prompts": prompts, "t": t.tolist(), "grad_norm": str(norm),
-               "losses": {k: str(v.item()) for k, v in values.items()}}
-    write_atomically(path, lambda f: f.write(json.dumps(content, indent=1).encode()))
-
-
-def train(args, state=None):
-    """The whole run, as the module's docstring says. state: of the run to resume, or None. Returns the exit code."""
-    rank, world = ranks()
-    device, say = args.device, partial(print, flush=True) if rank == 0 else lambda *a, **k: None
-    asked = (state["settings"] if state else {}).get("asked", {k: getattr(args, k) for k in ("tags", "lpips")})
-    # a resumed run repeats the uninterrupted one bit for bit on a CPU; on a GPU the backward pass of LPIPS's
-    # max-pooling still adds in an arbitrary order
-    torch.backends.cudnn.deterministic = True
+def train(args):
+    """The whole run, as the module's docstring says. Returns the exit code."""
+    torch.backends.cudnn.deterministic = True  # a resumed run repeats the uninterrupted one bit for bit on a CPU
+    device, world = args.device, ranks()[1]
+    options, batch = {k: v for k, v in vars(args).items() if k not in NOT_OPTIONS}, args.batch * args.accumulate * world
 
     # the networks, of which only the adapter learns
     model = load_model(args.model, device, DTYPES[args.dtype], adapter=False)
-    for part in (model.vae, model.dit):
-        part.requires_grad_(False)
-    model.dit.checkpointing = model.vae.decoder.checkpointing = args.checkpointing
-    fill_defaults(args, model)
-    judge = LPIPS.from_pretrained("alex").to(device)
-    terms = {name: factor for name, factor in LAMBDA.items() if not getattr(args, f"no_{name}", False)}
-    lpips, args.lpips = load_lpips(args.lpips) if "lpips" in terms else (None, "none")
-    start_adapter(args, model.dit)
+    fill_defaults(args, model, start_adapter(args, model))
+    model.vae.requires_grad_(False)
+    model.vae.decoder.checkpointing, model.dit.checkpointing = args.checkpointing != "none", args.checkpointing == "all"
     adapter = lora_parameters(model.dit)
-    ranks_used = " and ".join(map(str, sorted({len(m.lora_A.weight) for m in lora_modules(model.dit).values()})))
-    masters = [p.detach().clone() for p in adapter.values()]  # float32: what the optimiser moves
-    for p in adapter.values():
-        p.data = p.data.to(next(model.dit.parameters()).dtype)  # what the network computes with
-    parameters = list(adapter.values())
     f, f0, vae = in_float32(model.dit), prior(model.dit), Latents(model.vae, model.scaling_factor)
-    lpips = lpips and in_autocast(lpips.to(device), device, vae.dtype)
+    terms = [name for name in TERMS if not getattr(args, f"no_{name}")]
+    lpips, args.lpips = load_lpips(args.lpips, device, vae.dtype) if "lpips" in terms else (None, "none")
+    judge = LPIPS.from_pretrained("alex").to(device)
 
-    # the photos, their prompts, the validation set
-    def look_at_data():
-        photos, report = scan(args.data, args.crop, args.run / "data.json", args.workers)
-        photos, held = split(photos)
-        lq = match_lq(photos + held, args.lq) if args.lq else {}
-        tags = photo_tags(args.tags, args.protocol, photos, lq, args.run / "tags.csv")
-        pairs = validation_pairs(held[:args.val], lq, args.crop, args.seed, args.run / "val", args.mild)
-        # of x_L, as at test time: the reference must not leak into the validation
-        tagger = args.tags if args.tags in ("ram", "dape") and tags else "none"
-        val_tags = find_tags(tagger, [name for name, *_ in pairs], lambda i: bicubic(pairs[i][1])) or [[]] * len(pairs)
-        return photos, lq, tags, pairs, val_tags, f"{report}; {len(held)} held out, {len(pairs)} for validation"
-    photos, lq, tags, pairs, val_tags, report = from_first(look_at_data)
-    if tags is None:  # the tagger's weights are unavailable
-        args.tags, tags = "none", [[]] * len(photos)
-    prompts, val_prompts = ([build_prompt(line, args.suffix) for line in lines] for lines in (tags, val_tags))
+    # the photos, their prompts, the validation pairs
+    data = TrainingData(args, args.run, args.protocol, val_folder=args.run / "val")
     conditions = Conditions(model)
-    from_first(lambda: conditions.prepare(sorted({*prompts, *val_prompts})))
+    conditions.prepare(sorted({*data.prompts, *data.val_prompts}))
+    settings = {k: getattr(args, k) for k in SETTINGS} | data.fingerprints | {
+        "the model": fingerprint(model.folder / "transformer"), "the losses": {k: TERMS[k].weight for k in terms},
+        "the constants": [EMA, CLIP, WEIGHT_DECAY], "--batch times --accumulate times the processes": batch}
+    about = metadata(args, settings, data, terms, batch)
 
-    # the state
-    ema = [m.clone() for m in masters]
-    optimizer = torch.optim.AdamW(masters, args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
-    scaler = torch.amp.GradScaler(device.type, init_scale=2.0 ** 12, enabled=args.dtype == "fp16")
-    step, rows = 0, []
-    settings = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS} | {
-        "asked": asked, "global_batch": args.batch * world, "photos_sha256": digest(photos),
-        "base_fingerprint": fingerprint(model.folder / "transformer"), "prompts_sha256": hash_of(prompts),
-        "lq_sha256": hash_of([weights.sha256(Path(lq[p.path])) if p.path in lq else "" for p in photos])}
-    if state:
-        for key, what in (("photos_sha256", "the photos"), ("lq_sha256", "the LR pictures"),
-                          ("prompts_sha256", "the tags"), ("base_fingerprint", "the model"),
-                          ("global_batch", "--batch times the number of processes")):
-            if state["settings"].get(key, settings[key]) != settings[key]:  # older runs have not noted all of them
-                raise UserError(f"--resume: {what} changed since the run began; start anew under another --name")
-        step = state["step"]
-        try:
-            copy(masters, state["masters"])
-            copy(ema, state["ema"])
-            optimizer.load_state_dict(state["optimizer"])
-            scaler.load_state_dict(state["scaler"])
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"{args.run}/state.pt does not fit the adapter of this run ({reason(error)[:200]}); "
-                     "start anew under another --name")
-        rows = read_log(args.run / "log.csv", step)
-    copy(parameters, masters)
-    run = Run(args.run, COLUMNS, rows) if rank == 0 else None
-    tags_from = args.tags if args.tags in ("none", "ram", "dape") else "file"
-    metadata = {k: str(v) for k, v in {
-        "base": args.model, "base_fingerprint": settings["base_fingerprint"], "photos": len(photos),
-        "terms": " ".join(terms), "ema": EMA, "tags": tags_from, "torch": torch.__version__,
-        **{k: settings[k] for k in ("lora_targets", "protocol", "timestep", "suffix", "lpips", "crop", "global_batch",
-                                    "lr", "clip", "usm", "mild", "seed", "dtype", "photos_sha256")}}.items()}
-
-    low, high = PROTOCOLS[args.protocol][1]
-    say(report + (f"; {len(lq)} have real LR pictures" if args.lq else ""))
-    say(f"{args.model}: {sum(m.numel() for m in masters) / 1e6:.2f} M trained parameters (rank {ranks_used}, "
-        f"{args.lora_targets}); τ {args.timestep:g}, t {low} to {high}; losses {' '.join(terms)}, LPIPS {args.lpips}")
-    say(f"effective batch {args.batch} × {world} = {args.batch * world} crops of {args.crop}; {args.dtype} on "
-        f"{device}; seed {args.seed}; torch {torch.__version__}; {len(set(prompts))} prompts; {args.run}")
+    def loss(sample):
+        sample |= {k: v.to(device, non_blocking=True) for k, v in sample.items() if torch.is_tensor(v)}
+        c, m = conditions(sample["prompt"])
+        return losses(f, f0, vae, sample | {"c": c, "m": m}, args.timestep, lpips, terms)
 
     def look():
-        """Validates the EMA weights: columns for the log, and a picture."""
-        if not run or not pairs:
+        if not data.pairs:
             return {}
-        with holding(parameters, ema):
-            distance, psnr, grid = validate(f, vae, pairs, [conditions([p]) for p in val_prompts], args.timestep, judge)
-        run.picture(f"samples/{step:06d}.png", grid)
-        return {"val_lpips": distance, "val_psnr": psnr}
+        prompts = [conditions([p]) for p in data.val_prompts]
+        scores, grid = validate(f, vae, data.pairs, prompts, args.timestep, judge)
+        trainer.picture(f"samples/{trainer.step:06d}.png", grid)
+        return scores
 
-    def averaged():
-        """(the EMA weights by key, what the file says of itself)."""
-        return dict(zip(adapter, ema, strict=True)), metadata | {"step": str(step)}
+    def export(step, averaged):
+        for path in (args.run / "checkpoints" / f"{step:06d}.safetensors", args.run / "adapter.safetensors"):
+            save_lora(model.dit, path, about | {"step": str(step)}, averaged)
 
-    def save():
-        if run:
-            run.picture("curves.png", curves(read_log(args.run / "log.csv"), CURVES))
-            save_run(args.run, {"step": step, "settings": settings, "masters": masters, "ema": ema, "scaler":
-                     scaler.state_dict(), "optimizer": optimizer.state_dict()}, model.dit, *averaged())
-    if run and state:
-        export(args.run, step, model.dit, *averaged())
-
-    # the loop
-    latent = model.dit.config["in_channels"], args.crop // model.vae.factor, args.crop // model.vae.factor
-    mine = ([(s * world + rank) * args.batch + i for i in range(args.batch)] for s in range(step, args.steps))
-    loader = DataLoader(Pairs(photos, prompts, args.crop, latent, (low, high), args.seed, lq, args.usm, args.mild),
-                        batch_sampler=mine, num_workers=args.workers, worker_init_fn=outlive_signals,
-                        pin_memory=device.type == "cuda")
-    if step == 0 and run:
-        run.note({"step": 0} | look())
-    bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
-    started, stop, knee_passed = time.perf_counter(), 0, ""
-    with closing(bar), Signals() as signals:  # closed: an error begins on a line of its own
-        for batch in batches(loader, signals):
-            names, texts = batch.pop("name"), batch.pop("prompt")
-            batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-            batch["c"], batch["m"] = conditions(texts)
-            values = losses(f, f0, vae, batch, args.timestep, lpips, terms)
-            loss = sum(terms[k] * v for k, v in values.items())
-            scaler.scale(loss).backward()
-            for master, p in zip(masters, parameters, strict=True):
-                master.grad, p.grad = p.grad.float(), None
-            average([m.grad for m in masters])
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(masters, args.clip)
-            stats = torch.stack([loss.new_tensor(float(signals.caught)), loss, *values.values()]).detach()
-            average([stats])
-            stop, mean_loss, *means = stats.tolist()
-            norm = norm.item()
-            overflow = scaler.is_enabled() and scaler.get_scale() > 1  # of fp16 gradients: the scaler skips the step
-            if not math.isfinite(mean_loss) or not (math.isfinite(norm) or overflow):
-                if math.isfinite(mean_loss) or not math.isfinite(loss.item()):
-                    report_nan(args.run / f"nan_rank{rank}.json", step + 1, names, texts, batch["t"], values, norm)
-                raise UserError(f"step {step + 1}: loss {mean_loss}, gradient norm {norm}: stopped before the adapter "
-                         f"changed; {args.run}/nan_rank*.json names the samples, the last save is whole")
-            scaler.step(optimizer)
-            scaler.update()
-            copy(parameters, masters)
-            step += 1
-            decay = min(EMA, step / (step + 10))  # smaller at first, so that the untrained adapter is soon forgotten
-            for average_, master in zip(ema, masters, strict=True):
-                average_.lerp_(master, 1 - decay)
-
-            now = time.perf_counter()
-            row = {"step": step, "epoch": step * args.batch * world / len(photos), "loss": mean_loss,
-                   **dict(zip(values, means, strict=True)), "grad_norm": norm,
-                   "images_per_s": args.batch * world / (now - started), "memory_gb": peak_memory(device) or 0.0}
-            bar.set_postfix({k: f"{row[k]:.4g}" for k in ("loss", *values, "images_per_s", "memory_gb")}, refresh=False)
-            bar.update()
-            due = step % args.every == 0 or step == args.steps
-            if due:
-                row |= look()
-            if run:
-                run.note(row)
-            if due or stop:
-                save()
-            if due and args.knee and pairs:
-                knee_passed = from_first(lambda: past_knee(run, args.knee))
-            if stop or knee_passed:
-                break
-            started = time.perf_counter()
-        else:
-            if stop := signals.caught:
-                save()
-    if stop:
-        say(f"interrupted; step {step} is saved, `--name {args.name} --resume` goes on")
-        return 128 + (signals.caught or signal.SIGTERM)
-    say(f"{knee_passed or 'done'}: {args.run}/adapter.safetensors, step {step}")
+    trainer = Trainer(
+        args.run, adapter, loss, settings, options=options, steps=args.steps, every=args.every, lr=args.lr,
+        device=device, terms=terms, watched=WATCHED, weight_decay=WEIGHT_DECAY, clip=CLIP, ema=EMA, validate=look,
+        accumulate=args.accumulate, fp16=args.dtype == "fp16", samples=batch, export=export, watch="val_lpips",
+        patience=args.knee, resume=f"`--name {args.name} --resume` resumes")
+    if trainer.main:
+        introduce(args, model, data, adapter, terms, batch)
+    code = trainer.run(partial(training_batches, args, model, data))
+    if code or not trainer.main:
+        return code
+    if trainer.knee_step is not None:
+        copy_file(args.run / "checkpoints" / f"{trainer.knee_step:06d}.safetensors", args.run / "knee.safetensors")
+        print(f"stopped past the knee of validation LPIPS, step {trainer.knee_step} (knee.safetensors)")
+    print(f"{args.run}/adapter.safetensors, step {trainer.step}", verdict(trainer.rows), sep="; ")
     return 0
+
+
+def metadata(args, settings, data, terms, batch):
+    """What an adapter's file says of itself, {str: str}."""
+    names = ("lora_targets", "protocol", "timestep", "suffix", "lpips", "crop", "lr", "usm", "mild", "seed", "dtype")
+    about = {"base": args.model, "base_fingerprint": settings["the model"], "photos": len(data.photos),
+             "photos_sha256": settings["the photos"], "terms": " ".join(terms), "ema": EMA, "torch": torch.__version__,
+             "global_batch": batch, "tags": args.tags if args.tags in ("none", "ram", "dape") else "file"}
+    return {k: str(v) for k, v in (about | {k: settings[k] for k in names}).items()}
+
+
+def introduce(args, model, data, adapter, terms, batch):
+    """Print what is about to be trained."""
+    used = " and ".join(map(str, sorted({len(m.lora_A.weight) for m in lora_modules(model.dit).values()})))
+    low, high = PROTOCOLS[args.protocol][1]
+    print(f"{data.report}\n{args.model}: {sum(p.numel() for p in adapter.values()) / 1e6:.2f} M parameters (rank "
+          f"{used}, {args.lora_targets}), from {Path(args.init).name}; τ {args.timestep:g}, t {low} to {high}; losses "
+          f"{' '.join(terms)}, LPIPS {args.lpips}\n{batch} crops of {args.crop} a step; {args.dtype} on {args.device}; "
+          f"seed {args.seed}; torch {torch.__version__}; {len(set(data.prompts))} prompts; {args.run}", flush=True)
+
+
+def training_batches(args, model, data, first, signals):
+    """This rank's batches of the steps from `first` on."""
+    side, (rank, world) = args.crop // model.vae.factor, ranks()
+    pairs = Pairs(data.photos, data.prompts, args.crop, (model.dit.config["in_channels"], side, side),
+                  PROTOCOLS[args.protocol][1], args.seed, data.lq, args.usm, args.mild)
+    mine = ([(n * world + rank) * args.batch + i for i in range(args.batch)]
+            for n in range(first * args.accumulate, args.steps * args.accumulate))
+    loader = DataLoader(pairs, batch_sampler=mine, num_workers=args.workers, worker_init_fn=outlive_signals,
+                        pin_memory=args.device.type == "cuda")
+    return batches(loader, signals)
 
 
 # --- The command ---
 
-NOT_SETTINGS = ("run", "name", "device", "resume", "select")
-# options that a resumed run may change: none of them changes what a step computes
-CHANGEABLE = ("batch", "steps", "every", "workers", "checkpointing", "knee")  # batch × processes must stay the same
+# what a step computes depends on these; a resumed run may change the other options
+SETTINGS = ("data", "lq", "model", "crop", "lr", "rank", "init", "lora_targets", "protocol", "timestep", "tags",
+            "suffix", "lpips", "usm", "mild", "val", "dtype", "seed")
+NOT_OPTIONS = ("run", "name", "device", "resume", "select")
 
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1],
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = p.add_argument
-    add("--data", nargs="+", metavar="DIR", help="folders of photos, searched recursively")
-    add("--lq", metavar="DIR", help="real LR pictures of the same names, a quarter of the size")
+    add_data_options(p.add_argument_group("photos").add_argument)
+    add = p.add_argument_group("the run").add_argument
     add("--model", default="embedded", metavar="NAME|FOLDER", help="the prior, see `python -m weights`")
     add("--name", default="default", help="the run is kept in runs/NAME")
     add("--resume", action="store_true", help="go on with the run of that name, with its settings")
@@ -420,101 +279,64 @@ def parser():
     add("--steps", type=int, default=100_000)
     add("--every", type=int, default=1000, metavar="N", help="validate, draw samples and save every N steps")
     add("--batch", type=int, default=4, help="per process")
-    add("--crop", type=int, help="pixels (default: what the model was trained at, 512 for SANA-0.6B)")
+    add("--accumulate", type=int, default=1, metavar="N", help="batches a step: 8 on one card make the paper's 32")
+    add("--knee", type=int, default=0, metavar="N", help="stop N validations past the knee of validation LPIPS "
+        "(LinearSR's early stopping)")
+    add("--checkpointing", choices=["none", "decoder", "all"], default="none", help="less memory, more time: recompute "
+        "activations; all for cards of 24 GB")
+    add_device_options(add, workers=12)
+    add = p.add_argument_group("the method").add_argument
     add("--lr", type=float, default=5e-5)
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--rank", type=int, help="of the adapter; its scale is 1 (default: that of --init, else 64)")
-    add("--init", metavar="PATH", help="start from this adapter instead of from nothing: what it adapts keeps its rank")
+    add("--init", metavar="PATH|none", help="start from this adapter, whose projections keep their rank, or from "
+        "nothing (default: the model's own adapter, if it has one)")
     add("--lora-targets", choices=["attn", "attn+ffn"], help="(default: those of --init, else attn)")
     add("--protocol", choices=list(PROTOCOLS), default="hq", help="hq: τ 900, tags of x_H; lq: τ 999, tags of x_L")
     add("--timestep", type=float, metavar="N", help="another τ, in (0, 1000]")
-    add("--tags", metavar="none|ram|dape|FILE.csv", help="tags of the photos: none, by a tagger, or from the columns "
-        "image and tags of a file (default: ram; none for the bundled model)")
-    add("--suffix", metavar="appendix|main|none|TEXT", help="quality words after the tags (default: appendix)")
     add("--lpips", choices=["vgg", "alex"], help="network of the LPIPS loss (default: vgg; alex for the bundled model)")
-    for name in ("lpips", "align", "cons"):
+    for name in TERMS:
         add(f"--no-{name}", action="store_true", help="without this loss")
     add("--usm", action="store_true", help="sharpen x_H first, as Real-ESRGAN does")
     add("--mild", type=float, default=0.0, metavar="SHARE", help="of the pairs, 0 to 1: only blurred, resized and "
         "finely JPEG-coded, where the rest is degraded twice over (default 0)")
-    add("--val", type=int, default=8, metavar="N", help="validate on the first N of the photos that are held out (one "
-        "in 16, by the hash of the file); val_psnr in log.csv is over R, G, B, not over the luma as in eval.py")
-    add("--knee", type=int, default=0, metavar="N", help="stop N validations past the knee of validation LPIPS "
-        "(LinearSR's early stopping)")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bf16 on a GPU that has it, else fp32")
-    add("--checkpointing", action="store_true", help="less memory, more time: recompute activations")
-    add("--workers", type=int, default=12, help="loader processes, never more than there are cores")
-    add("--seed", type=int, default=0)
     return p
 
 
 def parse(argv=None):
-    """-> (arguments, state to resume or None). Raises UserError in one line for what does not fit."""
-    p, state = parser(), None
+    """The arguments, with the options of the run that --resume names as defaults. Raises UserError."""
+    p = parser()
     args = p.parse_args(argv)
-    args.run = Path("runs") / args.name  # an absolute path as the name gives that path
+    run = Path("runs") / args.name  # an absolute path as the name gives that path
     if args.resume:
-        state = load_run(args.run)
-        saved = {k: v for k, v in state["settings"].items() if hasattr(args, k)}
-        p.set_defaults(**saved)
+        state = open_state(run)
+        p.set_defaults(**{k: v for k, v in state["options"].items() if hasattr(args, k)})
         args = p.parse_args(argv)
-        args.run = Path("runs") / args.name
-    elif not args.select and (args.run / "state.pt").exists():
-        raise UserError(f"{args.run} holds a run: add --resume to go on, or choose another --name")
-    if args.data:
-        args.data = [str(Path(folder).resolve()) for folder in args.data]
-    elif not args.select:
+        for option in ("tags", "lpips"):  # what was unavailable when the run began stays away
+            if getattr(args, option) == state["options"][option]:
+                setattr(args, option, state["settings"][option])
+        args.lpips = None if args.lpips == "none" else args.lpips
+    elif not args.select and (run / "state.pt").exists():
+        raise UserError(f"{run} holds a run: add --resume to go on, or choose another --name")
+    if args.select and bool(args.lq) != bool(args.data):
+        p.error("--select takes other pairs by --lq DIR --data DIR, both of them")
+    if not args.data and not args.select:
         p.error("--data names the folders of photos")
-    for option in ("lq", "tags", "init"):
-        if getattr(args, option) not in (None, "none", "ram", "dape"):
-            setattr(args, option, str(Path(getattr(args, option)).resolve()))
-    if args.timestep is not None and not 0 < args.timestep <= 1000:
-        p.error(f"--timestep must lie in (0, 1000], not {args.timestep:g}")
-    if not 0 <= args.mild <= 1:
-        p.error(f"--mild must lie in [0, 1], not {args.mild:g}")
-    for option in ("steps", "every", "batch", "rank"):
-        if getattr(args, option) is not None and getattr(args, option) < 1:
-            p.error(f"--{option} must be positive, not {getattr(args, option)}")
-    args.device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
-    args.dtype = dtype_name(pick_dtype(args.dtype, args.device))
-    args.workers = workers(args.workers)
-    if args.seed < 0:
-        p.error(f"--seed must not be negative, not {args.seed}")
-    if state:
-        for option, value in state["settings"].get("asked", {}).items():
-            if getattr(args, option) == value:  # again; it may not have been to be had when the run began
-                setattr(args, option, saved[option])
-        changed = [k for k in saved if k not in CHANGEABLE and getattr(args, k) != saved[k]]
-        if changed:
-            raise UserError("--resume goes on with the settings of the run; different: " + ", ".join(
-                f"--{k.replace('_', '-')} {getattr(args, k)} (was {saved[k]})" for k in changed))
-    return args, state
+    check_ranges(p, args)
+    absolute(args)
+    resolve_device(args)
+    args.run = run
+    return args
 
 
 @command
 def main(argv=None):
-    args, state = parse(argv)
+    args = parse(argv)
     if args.select:
-        try:
-            return select(args)
-        except OSError as error:
-            raise UserError(f"{one_line(error)}")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if args.device.type == "cuda":
-            torch.cuda.set_device(args.device)
-        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo", timeout=timedelta(days=1))
-    try:
-        with claimed(args.run) if ranks()[0] == 0 else nullcontext():
-            if not state and (args.run / "state.pt").exists():
-                raise UserError(f"{args.run} holds a run that has just ended: add --resume, or choose another --name")
-            return train(args, state)
-    except KeyboardInterrupt:  # before the first step, which nothing else catches
-        print(f"interrupted; nothing of {args.run} is lost", file=sys.stderr)
-        return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        return select(args)
+    with process_group(args.device), claimed(args.run) if ranks()[0] == 0 else nullcontext():
+        if not args.resume and (args.run / "state.pt").exists():
+            raise UserError(f"{args.run} holds a run that has just ended: add --resume, or choose another --name")
+        return train(args)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from tqdm import tqdm
 import weights
 from photos.degrade import SCALE, degrade, enlarge, sharpen, to_image, to_tensor
 from photos.pictures import bicubic, one_line, picture_suffixes, png, read, reason, write_bytes
-from runs import UserError, write_csv
-from sanasr import clean_tags
+from runs import UserError, from_first, write_csv
+from sanasr import build_prompt, clean_tags
 
 # --- Finding photos ---
 
@@ -202,7 +202,7 @@ class Pairs(Dataset):
         low, high = self.t_range
         return {"x_L": enlarge(lr), "x_H": hr * 2 - 1, "t": np.float32(rng.integers(low, high, endpoint=True)),
                 "noise": rng.standard_normal(self.latent, dtype=np.float32),
-                "prompt": self.prompts[i], "name": self.photos[i].path}
+                "prompt": self.prompts[i], "name": self.photos[i].path, "shift": rng.integers(32, size=2)}
 
 
 def crop_pair(path, lq_path, left, top, crop):
@@ -328,3 +328,63 @@ def tagger_input(photo, lq_path, protocol):
         return bicubic(read(lq_path).rgb, SCALE)
     hr = to_tensor(image.crop((0, 0, image.width // SCALE * SCALE, image.height // SCALE * SCALE)))
     return bicubic(to_image(degrade(hr, int(photo.sha256[:16], 16))), SCALE)
+
+
+# --- All of that, as a training begins with it ---
+
+
+class TrainingData:
+    """Photos and their prompts, the held-out validation pairs and theirs.
+
+    photos, held: [Photo], to train on and held out; lq: {photo: its LR picture}; prompts: of the photos, with their
+    `tags`; pairs: [(name, LR image, HR image)], val_prompts: theirs, of x_L, as at test time; report: one line;
+    fingerprints: what a resumed run compares.
+    """
+
+    def __init__(self, args, folder, protocol="lq", min_side=0, val_folder=None, pairs_seed=None):
+        """args: those of `add_data_options`, with crop and suffix filled in. folder: keeps the scan and the tags.
+
+        Where the tagger's weights are unavailable, args.tags becomes none. With several ranks the first one looks.
+        """
+        def look():
+            photos, report = scan(args.data, max(args.crop, min_side), folder / "data.json", args.workers)
+            photos, held = split(photos)
+            lq = match_lq(photos + held, args.lq) if args.lq else {}
+            tags = photo_tags(args.tags, protocol, photos, lq, folder / "tags.csv")
+            seed = args.seed if pairs_seed is None else pairs_seed
+            pairs = validation_pairs(held[:args.val], lq, args.crop, seed, val_folder, getattr(args, "mild", 0.0))
+            names = [photo.path for photo in held[:args.val]]
+            val_tags = find_tags(args.tags, names, lambda i: bicubic(pairs[i][1])) if tags else None
+            report += f"; {len(held)} held out, {len(pairs)} for validation"
+            report += f"; {len(lq)} have real LR pictures" if lq else ""
+            return photos, held, lq, tags, pairs, val_tags, report
+        self.photos, self.held, self.lq, tags, self.pairs, val_tags, self.report = from_first(look)
+        if tags is None:  # the tagger's weights are unavailable
+            args.tags = "none"
+        self.tags = tags or [[] for _ in self.photos]
+        self.prompts = [build_prompt(line, args.suffix) for line in self.tags]
+        self.val_prompts = [build_prompt(line, args.suffix) for line in val_tags or [[]] * len(self.pairs)]
+        self.fingerprints = {
+            "the photos": digest(self.photos), "the tags": hash_of(self.prompts), "the LR pictures": hash_of(
+                [weights.sha256(Path(self.lq[p.path])) if p.path in self.lq else "" for p in self.photos])}
+
+
+def add_data_options(add):
+    """The options that `TrainingData` reads, by a parser's or group's `add_argument`."""
+    add("--data", nargs="+", metavar="DIR", help="folders of photos, searched recursively")
+    add("--lq", metavar="DIR", help="real LR pictures of the same names, a quarter of the size")
+    add("--crop", type=int, help="pixels (default: what the model was trained at, 512 for SANA-0.6B)")
+    add("--tags", metavar="none|ram|dape|FILE.csv", help="of the photos: none, by a tagger, or from the columns image "
+        "and tags of a file (default: ram; none for the bundled model)")
+    add("--suffix", metavar="appendix|main|none|TEXT", help="quality words after the tags (default: the adapter's, "
+        "else appendix)")
+    add("--val", type=int, default=8, metavar="N", help="validate on the first N of the photos that are held out: one "
+        "in 16, by the hash of the file")
+
+
+def absolute(args):
+    """Make the paths among the data options absolute: a resumed run may start elsewhere."""
+    args.data = args.data and [str(Path(folder).resolve()) for folder in args.data]
+    for option in ("lq", "tags", "init"):
+        if getattr(args, option, None) not in (None, "none", "ram", "dape"):
+            setattr(args, option, str(Path(getattr(args, option)).resolve()))

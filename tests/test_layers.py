@@ -17,7 +17,7 @@ LAYERS = [  # each module may import, at the top or within a function, what stan
     ["fast", "photos.pairs", "metrics.perceptual", "metrics.iqa"],
     ["metrics.classic"],
     ["metrics"],
-    ["metrics.score", "objective"],
+    ["metrics.score", "objective", "trainer"],
     ["metrics.report", "lab", "lab.profile", "lab.stability"],
     ["eval", "train", "linearsr.train"],
     ["prune", "lab.bench", "kernels.bench", "weights.__main__", "examples.comparison"],
@@ -60,7 +60,7 @@ def test_imports_are_found(tmp_path):
     assert imports("x", tmp_path / "x.py", modules()) == {"eval", "metrics", "metrics.score", "metrics.report"}
 
 
-@pytest.mark.parametrize("name", ["sanasr", "runs", "photos.pairs", "objective", "fast", "eval", "train", "prune",
+@pytest.mark.parametrize("name", ["sanasr", "runs", "photos.pairs", "objective", "trainer", "fast", "eval", "train", "prune",
                                   "linearsr.train"])
 def test_importing_has_no_side_effect(name, tmp_path):
     """Nothing is printed or written, no thread count, seed, signal handler or allocator setting changes."""
