@@ -4,6 +4,7 @@
     torchrun --nproc_per_node 8 train.py --data ./hq --model sana-600m-512 --name official --checkpointing all
     python train.py --name official --resume                              # after a stop or a kill
     python train.py --name official --select musiq                        # ranks its checkpoints, copies the best
+    python train.py --learn autoencoder --data ./hq                       # see autoencoder.py
 
     x_H ── crop, flip ─► degrade ─► x_L           z_L = s·E(x_L), z_H = s·E(x_H)         DC-AE, frozen
     ẑ = z_L − σ_τ·f_θ(z_L, τ, c, m)               f_θ: frozen LinearDiT + LoRA, all that is trained
@@ -26,6 +27,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import autoencoder
 from fast import load_model
 from metrics import LPIPS, METRICS
 from metrics.score import evaluate, folder_pairs, mean
@@ -171,7 +173,7 @@ def train(args):
     """The whole run, as the module's docstring says. Returns the exit code."""
     torch.backends.cudnn.deterministic = True  # a resumed run repeats the uninterrupted one bit for bit on a CPU
     device, world = args.device, ranks()[1]
-    options, batch = {k: v for k, v in vars(args).items() if k not in NOT_OPTIONS}, args.batch * args.accumulate * world
+    batch = args.batch * args.accumulate * world
 
     # the networks, of which only the adapter learns
     model = load_model(args.model, device, DTYPES[args.dtype], adapter=False)
@@ -211,7 +213,7 @@ def train(args):
             save_lora(model.dit, path, about | {"step": str(step)}, averaged)
 
     trainer = Trainer(
-        args.run, adapter, loss, settings, options=options, steps=args.steps, every=args.every, lr=args.lr,
+        args.run, adapter, loss, settings, options=args.options, steps=args.steps, every=args.every, lr=args.lr,
         device=device, terms=terms, watched=WATCHED, weight_decay=WEIGHT_DECAY, clip=CLIP, ema=EMA, validate=look,
         accumulate=args.accumulate, fp16=args.dtype == "fp16", samples=batch, export=export, watch="val_lpips",
         patience=args.knee, resume=f"`--name {args.name} --resume` resumes")
@@ -271,6 +273,7 @@ def parser():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_options(p.add_argument_group("photos").add_argument)
     add = p.add_argument_group("the run").add_argument
+    add("--learn", choices=["adapter", "autoencoder"], default="adapter", help="what is trained")
     add("--model", default="embedded", metavar="NAME|FOLDER", help="the prior, see `python -m weights`")
     add("--name", default="default", help="the run is kept in runs/NAME")
     add("--resume", action="store_true", help="go on with the run of that name, with its settings")
@@ -278,7 +281,7 @@ def parser():
         "eval.py, copy the best to best.safetensors")
     add("--steps", type=int, default=100_000)
     add("--every", type=int, default=1000, metavar="N", help="validate, draw samples and save every N steps")
-    add("--batch", type=int, default=4, help="per process")
+    add("--batch", type=int, help="per process (default: 4, autoencoder 8)")
     add("--accumulate", type=int, default=1, metavar="N", help="batches a step: 8 on one card make the paper's 32")
     add("--knee", type=int, default=0, metavar="N", help="stop N validations past the knee of validation LPIPS "
         "(LinearSR's early stopping)")
@@ -286,7 +289,7 @@ def parser():
         "activations; all for cards of 24 GB")
     add_device_options(add, workers=12)
     add = p.add_argument_group("the method").add_argument
-    add("--lr", type=float, default=5e-5)
+    add("--lr", type=float, help="(default: 5e-5, autoencoder 3e-4)")
     add("--rank", type=int, help="of the adapter; its scale is 1 (default: that of --init, else 64)")
     add("--init", metavar="PATH|none", help="start from this adapter, whose projections keep their rank, or from "
         "nothing (default: the model's own adapter, if it has one)")
@@ -299,6 +302,11 @@ def parser():
     add("--usm", action="store_true", help="sharpen x_H first, as Real-ESRGAN does")
     add("--mild", type=float, default=0.0, metavar="SHARE", help="of the pairs, 0 to 1: only blurred, resized and "
         "finely JPEG-coded, where the rest is degraded twice over (default 0)")
+    add = p.add_argument_group("--learn autoencoder: E and D end to end; --init names a vae folder").add_argument
+    add("--teacher", metavar="DIR", help="pictures that a restorer made of runs/pairs/KEY/lr, of the same names")
+    add("--pairs", type=int, default=20_000, metavar="N", help="pairs to make ahead of time, 0.2 MB each")
+    add("--perceptual", type=float, default=0.25, metavar="W", help="weight of LPIPS (default 0.25)")
+    add("--critic", type=float, default=0.0, metavar="W", help="weight of a critic's verdict, which takes VGG16 (0.1)")
     return p
 
 
@@ -311,7 +319,7 @@ def parse(argv=None):
         state = open_state(run)
         p.set_defaults(**{k: v for k, v in state["options"].items() if hasattr(args, k)})
         args = p.parse_args(argv)
-        for option in ("tags", "lpips"):  # what was unavailable when the run began stays away
+        for option in {"tags", "lpips"} & {*state["settings"]}:  # what was unavailable when the run began stays away
             if getattr(args, option) == state["options"][option]:
                 setattr(args, option, state["settings"][option])
         args.lpips = None if args.lpips == "none" else args.lpips
@@ -321,8 +329,11 @@ def parse(argv=None):
         p.error("--select takes other pairs by --lq DIR --data DIR, both of them")
     if not args.data and not args.select:
         p.error("--data names the folders of photos")
+    default = {"adapter": (4, 5e-5), "autoencoder": (8, 3e-4)}[args.learn]
+    args.batch, args.lr = args.batch or default[0], default[1] if args.lr is None else args.lr
     check_ranges(p, args)
     absolute(args)
+    args.options = {k: v for k, v in vars(args).items() if k not in NOT_OPTIONS}
     resolve_device(args)
     args.run = run
     return args
@@ -336,7 +347,7 @@ def main(argv=None):
     with process_group(args.device), claimed(args.run) if ranks()[0] == 0 else nullcontext():
         if not args.resume and (args.run / "state.pt").exists():
             raise UserError(f"{args.run} holds a run that has just ended: add --resume, or choose another --name")
-        return train(args)
+        return autoencoder.train(args) if args.learn == "autoencoder" else train(args)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,13 @@ LAYERS = [  # each module may import, at the top or within a function, what stan
     ["fast", "photos.pairs", "metrics.perceptual", "metrics.iqa"],
     ["metrics.classic"],
     ["metrics"],
-    ["metrics.score", "objective", "trainer"],
+    ["metrics.score", "objective", "trainer", "photos.kinds"],
+    ["autoencoder"],
     ["metrics.report", "lab", "lab.profile", "lab.stability"],
     ["eval", "train", "linearsr.train"],
     ["prune", "lab.bench", "kernels.bench", "weights.__main__", "examples.comparison"],
     ["lab.pretrain", "lab.ablation", "lab.gpu", "lab.fault_inputs"],
-    ["lab.finish", "lab.linearsr"],
+    ["lab.linearsr"],
     ["lab.faults"],
 ]
 PLACE = {name: i for i, names in enumerate(LAYERS) for name in names}

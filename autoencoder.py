@@ -1,0 +1,242 @@
+"""Trains the autoencoder to restore: encoder and decoder end to end on degraded photos, one encoder for all.
+
+    python train.py --learn autoencoder --data ./hq --name pixels --steps 4000 --perceptual 0
+    python train.py --learn autoencoder --data ./hq --name sharp --init runs/pixels/vae --teacher DIR --steps 20000
+    python train.py --learn autoencoder --data ./hq --name texture --init runs/sharp/vae --teacher DIR --critic 0.1
+
+    x_H ── one of four kinds (photos/kinds.py) ─► x_L;     x̂ = D(E(x_L)) ─► x_H, or the teacher's picture of x_L
+    one view in eight is clean: D(E(x_H)) ─► x_H
+    L = L1 + w·LPIPS (AlexNet, shifted) + critic·doubt(x̂, x_H)
+
+The paper's introduction asks for a degradation-aware autoencoder; its §3.1 takes SANA's as it is. The official weights
+stay as they are; the bundled model's were trained by this. The order matters: pixels until structure stands, then the
+pictures of a teacher, a function of x_L where x_H is one of many answers, then texture by a critic. The teacher is any
+restorer that was run over runs/pairs/KEY/lr and wrote pictures of the same names. What has no picture there learns x_H.
+Leaves in runs/NAME: vae/ (EMA weights, an official folder), samples/, log.csv, curves.png, state.pt (--resume).
+"""
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.data import DataLoader, Dataset
+
+import weights
+from metrics import DISTS, LPIPS
+from metrics.perceptual import VGG16
+from photos.degrade import SCALE, enlarge, to_image, to_tensor
+from photos.kinds import KINDS, PAIRS_VERSION, SIDE, write_pairs
+from photos.pairs import digest, scan, split
+from photos.pictures import read
+from runs import DTYPES, UserError, batches, outlive_signals, ranks
+from sanasr import DCAE, save_module
+from trainer import Trainer, holding
+
+WINDOW = 224            # pixels of a view: it begins at any phase of the 32-pixel grid
+ALIGNED = 0.3           # share of views that begin where the picture does, as the blocks of a JPEG do
+TAUGHT = 0.4            # of --perceptual, where the target is a teacher's picture: it is sharp by itself
+WARMUP, DECAY, EMA = 50, 0.25, 0.998
+VAL = 64                # held-out pairs, as many of each kind
+
+# --- Views of the pairs ---
+
+
+class Views(Dataset):
+    """View n of the endless stream: x_L and its target, 3,WINDOW,WINDOW in [-1, 1], a function of (seed, n)."""
+
+    def __init__(self, folder, names, teacher, seed, clean, real=False):
+        self.folder, self.names, self.seed, self.clean, self.real = Path(folder), names, seed, clean, real
+        self.teacher = Path(teacher) if teacher else None
+
+    def __getitem__(self, n):
+        rng = np.random.default_rng((self.seed, 1, n))
+        name = self.names[int(rng.integers(len(self.names)))]
+        clean = rng.random() < self.clean
+        taught = not clean and self.teacher is not None and (self.teacher / name).is_file()
+        left, top = (0, 0) if rng.random() < ALIGNED else rng.integers((SIDE - WINDOW) // SCALE + 1, size=2).tolist()
+        turn, flip = int(rng.integers(4)), rng.random() < 0.5
+
+        def view(path, scale=SCALE):
+            box = [scale * v for v in (left, top, left + WINDOW // SCALE, top + WINDOW // SCALE)]
+            image = read(path).rgb.crop(box)
+            x = (enlarge(image) if scale == 1 else to_tensor(image) * 2 - 1).rot90(turn, (1, 2))
+            return (x.flip(2) if flip else x).contiguous()
+        x_h = view((self.teacher if taught else self.folder / "hr") / name)
+        sample = {"x_H": x_h, "x_L": x_h if clean else view(self.folder / "lr" / name, 1), "name": name,
+                  "taught": np.float32(taught), "shift": rng.integers(32, size=2)}
+        return sample | ({"real": view(self.folder / "hr" / name) if taught else x_h} if self.real else {})
+
+
+# --- The critic ---
+
+
+class Critic(nn.Module):
+    """Judges VGG16's features of the first three stages: from each a map of verdicts, B,h,w, high where a picture is
+    like x_H.
+
+    A critic of pixels learns next to nothing from small batches; on features of a trained network it does
+    (Sauer et al., "Projected GANs Converge Faster", NeurIPS 2021).
+
+    Features have norm √C at every position, as in LPIPS, so that it sees faint patterns on flat walls, too.
+    """
+
+    STAGES, SIDE = 3, 128  # pixels of the crops that it sees
+
+    def __init__(self, width=48):
+        super().__init__()
+        self.heads = nn.ModuleList()
+        for c in VGG16.channels[:self.STAGES]:
+            layers = [nn.Conv2d(c, width, 1), nn.Conv2d(width, width, 3, 1, 1), nn.Conv2d(width, 1, 1)]
+            layers = [m for conv in layers for m in (spectral_norm(conv), nn.LeakyReLU(0.2))]
+            self.heads.append(nn.Sequential(*layers[:-1]))
+
+    def forward(self, taps):
+        """taps: VGG16's features of pictures of at least 8 pixels per side."""
+        return [head(F.normalize(tap, dim=1, eps=1e-3) * tap.shape[1] ** 0.5)[:, 0]
+                for head, tap in zip(self.heads, taps, strict=True)]
+
+
+def features(device):
+    """x: B,3,H,W in [-1, 1] -> the features that `Critic` judges. Raises weights.Unavailable."""
+    net = DISTS.from_pretrained().to(device)
+    net.net.stages = net.net.stages[:Critic.STAGES]
+    return lambda x: net.taps(x / 2 + 0.5)[1:]
+
+
+def doubt(worse, better):
+    """Σ of the heads, softplus(worse − better): scalar. Judged in pairs, since of one view x̂ and x_H differ in little
+    else but what restoring has missed (Jolicoeur-Martineau, "The Relativistic Discriminator", ICLR 2019)."""
+    return sum(F.softplus(a - b).mean() for a, b in zip(worse, better, strict=True))
+
+
+def repeated(error, period=8, cells=4):
+    """The norm of what of an error: B,C,H,W repeats from cell to cell, in windows of 4×4 cells of 8×8 pixels, the mean
+    over windows. D upsamples by sub-pixels, and a critic of features likes what is sharp: without this loss it had D
+    lay a lattice of dots, 4 pixels apart, over flat areas."""
+    cell = F.avg_pool2d(F.pixel_unshuffle(error, period), cells, 1).unflatten(1, (-1, period * period))
+    return ((cell - cell.mean(2, keepdim=True)).square().mean((1, 2)) + 2.5e-6).sqrt().mean()
+
+
+# --- The training ---
+
+
+class Restoration:
+    """The loss of a batch: {"loss", "l1", "lpips", "critic", "judged"}, those that have a weight."""
+
+    def __init__(self, args, net):
+        self.args, self.net = args, net
+        self.lpips = LPIPS.from_pretrained("alex").to(args.device) if args.perceptual else None
+        self.critic = Critic().to(args.device) if args.critic else None
+        self.features = features(args.device) if args.critic else None
+
+    def restore(self, x):
+        with torch.autocast(self.args.device.type, DTYPES[self.args.dtype], self.args.dtype != "fp32"):
+            return self.net.decode(self.net.encode(x)).float()
+
+    def __call__(self, batch):
+        batch = {k: v.to(self.args.device) for k, v in batch.items() if torch.is_tensor(v)}
+        y, x_h = self.restore(batch["x_L"]), batch["x_H"]
+        leaf = y.detach().requires_grad_()  # the critic must not learn from what moves D
+        terms = {"l1": (leaf - x_h).abs().mean()}
+        weighted = terms["l1"]
+        if self.lpips:
+            top, left = batch["shift"][0].tolist()
+            shares = self.args.perceptual * (1 - (1 - TAUGHT) * batch["taught"])
+            distances = self.lpips(leaf[:, :, top:, left:].clamp(-1, 1), x_h[:, :, top:, left:])
+            terms["lpips"], weighted = distances.mean(), weighted + (shares * distances).mean()
+        judged = 0
+        if self.critic:
+            top, left = (batch["shift"][0] * (WINDOW - Critic.SIDE) // 31).tolist()
+            crop, real = (x[:, :, top:top + Critic.SIDE, left:left + Critic.SIDE] for x in (leaf, batch["real"]))
+            fake, real = self.features(crop), self.features(real)
+            true = self.critic(real)
+            terms["critic"] = doubt([v.detach() for v in true], self.critic(fake))
+            weighted = weighted + self.args.critic * terms["critic"] + 0.3 * repeated(leaf - x_h)
+            terms["judged"] = judged = doubt(self.critic([v.detach() for v in fake]), true)
+        gradient, = torch.autograd.grad(weighted, leaf)
+        loss = (y * gradient).sum() + judged
+        return {"loss": loss + (weighted - loss).detach()} | terms  # the value is the weighted sum, the gradient loss's
+
+
+@torch.no_grad()
+def validate(restore, pairs, lpips, device):
+    """({column: score}, a grid x_L | x̂ | x_H of two of each kind); pairs: [(kind, lr, hr)]. val_clean: of D(E(x_H))."""
+    scores, rows = {}, []
+    for kind, lr, hr in pairs:
+        x_l, x_h = (x[None].to(device) for x in (enlarge(lr), to_tensor(hr) * 2 - 1))
+        x = ((restore(x_l).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+        scores.setdefault(f"val_{kind}", []).append(lpips(x, x_h).item())
+        scores.setdefault("val_psnr", []).append(-10 * ((x - x_h).square().mean() / 4).log10().item())
+        if len(scores[f"val_{kind}"]) <= 2:
+            rows.append(torch.cat([x_l, x, x_h], 3)[0].cpu() / 2 + 0.5)
+        if kind == "soft":
+            scores.setdefault("val_clean", []).append(lpips(restore(x_h).clamp(-1, 1), x_h).item())
+    means = {name: sum(values) / len(values) for name, values in scores.items()}
+    means["val_lpips"] = sum(means[f"val_{kind}"] for kind in KINDS) / len(KINDS)
+    return means, to_image(torch.cat(rows, 1))
+
+
+def prepare_pairs(args):
+    """(folder of the pairs, names to train on, held-out pairs [(kind, lr, hr)]); made where they are missing."""
+    photos, report = scan(args.data, SIDE, args.run / "data.json", args.workers)
+    photos, held = split(photos)
+    if not held:
+        raise UserError("--data: at least two photos are needed, one of them to be held out")
+    key = hashlib.sha256(json.dumps([digest(photos), digest(held), PAIRS_VERSION]).encode()).hexdigest()[:12]
+    folder = Path("runs") / "pairs" / key
+    names = write_pairs(folder, photos, args.pairs, 0, args.workers)
+    even = dict.fromkeys(KINDS, 1 / len(KINDS))
+    val = write_pairs(folder / "val", held, VAL, 1, args.workers, even)
+    print(f"{report}; {len(held)} held out; {len(names)} pairs in {folder}", flush=True)
+    pairs = [(name.split("_")[1][:-4], *(read(folder / "val" / part / name).rgb for part in ("lr", "hr")))
+             for name in val]
+    return folder, names, pairs
+
+
+def train(args):
+    """The whole run, as the module's docstring says. Returns the exit code."""
+    device, rank, world = args.device, *ranks()
+    torch.manual_seed(args.seed)
+    net = DCAE.from_pretrained(args.init or weights.folder(args.model) / "vae", torch.float32, device)
+    net.train().requires_grad_(True).to(memory_format=torch.channels_last)
+    loss, judge = Restoration(args, net), LPIPS.from_pretrained("alex").to(device)
+    folder, names, pairs = prepare_pairs(args)
+    parameters = dict(net.named_parameters())
+    if loss.critic:
+        parameters |= {f"critic.{key}": p for key, p in loss.critic.named_parameters()}
+    settings = {key: getattr(args, key) for key in SETTINGS} | {
+        "the pairs": folder.name, "the constants": [WINDOW, ALIGNED, TAUGHT, WARMUP, DECAY, EMA],
+        "--batch times the processes": args.batch * world}
+
+    def look():
+        net.eval()
+        scores, grid = validate(loss.restore, pairs, judge, device)
+        net.train()
+        trainer.picture(f"samples/{trainer.step:06d}.png", grid)
+        return scores
+
+    def export(step, averaged):
+        with holding(net.parameters(), [averaged[key] for key, _ in net.named_parameters()]):
+            save_module(net, args.run / "vae", torch.float16)
+
+    def training_batches(first, signals):
+        views = Views(folder, names, args.teacher, args.seed, 1 / 8, real=bool(args.critic))
+        mine = ([(n * world + rank) * args.batch + i for i in range(args.batch)] for n in range(first, args.steps))
+        return batches(DataLoader(views, batch_sampler=mine, num_workers=args.workers,
+                                  worker_init_fn=outlive_signals), signals)
+
+    watched = ["val_lpips", *(f"val_{kind}" for kind in KINDS), "val_clean", "val_psnr"]
+    terms = ["l1"] + ["lpips"] * bool(args.perceptual) + ["critic", "judged"] * bool(args.critic)
+    trainer = Trainer(args.run, parameters, loss, settings, options=args.options, steps=args.steps, every=args.every,
+                      lr=args.lr, device=device, samples=args.batch * world, terms=terms, watched=watched,
+                      warmup=WARMUP, decay=DECAY, betas=(0.9, 0.99), weight_decay=0.0, ema=EMA, validate=look,
+                      export=export, resume=f"`--name {args.name} --resume` resumes")
+    return trainer.run(training_batches)
+
+
+# what a step computes depends on these
+SETTINGS = ("data", "init", "model", "teacher", "pairs", "perceptual", "critic", "lr", "dtype", "seed")

@@ -1,0 +1,106 @@
+"""The autoencoder's training: its pairs, its views, its loss, and a run of the tiny model that resumes."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import autoencoder
+import train
+from photos import kinds
+from photos.degrade import enlarge, to_tensor
+from sanasr import DCAE
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Three photos of 288 pixels, smooth and with edges."""
+    folder = tmp_path_factory.mktemp("hq")
+    for i in range(3):
+        rgb = np.random.default_rng(i).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+        Image.fromarray(rgb).resize((288, 288), Image.NEAREST if i else Image.BICUBIC).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("kind", kinds.KINDS)
+def test_pairs_of_every_kind_are_of_one_place(kind, photos):
+    image = Image.open(photos / "0.png")
+    for seed in range(3):
+        hr, lr = kinds.make_pair(image, kind, np.random.default_rng(seed))
+        assert hr.size == (256, 256) and lr.size == (64, 64)
+        error = (enlarge(lr) - (to_tensor(hr) * 2 - 1)).abs().mean()
+        assert error < (0.25 if kind == "strong" else 0.08), "neither shifted nor of another place"
+        again = kinds.make_pair(image, kind, np.random.default_rng(seed))
+        assert (hr.tobytes(), lr.tobytes()) == tuple(x.tobytes() for x in again)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, photos, tiny_model):
+    """run(name, options…) trains the tiny model's autoencoder and returns the run's folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(autoencoder, "VAL", 8)
+
+    def start(name, *options):
+        argv = ["--learn", "autoencoder", "--data", photos, "--model", tiny_model, "--name", name, "--pairs", 12,
+                "--batch", 2, "--workers", 0, "--every", 2, *options]
+        assert train.main([str(a) for a in argv]) == 0
+        return tmp_path / "runs" / name
+    return start
+
+
+def test_views_take_what_the_teacher_made(run, tmp_path):
+    run("r", "--steps", 1)
+    folder = next((tmp_path / "runs" / "pairs").iterdir())
+    names = sorted(p.name for p in (folder / "lr").iterdir())
+    assert len(names) == 12
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    for name in names[:6]:
+        Image.new("RGB", (256, 256), (255, 0, 0)).save(teacher / name)
+    views = autoencoder.Views(folder, names, teacher, 0, 1 / 8, real=True)
+    red = torch.tensor([1.0, -1.0, -1.0])[:, None, None].expand(3, 224, 224)
+    seen = [views[n] for n in range(40)]
+    for view in seen:
+        clean = torch.equal(view["x_L"], view["x_H"])
+        assert bool(view["taught"]) == torch.equal(view["x_H"], red) == (not clean and view["name"] in names[:6])
+        assert not torch.equal(view["real"], red), "the critic's real pictures are photos"
+    assert 0 < sum(torch.equal(v["x_L"], v["x_H"]) for v in seen) < 15
+    assert torch.equal(views[7]["x_L"], seen[7]["x_L"])
+
+
+def test_training_lowers_the_loss_and_resumes(run, tmp_path):
+    whole = run("whole", "--steps", 8, "--lr", "2e-3")
+    rows = [line.split(",") for line in (whole / "log.csv").read_text().split()]
+    column = rows[0].index("val_psnr")
+    assert float(rows[-1][column]) > float(rows[1][column]), "on held-out pairs, after eight steps from seeded weights"
+    run("again", "--steps", 8, "--lr", "2e-3")
+    part = tmp_path / "runs" / "again" / "vae" / "diffusion_pytorch_model.safetensors"
+    a, b = load_file(whole / "vae" / "diffusion_pytorch_model.safetensors"), load_file(part)
+    assert all(torch.equal(a[k], b[k]) for k in a), "the same output for the same seed"
+    assert DCAE.from_pretrained(whole / "vae").encode(torch.zeros(1, 3, 64, 64)).shape == (1, 8, 2, 2)
+    assert train.main(["--name", "whole", "--resume", "--steps", "10"]) == 0
+    with pytest.raises(SystemExit, match=r"--perceptual 0.5 \(was 0.25\)"):
+        train.main(["--name", "whole", "--resume", "--perceptual", "0.5"])
+
+
+def test_the_critic_sees_what_is_real(monkeypatch):
+    """Its verdicts part noise from flat pictures within some steps, and its gradient does not reach what it judges."""
+    torch.manual_seed(0)
+    critic = autoencoder.Critic()
+    taps = [[torch.randn(2, c, 8, 8).relu() + offset for c in (64, 128, 256)] for offset in (0.0, 1.0)]
+    optimizer = torch.optim.Adam(critic.parameters(), 1e-3)
+    values = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = autoencoder.doubt(critic(taps[0]), critic(taps[1]))
+        loss.backward()
+        optimizer.step()
+        values.append(loss.item())
+    assert values[-1] < 0.5 * values[0]
+
+
+def test_repeated_sees_a_lattice():
+    noise = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 0.1
+    dots = noise.clone()
+    dots[:, :, ::8, ::8] += 0.5
+    assert autoencoder.repeated(dots) > 2 * autoencoder.repeated(noise)
