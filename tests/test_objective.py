@@ -127,9 +127,8 @@ def test_lpips_in_bfloat16_judges_alike():
     assert torch.cosine_similarity(*gradients, dim=0) > 0.98
 
 
-def without_vgg(monkeypatch):
-    """VGG16's weights are unavailable here. Returns the networks that are loaded from now on."""
-    load, asked = metrics.LPIPS.from_pretrained, []
+def test_without_vgg16_alexnet_judges_shifted_pictures_on_all_ranks_and_one_line_says_so(monkeypatch, capsys):
+    load, asked, sent = metrics.LPIPS.from_pretrained, [], []
 
     def from_pretrained(net):
         asked.append(net)
@@ -137,29 +136,17 @@ def without_vgg(monkeypatch):
             raise weights.Unavailable("VGG16 is\nnot on this machine")
         return load(net)
     monkeypatch.setattr(objective.LPIPS, "from_pretrained", from_pretrained)
-    return asked
-
-
-def test_without_vgg16_alexnet_judges_shifted_pictures_and_one_line_says_so(monkeypatch, capsys):
-    without_vgg(monkeypatch)
-    judge, net = objective.load_lpips("vgg", CPU, torch.float32)
-    assert net == "alex"
+    for rank in (0, 1):
+        monkeypatch.setattr(objective, "ranks", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(objective, "from_first", lambda make: (sent or sent.append(make()) or sent)[0])
+        judge, net = objective.load_lpips("vgg", CPU, torch.float32)
+        assert net == "alex"
+        (x, y), own = pictures(), load("alex")
+        for top, left in ((0, 0), (5, 31)):
+            got = judge(x, y, {"shift": torch.tensor([[top, left], [9, 9]])})  # the first sample's shift holds for all
+            assert torch.equal(got, own(x[:, :, top:, left:], y[:, :, top:, left:]))
+    assert sent == ["alex"] and asked == ["vgg", "alex", "alex"], "only the first rank tries VGG16"
     assert capsys.readouterr().err == "note: the LPIPS loss uses AlexNet: VGG16 is not on this machine\n"
-    (x, y), own = pictures(), metrics.LPIPS.from_pretrained("alex")
-    for top, left in ((0, 0), (5, 31)):
-        got = judge(x, y, {"shift": torch.tensor([[top, left], [9, 9]])})  # the first sample's shift holds for all
-        assert torch.equal(got, own(x[:, :, top:, left:], y[:, :, top:, left:]))
-
-
-def test_the_first_rank_decides_which_lpips_all_use(monkeypatch):
-    asked = without_vgg(monkeypatch)
-    monkeypatch.setattr(objective, "ranks", lambda: (1, 2))
-    monkeypatch.setattr(objective, "from_first", lambda make: "alex")
-    assert objective.load_lpips("vgg", CPU, torch.float32)[1] == "alex" and asked == ["alex"], "not a try of its own"
-    sent = []
-    monkeypatch.setattr(objective, "ranks", lambda: (0, 2))
-    monkeypatch.setattr(objective, "from_first", lambda make: sent.append(make()) or sent[0])
-    assert objective.load_lpips("vgg", CPU, torch.float32)[1] == "alex" and sent == ["alex"]
 
 
 # --- the lattice ---

@@ -114,7 +114,12 @@ def trained(folder):
 
 # --- what a run leaves ---
 
-def test_a_run_leaves_what_it_promises(here, line, tiny_model):
+def trained_on(photos, folder):
+    """The photos below a folder that are not held out."""
+    return pairs.split(pairs.scan([photos], 96, folder / "again.json", 1)[0])[0]
+
+
+def test_a_run_leaves_what_it_promises(here, line, photos, tiny_model):
     (here / "tags.csv").write_text("image,tags\na.png,tree\n")
     argv = line("r", "--tags", "tags.csv", "--batch", 2, "--workers", 1, "--val", 2, "--every", 2, "--lpips", "alex",
                 "--rank", 4, "--lora-targets", "attn+ffn", "--suffix", "none")
@@ -127,7 +132,8 @@ def test_a_run_leaves_what_it_promises(here, line, tiny_model):
     keys = load_file(folder / "adapter.safetensors").keys()
     assert ranks == {4} and len(keys) == 2 * 2 * (4 + 4 + 2) and any("ff.conv_point" in k for k in keys)
     want = {"rank": "4", "alpha": "4", "lora_targets": "attn+ffn", "protocol": "hq", "timestep": "900.0", "step": "3",
-            "lpips": "alex", "suffix": "none", "tags": "file", "photos": "4", "terms": "mse lpips align cons"}
+            "lpips": "alex", "suffix": "none", "tags": "file", "photos": "4", "terms": "mse lpips align cons",
+            "photos_sha256": pairs.digest(trained_on(photos, here))}
     assert want.items() <= metadata.items()
     assert (folder / "log.csv").read_text().splitlines()[0] == \
         "step,loss,mse,lpips,align,cons,grad_norm,val_lpips,val_psnr,val_lattice,samples_per_s,memory_gb"
@@ -162,11 +168,13 @@ def test_ema_starts_fast_and_optimiser_is_the_papers(run):
         assert torch.allclose(second[key], decay * first[key] + (1 - decay) * master, atol=1e-9) and master.any()
 
 
-def test_switches_take_losses_away(run, on_loss):
-    seen = []
-    on_loss(None, lambda values, batch, tau: seen.append((sorted(values), *batch["t"].tolist(), tau)))
+def test_switches_take_losses_away(here, run, photos, on_loss):
+    seen, names = [], set()
+    on_loss(None, lambda values, batch, tau: names.update(batch["name"]) or seen.append(
+        (sorted(values), *batch["t"].tolist(), tau)))
     folder = run("r", "--steps", 12, "--no-align", "--no-cons", "--timestep", 950, "--protocol", "lq")
-    assert all(names == ["loss", "mse"] and 20 <= t <= 980 and tau == 950 for names, t, tau in seen)
+    assert names == {p.path for p in trained_on(photos, here)}, "--val 0 holds out as much"
+    assert all(terms == ["loss", "mse"] and 20 <= t <= 980 and tau == 950 for terms, t, tau in seen)
     assert any(not 70 <= t <= 650 for _, t, _ in seen), "the lq protocol's range"
     rows = read_log(folder / "log.csv")[1:]
     assert all(row["loss"] == row["mse"] > 0 and not row.keys() & {"lpips", "align", "cons"} for row in rows)
@@ -181,16 +189,6 @@ def test_usm_sharpens_the_pictures_that_are_learned(run, on_loss):
     plain, sharp = (batch["x_H"][0] / 2 + 0.5 for batch in seen)
     assert seen[0]["name"] == seen[1]["name"] and (plain - sharp).abs().max() > 0.01
     assert torch.allclose(sharp, sharpen(plain), atol=1e-4)
-
-
-@pytest.mark.parametrize("val", [0, 1, 8])
-def test_whatever_val_says_held_out_photos_are_not_trained_on(run, photos, monkeypatch, val):
-    seen = []
-    monkeypatch.setattr(train, "Pairs", lambda p, *rest: seen.append(p) or pairs.Pairs(p, *rest))
-    folder = run("r", "--steps", 1, "--val", val)
-    _, held = pairs.split(pairs.scan([photos], 96, folder / "data.json", 1)[0])
-    assert not {p.sha256 for p in held} & {p.sha256 for p in seen[0]} and len(held) == 1
-    assert len(list(folder.glob("val/hr/*"))) == min(val, 1)
 
 
 # --- where it starts ---
@@ -257,24 +255,15 @@ def test_killed_and_resumed_equals_uninterrupted(here, run, line):
     assert [row["step"] for row in read_log(killed / "log.csv")] == list(range(21)), "the log has no step twice"
 
 
-def test_sigterm_within_an_accumulated_step_saves_and_resume_goes_on(run, on_loss, capsys):
-    options = ["--steps", 5, "--accumulate", 2]
+@pytest.mark.parametrize("signals, code, step, says", [
+    ([signal.SIGTERM], 143, 3, "step 3 is saved, `--name stopped --resume` resumes"),
+    ([signal.SIGINT] * 2, 130, 2, "steps after 2 are lost; `--name stopped --resume` resumes")])
+def test_a_signal_within_a_step_saves_and_a_second_one_loses(run, on_loss, capsys, signals, code, step, says):
+    options = ["--steps", 5, "--every", 2, "--accumulate", 2]
     whole = run("whole", *options)
-    on_loss(5, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    folder = run("stopped", *options, code=128 + signal.SIGTERM)
-    assert state(folder)["step"] == 3 and "step 3 is saved, `--name stopped --resume`" in capsys.readouterr().out
-    assert train.main(["--name", "stopped", "--resume"]) == 0
-    assert same(whole / "adapter.safetensors", folder / "adapter.safetensors")
-
-
-def test_a_second_ctrl_c_stops_at_once_and_says_what_is_lost(run, on_loss, capsys):
-    options = ["--steps", 6, "--every", 2]
-    whole = run("whole", *options)
-
-    on_loss(4, lambda *_: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
-    folder = run("stopped", *options, code=130)
-    assert "steps after 2 are lost; `--name stopped --resume` resumes" in capsys.readouterr().err
-    assert state(folder)["step"] == 2
+    on_loss(5, lambda *_: any(os.kill(os.getpid(), number) for number in signals))
+    folder = run("stopped", *options, code=code)
+    assert says in "".join(capsys.readouterr()) and state(folder)["step"] == step
     assert train.main(["--name", "stopped", "--resume"]) == 0
     assert same(whole / "adapter.safetensors", folder / "adapter.safetensors")
 
