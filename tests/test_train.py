@@ -31,7 +31,7 @@ from photos.degrade import sharpen
 from runs import peak_memory, read_log
 from sanasr import DCAE, LinearDiT, SanaSR, inject_lora, lora_modules, lora_parameters, save_lora
 
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # of the training in a process of its own
+ENV = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # of the training in a process of its own
 QUICK = ["--tags", "none", "--steps", "3", "--no-lpips", "--crop", "96", "--batch", "1", "--workers", "0", "--val", "0"]
 
 
@@ -93,8 +93,8 @@ def acting(*args):
     return losses(*args)
 train.losses = acting
 raise SystemExit(train.main({argv}))"""
-    return subprocess.run([sys.executable, "-c", script], env=ENV, capture_output=True, start_new_session=True,
-                          timeout=300)
+    return subprocess.run([sys.executable, "-c", script], env=os.environ | ENV, capture_output=True,
+                          start_new_session=True, timeout=300)
 
 
 def state(folder):
@@ -320,8 +320,9 @@ def test_half_precision_errs_no_more_than_weights_that_are_rounded(here, run, dt
 def test_accumulated_batches_and_two_processes_equal_one_batch_of_twice_the_size(here, run, line):
     # AdamW magnifies a gradient's rounding where the gradient is near its eps: with this seed there is no such weight
     one, ways = run("one", "--batch", 2, "--seed", 2), [run("accumulated", "--accumulate", 2, "--seed", 2)]
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                    ROOT / "train.py", *line("two", "--seed", 2)], check=True, env=ENV, capture_output=True)
+    argv = [ROOT / "train.py", *line("two", "--seed", 2)]
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *argv],
+                   check=True, env=os.environ | ENV, capture_output=True)
     a = load_file(one / "adapter.safetensors")
     for way in (*ways, here / "runs" / "two"):
         b = load_file(way / "adapter.safetensors")
