@@ -176,7 +176,7 @@ def validate(restore, pairs, lpips, device):
         if kind == "soft":
             scores.setdefault("val_clean", []).append(lpips(restore(x_h).clamp(-1, 1), x_h).item())
     means = {name: sum(values) / len(values) for name, values in scores.items()}
-    means["val_lpips"] = sum(means[f"val_{kind}"] for kind in KINDS) / len(KINDS)
+    means["val_lpips"] = sum(sum(scores[f"val_{kind}"]) for kind in KINDS if f"val_{kind}" in scores) / len(pairs)
     return means, to_image(torch.cat(rows, 1))
 
 
@@ -220,7 +220,7 @@ def train(args):
         return scores
 
     def export(step, averaged):
-        with holding(net.parameters(), [averaged[key] for key, _ in net.named_parameters()]):
+        with holding(trainer.parameters, averaged.values()):
             save_module(net, args.run / "vae", torch.float16)
 
     def training_batches(first, signals):

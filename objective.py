@@ -159,6 +159,7 @@ def load_lpips(net, device, dtype):
     Unshifted, AlexNet's LPIPS draws a dot in each 32-pixel cell (docs/training.md, T7): it sees both pictures without
     their first rows and columns, batch["shift"], 0 to 31 of them. The first rank decides for all.
     """
+    lpips = None
     try:
         lpips = LPIPS.from_pretrained(net) if ranks()[0] == 0 else None
     except weights.Unavailable as error:

@@ -103,14 +103,14 @@ def select(args):
 
     Scored are the run's validation pictures; `--lq DIR --data DIR` names others.
     """
-    options = open_state(args.run)["options"]
+    settings = open_state(args.run)["settings"]
     lr, hr = (args.lq, args.data[0]) if args.lq else (args.run / "val" / "lr", args.run / "val" / "hr")
-    tagger = options["tags"] if options["tags"] in ("ram", "dape") else "none"
+    tagger = settings["tags"] if settings["tags"] in ("ram", "dape") else "none"
     pairs = folder_pairs(lr, hr)
     prompts = find_tags(tagger, [p.name for p in pairs], lambda i: bicubic(read_rgb(pairs[i].lr)), args.device)
     scores = {}
     for path in tqdm(sorted((args.run / "checkpoints").glob("*.safetensors")), "scoring checkpoints"):
-        model = load_model(options["model"], args.device, DTYPES[args.dtype], path, "auto")
+        model = load_model(settings["model"], args.device, DTYPES[args.dtype], path, "auto")
         rows = evaluate(model, pairs, [args.select], device=args.device, prompts=prompts)
         scores[path] = mean(rows)[args.select]
     if not scores:
@@ -157,13 +157,15 @@ def start_adapter(args, model):
         found = {key.rpartition(".lora_")[0]: len(x) for key, x in state.items() if ".lora_A." in key}  # its rank
     ffn = any(".ff." in name for name in found)
     if ffn and args.lora_targets == "attn":
-        raise UserError(f"--lora-targets attn: --init {args.init} adapts the Mix-FFN too; leave --lora-targets out")
+        raise UserError(f"--lora-targets attn: --init {args.init} adapts the Mix-FFN too; leave --lora-targets out, or "
+                        "start from nothing by --init none")
     args.lora_targets = args.lora_targets or ("attn+ffn" if ffn else "attn")
     wanted, args.rank = args.rank, args.rank or max(found.values(), default=64)
     torch.manual_seed(args.seed)
     names = inject_lora(model.dit, args.rank, targets=args.lora_targets)
     if wanted and set(names) <= set(found) and wanted not in found.values():
-        raise UserError(f"--rank {wanted}: --init {args.init} has rank {max(found.values())}; leave --rank out")
+        raise UserError(f"--rank {wanted}: --init {args.init} has rank {max(found.values())}; leave --rank out, or "
+                        "start from nothing by --init none")
     if found:
         load_lora(model.dit, args.init)
     return metadata
@@ -225,7 +227,7 @@ def train(args):
     if trainer.knee_step is not None:
         copy_file(args.run / "checkpoints" / f"{trainer.knee_step:06d}.safetensors", args.run / "knee.safetensors")
         print(f"stopped past the knee of validation LPIPS, step {trainer.knee_step} (knee.safetensors)")
-    print(f"{args.run}/adapter.safetensors, step {trainer.step}", verdict(trainer.rows), sep="; ")
+    print("; ".join(filter(None, (f"{args.run}/adapter.safetensors, step {trainer.step}", verdict(trainer.rows)))))
     return 0
 
 
@@ -331,6 +333,8 @@ def parse(argv=None):
         p.error("--data names the folders of photos")
     default = {"adapter": (4, 5e-5), "autoencoder": (8, 3e-4)}[args.learn]
     args.batch, args.lr = args.batch or default[0], default[1] if args.lr is None else args.lr
+    if all(getattr(args, f"no_{name}") for name in TERMS):
+        p.error(f"no loss is left: leave out one of {' '.join(f'--no-{name}' for name in TERMS)}")
     check_ranges(p, args)
     absolute(args)
     args.options = {k: v for k, v in vars(args).items() if k not in NOT_OPTIONS}

@@ -154,8 +154,7 @@ class Trainer:
                 self.export(self.step, dict(zip(self.names, self.ema, strict=True)))
             save_state(self.folder / "state.pt", {
                 "step": self.step, "settings": self.settings, "options": self.options, "masters": self.masters,
-                "ema": self.ema,
-                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                "ema": self.ema, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                 "extra": self.extra.state_dict() if self.extra else {}})
         self.saved = self.step
 
@@ -231,7 +230,8 @@ class Trainer:
         overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1  # of fp16: the scaler skips the step
         if math.isfinite(row["loss"]) and (math.isfinite(row["grad_norm"]) or overflow):
             return
-        about = {key: [str(v) for b in batches for v in b[key]] for key in ("name", "prompt", "t") if key in batches[0]}
+        about = {key: [str(v) for b in batches for v in (b[key].tolist() if torch.is_tensor(b[key]) else b[key])]
+                 for key in ("name", "prompt", "t") if key in batches[0]}
         path = self.folder / f"nan_rank{ranks()[0]}.json"
         content = json.dumps({"step": step, **{k: str(v) for k, v in row.items()}, **about}, indent=1)
         write_atomically(path, lambda f: f.write(content.encode()))
