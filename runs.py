@@ -47,7 +47,8 @@ def command(main):
             return main(argv)
         except (UserError, OSError, ValueError, weights.Unavailable) as error:
             sys.exit(f"error: {one_line(error).rpartition(' OSError: ')[2]}")  # of a loader's traceback the last line
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # outside the loops, which save
+            print("interrupted; every file is whole, rerun to resume", file=sys.stderr)
             sys.exit(130)
     return run
 

@@ -61,8 +61,8 @@ def test_imports_are_found(tmp_path):
     assert imports("x", tmp_path / "x.py", modules()) == {"eval", "metrics", "metrics.score", "metrics.report"}
 
 
-@pytest.mark.parametrize("name", ["sanasr", "runs", "photos.pairs", "objective", "trainer", "fast", "eval", "train", "prune",
-                                  "linearsr.train"])
+@pytest.mark.parametrize("name", ["sanasr", "runs", "photos.pairs", "objective", "trainer", "fast", "eval", "train",
+                                  "prune", "linearsr.train"])
 def test_importing_has_no_side_effect(name, tmp_path):
     """Nothing is printed or written, no thread count, seed, signal handler or allocator setting changes."""
     code = f"""
