@@ -36,7 +36,8 @@ from safetensors.torch import load_file, save_file
 
 import weights
 from photos.pictures import atomically, read_rgb, write_bytes
-from sanasr import clean_tags, computes_bf16
+from sanasr import clean_tags
+from weights.dtypes import choose_dtypes
 
 DATA = weights.HERE / "ram"  # the tag list and the thresholds, one entry a logit
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
@@ -327,17 +328,12 @@ def add_dape(state, path, rank=8, alpha=1):
     return state
 
 
-def cache_dir():
-    """Where tags and the lean checkpoint are kept: $SANASR_CACHE, else ~/.cache/sanasr."""
-    return Path(os.environ.get("SANASR_CACHE") or "~/.cache/sanasr").expanduser()
-
-
 LEAN = "ram_fp16.safetensors"
 
 
 def lean_path():
     """The lean checkpoint, in $SANASR_WEIGHTS or in the cache; None where there is none (see --convert)."""
-    roots = [Path(root) for root in (os.environ.get("SANASR_WEIGHTS"), cache_dir()) if root]
+    roots = [Path(root) for root in (os.environ.get("SANASR_WEIGHTS"), weights.cache_dir()) if root]
     return next((root / LEAN for root in roots if (root / LEAN).is_file()), None)
 
 
@@ -408,8 +404,7 @@ class Tagger:
         if name not in ("ram", "dape"):
             raise ValueError(f"no tagger is called {name!r}: choose ram or dape")
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if dtype is None:
-            dtype = torch.bfloat16 if device.type == "cuda" and computes_bf16(device) else torch.float32
+        dtype = dtype or choose_dtypes(device)[0]
         paths, missing = {"ram": ram or lean_path(), "dape": dape}, []
         for part in sorted({"ram", name}):
             try:
@@ -429,7 +424,7 @@ class Tagger:
         digest = hashlib.sha256(self.identity + repr(image.size).encode())
         digest.update(image.tobytes())
         key = digest.hexdigest()
-        path = cache_dir() / "tags" / key[:2] / f"{key[2:]}.json"
+        path = weights.cache_dir() / "tags" / key[:2] / f"{key[2:]}.json"
         with contextlib.suppress(OSError, ValueError, TypeError):  # not there, or damaged: computed afresh
             return [(str(tag), float(p)) for tag, p in json.loads(path.read_text(encoding="utf-8"))]
         result = select(self.logits(image))
@@ -465,7 +460,7 @@ def main():
     parser.add_argument("photos", nargs="*", type=Path, metavar="photo")
     parser.add_argument("--tagger", choices=("ram", "dape"), default="dape")
     parser.add_argument("--device", help="cpu, cuda, …; default: a GPU if there is one")
-    parser.add_argument("--convert", metavar="OUT.safetensors", nargs="?", type=Path, const=cache_dir() / LEAN,
+    parser.add_argument("--convert", metavar="OUT.safetensors", nargs="?", type=Path, const=weights.cache_dir() / LEAN,
                         help=f"write the lean fp16 copy of RAM's checkpoint, by default into the cache; it is found "
                              f"there and, as {LEAN}, in $SANASR_WEIGHTS")
     args = parser.parse_args()

@@ -83,6 +83,12 @@ FILES = {
                  sha256="a7028be2edcbe9ab0bd1c4ab6f2a2a86f4b44d32261a4faa50ae10fdd9b2feba"),
 }
 
+
+def cache_dir():
+    """Where what was computed once is kept (text states, tags): $SANASR_CACHE, by default ~/.cache/sanasr."""
+    return Path(os.environ.get("SANASR_CACHE") or "~/.cache/sanasr").expanduser()
+
+
 # --- which files of a part form one whole set ---
 
 _WEIGHTS = re.compile(
