@@ -154,7 +154,7 @@ def to_picture(x, height, width):
 def checkpointed(block, *args, checkpointing=False):
     """block(*args); with `checkpointing` its activations are recomputed in the backward pass, not stored.
 
-    Trap: backward runs after `adapters_off` exits, so the scales that the forward pass used are restored for it.
+    Trap: backward runs after `adapters_off` exits: restore the scales used in forward.
     """
     if not (checkpointing and torch.is_grad_enabled()):
         return block(*args)
@@ -419,10 +419,10 @@ def adapters_off(model):
 
 
 def save_lora(model, path, metadata=None, state=None):
-    """Write the adapters (or `state` in their place, say averaged ones) as safetensors, atomically.
+    """Write the adapters, or `state` (say their average) under the same keys, as safetensors, atomically.
 
-    metadata: {str: str}; "rank" and "alpha" are added. Adapters that differ have all ranks in "rank" and, in place of
-    "alpha", a JSON object {module: α} in "alphas".
+    metadata: {str: str}; "rank" and "alpha" are added. Where ranks or alphas differ, "rank" lists all ranks, and a JSON
+    object {module: α} under "alphas" replaces "alpha".
     """
     state = lora_parameters(model) if state is None else state
     ranks = {name: module.lora_A.weight.shape[0] for name, module in lora_modules(model).items()}
@@ -438,7 +438,7 @@ def save_lora(model, path, metadata=None, state=None):
 def read_lora(path, system="sana-sr"):
     """An adapter file -> ({key: matrix}, its metadata). PEFT's prefixes `transformer.`, `base_model.model.` are cut.
 
-    system: what it must be made for, "sana-sr" or "linearsr"; a file whose metadata do not say is SANA-SR's.
+    system: what the adapter must be made for, "sana-sr" or "linearsr". A file without this entry is SANA-SR's.
     Raises ValueError that names the file.
     """
     state = {}
@@ -460,7 +460,7 @@ def read_lora(path, system="sana-sr"):
 
 
 def load_lora(model: nn.Module, path: str | Path, system: str = "sana-sr") -> dict:
-    """Attach the adapters of a file to `model`, injecting where there are none; returns the file's metadata.
+    """Attach the adapters of a file to `model`; returns the file's metadata.
 
     Without "alpha" or "alphas" in the metadata α = r. system: see `read_lora`. Raises ValueError, naming file and key,
     where the adapter belongs to another base.
@@ -886,7 +886,8 @@ DEGRADATION_WORDS = ("blurry", "blurred", "blur", "noise", "noisy", "low quality
 _DEGRADED = re.compile(r"(?<!\w)(" + "|".join(w.replace(" ", "[ ▁_-]") for w in DEGRADATION_WORDS) + r")(?!\w)")
 MAX_INSTRUCTION = 4096  # tokens; Gemma-2's context is 8192
 MAX_TOKENS = 300  # of text, <bos> included, as SANA was trained
-PROMPT_VERSION = 1  # raise it when the code changes what a prompt's states are: the cache then forgets the old ones
+KEEP_ALL = 2  # the n of `tokenize_prompt` without an instruction: 300 tokens are encoded, and all of them kept
+PROMPT_VERSION = 1  # raise it when the code changes a prompt's states, so that the cache makes them anew
 
 
 def clean_tags(tags):
@@ -895,7 +896,7 @@ def clean_tags(tags):
 
 
 def build_prompt(content: str | list, suffix: str = "appendix") -> str:
-    """content: a user's text, or a list of tags (which are cleaned); suffix: a name in SUFFIXES or a text of one's own.
+    """content: a user's text, or a list of tags (which are cleaned); suffix: a name in SUFFIXES, or any text.
 
     "tree, branch" and "appendix" give "tree, branch, clean, extremely detailed, …"; either half may be empty.
     """
@@ -906,7 +907,7 @@ def build_prompt(content: str | list, suffix: str = "appendix") -> str:
 def conditioning(metadata, suffix=None, timestep=None, instruction=None, default_timestep=900.0):
     """What the update is conditioned on besides picture and tags: {"suffix", "timestep": τ, "instruction"}.
 
-    Each is what the caller says; where that is None, what the adapter was trained with by its `metadata`; else the
+    Each value is the caller's; where that is None, the one in the adapter's `metadata`; where there is none, the
     default: "appendix", `default_timestep`, no instruction. The prompt is then build_prompt(content, suffix).
     """
     def first(value, name, default):
@@ -916,16 +917,16 @@ def conditioning(metadata, suffix=None, timestep=None, instruction=None, default
 
 
 def tokenize_prompt(tokenizer, prompt, instruction=""):
-    """-> (ids, mask, kept): ids for the encoder; positions of its states that are used; 0 or 1 for each of them.
+    """-> (ids, mask, kept): token ids for the encoder; 0 or 1 for each kept position; the kept positions of its states.
 
-    The prompt is lower-cased and stripped, as SANA does, and cut to 300 tokens with <bos>, without <eos>. No padding is
-    made: Gemma is causal and padding is masked, so it has no effect. Degradation words get mask 0 (Eq. 2).
+    The prompt is lower-cased and stripped, as SANA does, and cut to 300 tokens with <bos>, without <eos>. There is no
+    padding: Gemma is causal and padding is masked, so it has no effect. Degradation words get mask 0 (Eq. 2).
     After an instruction of n tokens, n + 298 tokens are encoded; the first and the last 299 positions are kept.
     """
     prompt = prompt.lower().strip()
     text = (instruction + prompt).replace(" ", "▁")
     ids = tokenizer.encode(instruction + prompt)
-    n = len(tokenizer.encode(instruction)) if instruction else 2
+    n = len(tokenizer.encode(instruction)) if instruction else KEEP_ALL
     if n > MAX_INSTRUCTION:
         raise ValueError(f"the instruction has {n} tokens, at most {MAX_INSTRUCTION} are possible")
     ids = ids[:n + MAX_TOKENS - 2]
@@ -949,7 +950,7 @@ class PromptEncoder:
 
     @functools.cached_property
     def identity(self):
-        """What the states of a prompt depend on besides it. The files are hashed once for each loaded model."""
+        """All that text states depend on besides the prompt. The files are hashed once for each loaded model."""
         return [fingerprint(self.folder / "text_encoder"), fingerprint(self.folder / "tokenizer"), str(self.dtype),
                 PROMPT_VERSION, MAX_TOKENS, DEGRADATION_WORDS]
 

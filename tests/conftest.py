@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests. Data of one's own is found through environment variables, or the test is skipped:
+"""Fixtures and helpers shared by all tests. Data that is not carried here is found through environment variables:
 
 SANASR_DATA     photos: hq/, realsr/, inputs/
 SANASR_ORACLE   goldens of official size, too large to be carried here
@@ -7,8 +7,10 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
@@ -25,6 +27,32 @@ def external(variable, *parts):
     if not path.exists():
         pytest.skip(f"needs {'/'.join(parts) or 'data'} in the folder named by {variable}")
     return path
+
+
+def relative(a, b):
+    """‖a − b‖ / ‖b‖."""
+    a, b = (torch.as_tensor(x).double() for x in (a, b))
+    return ((a - b).norm() / b.norm()).item()
+
+
+def noise(width, height, seed=0):
+    """A picture of random pixels."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def save_photo(path, width, height, seed=0):
+    """Write a smooth random picture in the format of the suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise(8, 6, seed).resize((width, height), Image.Resampling.BICUBIC).save(path)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """A folder of five smooth photos, 112 high."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(5):
+        save_photo(folder / f"{i}.png", 128 + 8 * i, 112, i)
+    return folder
 
 
 @pytest.fixture(scope="session")

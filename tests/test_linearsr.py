@@ -1,35 +1,24 @@
-"""linearsr.py: the sampler on a distribution whose velocity is known, the experts' intervals, the restorer."""
+"""LinearSR: the sampler on a distribution whose velocity is known, the experts' intervals, the restorer."""
 import copy
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from seeded import seeded_input, seeded_state_dict
 
 import eval as evaluator
 import fast
 import linearsr
-import runs
 from linearsr import BOUNDARIES, LinearSR, Stem, expert_of, sample, shifted, unshifted
 from metrics import LPIPS
 from photos.pictures import bicubic
-from sanasr import (
-    DCAE,
-    Conv1x1,
-    LinearDiT,
-    PromptEncoder,
-    SanaSR,
-    inject_lora,
-    lora_parameters,
-    save_lora,
-    save_module,
-    tiled,
-    to_tokens,
-)
+from photos.restorer import tiled
+from sanasr import DCAE, Conv1x1, LinearDiT, PromptEncoder, SanaSR, inject_lora, lora_parameters, save_lora
+from weights.files import save_module
 
 STEM = {"channels": [8, 16, 24], "width": 64}
 
@@ -47,12 +36,12 @@ def mixture_velocity(z, t):
     return (z - x_0) / t  # ε = (z − (1 − t) x_0) / t
 
 
-def noise(n):
+def gaussian(n):
     return torch.randn(n, 2, generator=torch.Generator().manual_seed(0)).double()
 
 
 def test_sampler_reaches_the_moments():
-    x = sample(mixture_velocity, noise(20_000), 200)
+    x = sample(mixture_velocity, gaussian(20_000), 200)
     mean = WEIGHTS @ MEANS
     centred = MEANS - mean
     covariance = (WEIGHTS[:, None, None] * centred[:, :, None] * centred[:, None]).sum(0) + STD ** 2 * torch.eye(2)
@@ -63,7 +52,7 @@ def test_sampler_reaches_the_moments():
 
 
 def test_error_falls_with_the_steps_as_eulers():
-    z = noise(500)
+    z = gaussian(500)
     exact = sample(mixture_velocity, z, 4000)
     error = [(sample(mixture_velocity, z, n) - exact).abs().mean().item() for n in (20, 40, 80, 160)]
     ratios = [a / b for a, b in zip(error, error[1:], strict=False)]
@@ -71,14 +60,11 @@ def test_error_falls_with_the_steps_as_eulers():
 
 
 def test_one_step_gives_the_mean():
-    z = noise(100)  # at t = 1 nothing is known of x_0
+    z = gaussian(100)  # at t = 1 nothing is known of x_0
     assert torch.allclose(sample(mixture_velocity, z, 1), (WEIGHTS @ MEANS).expand(100, 2))
-
-
-@pytest.mark.parametrize("steps", [0, -3])
-def test_steps_below_one(steps):
-    with pytest.raises(ValueError, match="steps must be at least 1"):
-        sample(mixture_velocity, noise(1), steps)
+    for steps in (0, -3):
+        with pytest.raises(ValueError, match="steps must be at least 1"):
+            sample(mixture_velocity, z, steps)
 
 
 # --- intervals of t ---
@@ -121,10 +107,17 @@ def vae(tiny_model):
     return DCAE.from_pretrained(tiny_model / "vae", torch.float32)
 
 
-def trained_stem():
+@pytest.fixture(scope="module")
+def stem():
+    """A trained-looking one."""
     stem = Stem(STEM)
     stem.load_state_dict(seeded_state_dict([(key, x.shape) for key, x in stem.state_dict().items()]))
     return stem.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def lr():
+    return seeded_input("lr", (2, 3, 32, 40))
 
 
 def inputs(dtype=torch.float32):
@@ -133,17 +126,14 @@ def inputs(dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_untrained_network_is_the_prior_to_the_last_bit(dit, dtype):
+def test_untrained_network_is_the_prior_to_the_last_bit(dit, lr, dtype):
     dit, stem = copy.deepcopy(dit).to(dtype), Stem(STEM).to(dtype)
-    lr = seeded_input("lr", (2, 3, 32, 40)).to(dtype)
-    assert torch.equal(dit(*inputs(dtype), stem(lr)), dit(*inputs(dtype)))
+    assert torch.equal(dit(*inputs(dtype), stem(lr.to(dtype))), dit(*inputs(dtype)))
 
 
-def test_stem_and_embedding_are_one_layer_on_the_concatenation(dit):
+def test_stem_and_embedding_are_one_layer_on_the_concatenation(dit, stem, lr):
     z, t, c, m = inputs()
-    stem, lr = trained_stem(), seeded_input("lr", (2, 3, 32, 40))
-    config = dit.config | {"in_channels": 8 + 24, "out_channels": 8}
-    whole = LinearDiT(config)
+    whole = LinearDiT(dit.config | {"in_channels": 8 + 24, "out_channels": 8})
     state = dit.state_dict()
     state["patch_embed.proj.weight"] = torch.cat([state["patch_embed.proj.weight"], stem.proj.weight], 1)
     whole.load_state_dict(state)
@@ -156,10 +146,15 @@ def test_stem_and_embedding_are_one_layer_on_the_concatenation(dit):
     assert not torch.allclose(dit(z, t, c, m), expected, atol=1e-2)
 
 
-def test_new_input_channels_learn_at_once(dit):
-    stem, lr = Stem(STEM), seeded_input("lr", (2, 3, 32, 40))
+def test_new_input_channels_learn_at_once(dit, lr):
+    stem = Stem(STEM)
     dit(*inputs(), stem(lr)).square().sum().backward()
     assert stem.proj.weight.grad.abs().max() > 0
+
+
+def test_stem_weight_shape_is_a_patch_embeddings(dit):
+    assert isinstance(Stem(STEM).proj, Conv1x1)
+    assert dit.patch_embed["proj"].weight.shape[2:] == Stem(STEM).proj.weight.shape[2:]
 
 
 # --- the restorer ---
@@ -407,12 +402,6 @@ def test_transformer_of_another_width(folder, dit):
     assert "projection" in error_of(folder) or "width" in error_of(folder)
     save_module(LinearDiT(dit.config | {"in_channels": 4, "out_channels": 4}), folder / "transformer")
     assert "the autoencoder makes 8 latent channels, the transformer wants 4" in error_of(folder)
-
-
-def test_stem_weight_shape_is_a_patch_embeddings(dit):
-    assert isinstance(Stem(STEM).proj, Conv1x1)
-    assert dit.patch_embed["proj"].weight.shape[2:] == Stem(STEM).proj.weight.shape[2:]
-    assert to_tokens(torch.zeros(1, 3, 2, 2)).shape == (1, 4, 3)
 
 
 # --- eval.py, fast.py, lab/profile.py ---
