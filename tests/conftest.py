@@ -1,4 +1,4 @@
-"""Fixtures and helpers shared by all tests. Data that is not carried here is found through environment variables:
+"""Helpers and fixtures that tests share. Data that is not carried here is found through environment variables:
 
 SANASR_DATA     photos: hq/, realsr/, inputs/
 SANASR_ORACLE   goldens of official size, too large to be carried here
@@ -29,29 +29,34 @@ def external(variable, *parts):
     return path
 
 
+def noise(*shape, seed=0, dtype=torch.float64):
+    """Unit-normal values, the same ones for the same seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
 def relative(a, b):
-    """‖a − b‖ / ‖b‖."""
+    """‖a − b‖ / ‖b‖"""
     a, b = (torch.as_tensor(x).double() for x in (a, b))
     return ((a - b).norm() / b.norm()).item()
 
 
-def noise(width, height, seed=0):
-    """A picture of random pixels."""
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def save_photo(path, width, height, seed=0):
-    """Write a smooth random picture in the format of the suffix."""
+def save_photo(path, width, height, seed):
+    """A smooth random picture of any size, written in the format of its suffix."""
+    rgb = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    noise(8, 6, seed).resize((width, height), Image.Resampling.BICUBIC).save(path)
+    Image.fromarray(rgb).resize((width, height), Image.BICUBIC).save(path)
 
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
-    """A folder of five smooth photos, 112 high."""
+    """Five photos in nested folders, a duplicate, a small one, a broken one and a text."""
     folder = tmp_path_factory.mktemp("photos")
-    for i in range(5):
-        save_photo(folder / f"{i}.png", 128 + 8 * i, 112, i)
+    for i, name in enumerate(["a.png", "b.webp", "deep/er/c.jpg", "deep/d.png", "e.PNG"]):
+        save_photo(folder / name, 128 + 8 * i, 112, i)
+    (folder / "copy.png").write_bytes((folder / "a.png").read_bytes())
+    save_photo(folder / "small.png", 95, 300, 9)
+    (folder / "broken.jpg").write_bytes(b"not a picture")
+    (folder / "notes.txt").write_text("no picture at all")
     return folder
 
 

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import DATA, ROOT, external, noise, relative
+from conftest import DATA, ROOT, external, relative
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from seeded import seeded, seeded_input, seeded_state_dict
@@ -35,6 +35,10 @@ def golden(cls, name, folder=MODEL, dtype=torch.float32):
     assert list(model.state_dict()) == list(state)
     model.load_state_dict(state, strict=True)
     return model.to(dtype).eval().requires_grad_(False), load_file(folder / f"{name}.safetensors")
+
+
+def picture(width, height):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def small_dit():
@@ -379,8 +383,8 @@ def test_restore_uses_the_suffix_that_the_adapter_was_trained_with(tiny_model, t
     model = SanaSR.from_pretrained(tiny_model, adapter=save_adapter(tiny_model, tmp_path / "a", {"suffix": "none"}))
     seen, encode = [], model.prompts
     model.prompts = lambda prompts, instruction: seen.append(prompts) or encode(prompts, instruction)
-    model.restore(noise(8, 8), "tree")
-    model.restore(noise(8, 8), "tree", suffix="main")
+    model.restore(picture(8, 8), "tree")
+    model.restore(picture(8, 8), "tree", suffix="main")
     assert seen == ["tree", "tree, " + sanasr.SUFFIXES["main"]]
 
 
@@ -389,7 +393,7 @@ def test_an_adapter_beside_the_model_is_used_and_can_be_left_out(tiny_model, tmp
     save_adapter(tiny_model, folder / "adapter.safetensors", {"timestep": "999"})
     model, plain = SanaSR.from_pretrained(folder), SanaSR.from_pretrained(folder, adapter=False)
     assert model.timestep == 999 and plain.timestep == 900
-    assert model.restore(noise(8, 8)).tobytes() != plain.restore(noise(8, 8), timestep=999).tobytes()
+    assert model.restore(picture(8, 8)).tobytes() != plain.restore(picture(8, 8), timestep=999).tobytes()
 
 
 # --- loading ---
@@ -507,19 +511,19 @@ def tiny(tiny_model):
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 17), (8, 8), (33, 20)])
 def test_restore_gives_four_times_the_size(tiny, size):
-    result = tiny.restore(noise(*size))
+    result = tiny.restore(picture(*size))
     assert result.size == (4 * size[0], 4 * size[1]) and result.mode == "RGB"
     assert set(tiny.stages) == {"text", "encode", "dit", "decode"}
 
 
 def test_restore_is_deterministic_and_depends_on_the_prompt(tiny):
-    first = tiny.restore(noise(16, 16), "tree").tobytes()
-    assert first == tiny.restore(noise(16, 16), "tree").tobytes() != tiny.restore(noise(16, 16), "a cat").tobytes()
+    first = tiny.restore(picture(16, 16), "tree").tobytes()
+    assert first == tiny.restore(picture(16, 16), "tree").tobytes() != tiny.restore(picture(16, 16), "a cat").tobytes()
 
 
 def test_restore_follows_the_equations(tiny):
     """`restore` of a picture that needs neither padding nor tiles is encode, Eq. 4, decode."""
-    image = noise(16, 24)
+    image = picture(16, 24)
     x = np.array(image.resize((64, 96), Image.Resampling.BICUBIC))
     x = torch.from_numpy(x).permute(2, 0, 1)[None] / 127.5 - 1
     c, m = tiny.encode_prompt(sanasr.build_prompt("tree"))
@@ -531,7 +535,7 @@ def test_restore_follows_the_equations(tiny):
 
 @pytest.mark.parametrize("scale", [1, 2, 4])
 def test_scale_and_progress(tiny, scale):
-    seen, image = [], noise(80, 40)
+    seen, image = [], picture(80, 40)
     enlarged = image.resize((80 * scale, 40 * scale), Image.Resampling.BICUBIC)
     result = tiny.restore(image, scale=scale, tile=64, progress=lambda *what: seen.append(what))
     assert result.size == enlarged.size
@@ -543,7 +547,7 @@ def test_scale_and_progress(tiny, scale):
 
 def test_a_model_is_built_from_parts(tiny):
     parts = SanaSR(tiny.vae, tiny.dit, lambda prompts, instruction: tiny.encode_prompt(prompts, instruction))
-    assert parts.restore(noise(16, 12), "tree").tobytes() == tiny.restore(noise(16, 12), "tree").tobytes()
+    assert parts.restore(picture(16, 12), "tree").tobytes() == tiny.restore(picture(16, 12), "tree").tobytes()
 
 
 def test_half_precision_reaches_the_transformer_alone(tiny_model):
@@ -558,7 +562,7 @@ def test_half_precision_runs_with_the_adapter_apart(tiny_model, tmp_path):
     def latents(**options):
         model, found = SanaSR.from_pretrained(tiny_model, **options), []
         model.decode = lambda z, *_: found.append(z)
-        model.restore(noise(24, 24), "tree")
+        model.restore(picture(24, 24), "tree")
         return found[0]
     exact, none = latents(adapter=adapter), latents(adapter=False)
     for merge in (False, True):
@@ -571,8 +575,8 @@ def test_a_result_that_is_not_finite_is_an_error_that_names_the_picture(tiny_mod
     model = SanaSR.from_pretrained(tiny_model)
     model.vae.decoder.conv_out.bias[0] = torch.nan
     with pytest.raises(ValueError, match="no finite numbers; try --dtype fp32"):
-        model.restore(noise(8, 8))
-    noise(8, 8).save(tmp_path / "a.png")
+        model.restore(picture(8, 8))
+    picture(8, 8).save(tmp_path / "a.png")
     monkeypatch.setattr(evaluator, "load_model", lambda *_: model)
     assert evaluator.main([str(tmp_path / "a.png"), "--out", str(tmp_path / "out/"), "--model", str(tiny_model)]) == 1
     assert "a.png: the result has values that are no finite numbers" in capsys.readouterr().err
