@@ -37,6 +37,7 @@ from safetensors.torch import load_file, save_file
 import weights
 from photos.pictures import atomically, read_rgb, write_bytes
 from sanasr import clean_tags
+from weights import cache_dir
 from weights.dtypes import choose_dtypes
 
 DATA = weights.HERE / "ram"  # the tag list and the thresholds, one entry a logit
@@ -333,7 +334,7 @@ LEAN = "ram_fp16.safetensors"
 
 def lean_path():
     """The lean checkpoint, in $SANASR_WEIGHTS or in the cache; None where there is none (see --convert)."""
-    roots = [Path(root) for root in (os.environ.get("SANASR_WEIGHTS"), weights.cache_dir()) if root]
+    roots = [Path(root) for root in (os.environ.get("SANASR_WEIGHTS"), cache_dir()) if root]
     return next((root / LEAN for root in roots if (root / LEAN).is_file()), None)
 
 
@@ -424,7 +425,7 @@ class Tagger:
         digest = hashlib.sha256(self.identity + repr(image.size).encode())
         digest.update(image.tobytes())
         key = digest.hexdigest()
-        path = weights.cache_dir() / "tags" / key[:2] / f"{key[2:]}.json"
+        path = cache_dir() / "tags" / key[:2] / f"{key[2:]}.json"
         with contextlib.suppress(OSError, ValueError, TypeError):  # not there, or damaged: computed afresh
             return [(str(tag), float(p)) for tag, p in json.loads(path.read_text(encoding="utf-8"))]
         result = select(self.logits(image))
@@ -460,7 +461,7 @@ def main():
     parser.add_argument("photos", nargs="*", type=Path, metavar="photo")
     parser.add_argument("--tagger", choices=("ram", "dape"), default="dape")
     parser.add_argument("--device", help="cpu, cuda, …; default: a GPU if there is one")
-    parser.add_argument("--convert", metavar="OUT.safetensors", nargs="?", type=Path, const=weights.cache_dir() / LEAN,
+    parser.add_argument("--convert", metavar="OUT.safetensors", nargs="?", type=Path, const=cache_dir() / LEAN,
                         help=f"write the lean fp16 copy of RAM's checkpoint, by default into the cache; it is found "
                              f"there and, as {LEAN}, in $SANASR_WEIGHTS")
     args = parser.parse_args()

@@ -17,7 +17,7 @@ from linearsr import BOUNDARIES, LinearSR, Stem, expert_of, sample, shifted, uns
 from metrics import LPIPS
 from photos.pictures import bicubic
 from photos.restorer import tiled
-from sanasr import DCAE, Conv1x1, LinearDiT, PromptEncoder, SanaSR, inject_lora, lora_parameters, save_lora
+from sanasr import DCAE, LinearDiT, PromptEncoder, SanaSR, inject_lora, lora_parameters, save_lora
 from weights.files import save_module
 
 STEM = {"channels": [8, 16, 24], "width": 64}
@@ -150,11 +150,6 @@ def test_new_input_channels_learn_at_once(dit, lr):
     stem = Stem(STEM)
     dit(*inputs(), stem(lr)).square().sum().backward()
     assert stem.proj.weight.grad.abs().max() > 0
-
-
-def test_stem_weight_shape_is_a_patch_embeddings(dit):
-    assert isinstance(Stem(STEM).proj, Conv1x1)
-    assert dit.patch_embed["proj"].weight.shape[2:] == Stem(STEM).proj.weight.shape[2:]
 
 
 # --- the restorer ---

@@ -215,7 +215,7 @@ def test_checkpoints(files):
 
 
 def test_conversion(files, tmp_path, monkeypatch):
-    out = tagger.convert(weights.cache_dir() / tagger.LEAN, files["ram"], TINY)
+    out = tagger.convert(tagger.cache_dir() / tagger.LEAN, files["ram"], TINY)
     assert {v.dtype for v in load_file(out).values()} == {torch.float16}
     assert [p.name for p in out.parent.iterdir()] == [tagger.LEAN]  # no temporary left behind
     want = tiny(files).logits(photo())
@@ -280,7 +280,7 @@ def test_cache(files, monkeypatch):
     for other in (tiny(files, "ram"), tiny(files, dtype=torch.bfloat16)):
         monkeypatch.setattr(other, "logits", lambda image: torch.full((4585,), -50.0))
         assert other.tag(photo()) == []
-    (path,) = (p for p in weights.cache_dir().rglob("*.json") if json.loads(p.read_text()))
+    (path,) = (p for p in tagger.cache_dir().rglob("*.json") if json.loads(p.read_text()))
     for damaged in ("[[", "null", "[1]"):  # such an entry is computed afresh and mended
         path.write_text(damaged)
         assert tiny(files).tag(photo()) == found
