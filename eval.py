@@ -45,7 +45,6 @@ from photos.pictures import (
     restored,
     write,
 )
-from photos.restorer import NotFinite
 from runs import DTYPES, UserError, command, peak_memory, pick_device, pick_dtype
 
 # --- inputs and results ---
@@ -144,8 +143,6 @@ def restore(job, model, args, tags=(), progress=None):
     try:
         result = restored(model, picture, prompt, args.color_fix, args.scale, suffix=args.suffix, tile=args.tile,
                           instruction=args.instruction, progress=progress, **args.sampling)
-    except NotFinite as error:
-        raise Skipped(str(error)) from error
     except (OSError, ValueError) as error:  # of the text encoder, which is loaded here: it concerns every picture
         raise UserError(f"{one_line(error)}")
     except (MemoryError, RuntimeError) as error:
