@@ -39,13 +39,16 @@ class UserError(Exception):
 
 
 def command(main):
-    """Decorates a command's main(argv): what a user can mend ends it with one line `error: …` and exit code 1."""
+    """Decorates a command's main(argv): what a user can mend ends it with one line `error: …` and exit code 1, Ctrl-C
+    with exit code 130."""
     @functools.wraps(main)
     def run(argv=None):
         try:
             return main(argv)
         except (UserError, OSError, ValueError, weights.Unavailable) as error:
             sys.exit(f"error: {one_line(error).rpartition(' OSError: ')[2]}")  # of a loader's traceback the last line
+        except KeyboardInterrupt:
+            sys.exit(130)
     return run
 
 
