@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw
 
 import weights
 from photos.pictures import atomically, one_line, reason, write_bytes
+from weights.dtypes import choose_dtypes
 
 try:
     import fcntl
@@ -69,11 +70,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype for fp32, bf16, fp16 or auto: bf16 on a GPU that computes in it, else fp32."""
-    if name == "auto":
-        native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # older cards emulate it
-        name = "bf16" if native else "fp32"
-    return DTYPES[name]
+    """The transformer's dtype for fp32, bf16, fp16 or auto on `device`, see `choose_dtypes`."""
+    return choose_dtypes(device, DTYPES.get(name))[0]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,6 +1,6 @@
 """SANA-SR: one-step real-world image super-resolution, the whole method in one file.
 
-Read it top to bottom, in the order of the data. One 128×128 photo on its way to 512×512 (SANA-0.6B, B = 1):
+One 128×128 photo on its way to 512×512 (SANA-0.6B, B = 1), as `SanaSR.restore` takes it:
 
     photo 128×128 ── bicubic ×4 ──►  x_L   1×3×512×512  in [-1, 1]
     x_L   ── DC-AE encoder · s ────►  z_L   1×32×16×16   32× smaller per side, s = 0.41407       (Eq. 1)
@@ -9,7 +9,8 @@ Read it top to bottom, in the order of the data. One 128×128 photo on its way t
     ẑ = z_L − σ_τ · f ─────────────►  ẑ     1×32×16×16   ONE update, nothing iterates            (Eq. 4)
     ẑ / s ── DC-AE decoder ────────►  x̂     1×3×512×512
 
-Sections: configs · operators · DC-AE · Gemma-2 and its tokenizer · LinearDiT · LoRA · prompts · loading · SanaSR.
+Sections: the method · operators · LinearDiT · LoRA · DC-AE · Gemma-2 and its tokenizer · prompts. Weights on disk and
+configs: weights/. Tiles and pictures: photos/.
 
 Shapes use one alphabet: B batch, C channels, H W picture or latent height and width, N = H·W tokens, T text tokens,
 n heads of d channels. Module attributes carry the key names of the official checkpoints, so they load with
@@ -24,109 +25,118 @@ import hashlib
 import heapq
 import json
 import math
-import os
 import re
-import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 
 import kernels
 import weights
-from photos.pictures import atomically, bicubic, write_bytes
+from photos.pictures import bicubic
+from photos.restorer import NotFinite, Restorer, Stopwatch, tiled  # noqa: F401
+from weights import configs
+from weights.dtypes import choose_dtypes
+from weights.files import Pretrained, fingerprint, open_weights, save_module, save_tensors  # noqa: F401
 
-# --- Configs: the official config.json files ---
-
-NULLABLE = {"out_channels", "attn_logit_softcapping"}  # numbers that may also be null
-MAX_SIZE, MAX_LAYERS, MAX_STAGES = 2**20, 1000, 16  # a larger number is broken, and its network would take all memory
-
-
-def usable(key, value, default):
-    """Whether a value of a config has the type of the default and a size that a network can have."""
-    if value is None:
-        return default is None or key in NULLABLE
-    if isinstance(default, bool):
-        return isinstance(value, bool)
-    if isinstance(default, int):
-        return type(value) is int and 0 < value <= (MAX_LAYERS if key.endswith("layers") else MAX_SIZE)
-    if isinstance(default, float):
-        return type(value) in (int, float) and value < math.inf and (value > 0 or value == 0 and key.endswith("eps"))
-    if isinstance(default, tuple):  # a number for each stage; of qkv_multiscales a list of numbers
-        if not isinstance(value, list | tuple) or not 0 < len(value) <= MAX_STAGES:
-            return False
-        limit = MAX_SIZE if "channels" in key else MAX_LAYERS
-        numbers = [n for v in value for n in (v if isinstance(v, list | tuple) else [v])]
-        return all(type(n) is int and 0 <= n <= limit for n in numbers)
-    return True
+# --- The method: one latent update, and the restorer around it ---
 
 
-def read_config(name, config, defaults, neutral=None, ignored=()):
-    """`config` completed by `defaults`; every other key must be known.
+def sigma(t):
+    """Noise level of the timestep τ ∈ [0, 1000] that the network is given (SANA's own, after its flow shift)."""
+    return t / 1000
 
-    neutral: key -> the only value that this code supports; a list gives it stage by stage.
-    ignored: keys that do not affect the computation, as all keys that start with "_".
-    Raises ValueError naming a key that this code does not support, or a value that is not a number.
+
+def one_step(dit, z: torch.Tensor, t: torch.Tensor, c: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """ẑ = z_L − σ_τ · f(z_L, τ, c, m) (Eq. 4). z: B,C,h,w scaled latents; t: B; c: B,T,Dt; mask: B,T.
+
+    The network computes in the dtype of c, the update in float32 (bfloat16 would make 0.8984 of σ = 0.9).
     """
-    if not isinstance(config, dict):
-        raise ValueError(f"{name} config: not an object of keys and values")
-    neutral = neutral or {}
-    for key, value in config.items():
-        if key in defaults and not usable(key, value, defaults[key]):
-            raise ValueError(f"{name} config: {key} = {repr(value)[:100]} cannot be used")
-        if key in defaults or key in ignored or key.startswith("_"):
-            continue
-        if key not in neutral:
-            raise ValueError(f"{name} config: unknown key {key!r} (value {value!r})")
-        if any(v != neutral[key] for v in (value if isinstance(value, (list, tuple)) else [value])):
-            raise ValueError(f"{name} config: {key} = {value!r} is not supported, only {neutral[key]!r}")
-    return defaults | {key: value for key, value in config.items() if key in defaults}
+    return z - sigma(t)[:, None, None, None] * dit(z.to(c.dtype), t, c, mask)
 
 
-DCAE_DEFAULTS = dict(
-    in_channels=3, latent_channels=32, attention_head_dim=32, scaling_factor=1.0,
-    encoder_block_types="ResBlock", decoder_block_types="ResBlock",
-    encoder_block_out_channels=(128, 256, 512, 512, 1024, 1024), encoder_layers_per_block=(2, 2, 2, 3, 3, 3),
-    decoder_block_out_channels=(128, 256, 512, 512, 1024, 1024), decoder_layers_per_block=(3, 3, 3, 3, 3, 3),
-    encoder_qkv_multiscales=((), (), (), (5,), (5,), (5,)), decoder_qkv_multiscales=((), (), (), (5,), (5,), (5,)),
-    upsample_block_type="pixel_shuffle", downsample_block_type="pixel_unshuffle",
-    encoder_out_shortcut=True, decoder_in_shortcut=True,
-)
-DCAE_BLOCKS = dict(  # the values that are known
-    encoder_block_types=("ResBlock", "EfficientViTBlock"), decoder_block_types=("ResBlock", "EfficientViTBlock"),
-    upsample_block_type=("pixel_shuffle", "interpolate"), downsample_block_type=("pixel_unshuffle", "Conv"))
-DCAE_NEUTRAL = dict(decoder_norm_types="rms_norm", decoder_act_fns="silu", decoder_conv_act_fn="relu")
+class SanaSR(Restorer):
+    """The whole restorer: frozen autoencoder, prior with its adapter merged, text encoder loaded only when needed.
 
-GEMMA2_DEFAULTS = dict(
-    vocab_size=256000, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
-    num_key_value_heads=4, head_dim=256, rms_norm_eps=1e-6, rope_theta=10000.0, query_pre_attn_scalar=256,
-    sliding_window=4096, attn_logit_softcapping=50.0, layer_types=None,
-)
-GEMMA2_NEUTRAL = dict(
-    attention_bias=False, attention_dropout=0.0, hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh",
-    use_bidirectional_attention=None, is_encoder_decoder=False, add_cross_attention=False, model_type="gemma2",
-    rope_scaling=None, partial_rotary_factor=1.0, tie_word_embeddings=True,
-)
-# `final_logit_softcapping` belongs to the language-model head, which a text encoder does not have
-GEMMA2_IGNORED = set("""architectures bos_token_id eos_token_id pad_token_id chunk_size_feed_forward dtype torch_dtype
-    final_logit_softcapping id2label label2id initializer_range max_position_embeddings output_attentions
-    output_hidden_states problem_type return_dict transformers_version use_cache cache_implementation""".split())
+    scaling_factor: s; timestep: τ the adapter was trained for; stages: milliseconds by stage of the last `restore`;
+    metadata: what the adapter's file, or the config of a pruned model, says of itself.
+    """
 
-DIT_DEFAULTS = dict(
-    in_channels=32, out_channels=32, num_layers=20, num_attention_heads=70, attention_head_dim=32,
-    num_cross_attention_heads=20, cross_attention_head_dim=112, cross_attention_dim=2240, caption_channels=2304,
-    mlp_ratio=2.5, attention_bias=False, norm_eps=1e-6,
-    sample_size=16,  # side of the latents it was trained at; only train.py's default crop depends on it
-)
-DIT_NEUTRAL = dict(patch_size=1, norm_elementwise_affine=False, dropout=0.0, guidance_embeds=False, qk_norm=None,
-                   interpolation_scale=None, timestep_scale=1.0)
-DIT_IGNORED = {"guidance_embeds_scale"}
+    def __init__(self, vae: DCAE, dit: LinearDiT, prompts: PromptEncoder, metadata: dict | None = None) -> None:
+        """From parts. vae and dit lie on one device; prompts: (texts, instruction) -> (c, m), as `PromptEncoder`."""
+        super().__init__(vae, dit, prompts, metadata)
+        self.dit, self.timestep = dit, conditioning(self.metadata)["timestep"]
+
+    @torch.inference_mode()
+    def restore(self, image: Image.Image, prompt: str | list = "", *, scale: int = 4, suffix: str | None = None,
+                timestep: float | None = None, tile: int | None = None, instruction: str | None = None,
+                progress=None) -> Image.Image:
+        """PIL image -> PIL image (RGB) of exactly `scale` times the size.
+
+        The picture is enlarged `scale` times and restored at that size; 1 cleans a picture without enlarging it.
+        prompt: what the picture shows (a text, or a list of tags), to which `suffix` is joined, see `build_prompt`.
+        suffix, timestep (τ in (0, 1000]), instruction: by default what the adapter was trained with, see
+        `conditioning`. tile: the largest side, in pixels of the result, that the networks see at once (a multiple of
+        32, 0 for no limit, 1408 by default).
+        progress(stage, done, total) is called for every tile of the stages encode, dit and decode.
+        Raises ValueError where the result is not finite, and what the text encoder's loading raises.
+        """
+        how = conditioning(self.metadata, suffix, timestep, instruction)
+        t = torch.full((1,), how["timestep"], device=self.device)
+        by_tiles, clock = self.tiling(tile), Stopwatch(self.device)
+
+        def report(stage):
+            return progress and functools.partial(progress, stage)
+
+        c, m = self.encode_prompt(build_prompt(prompt, how["suffix"]), how["instruction"])  # 1,T,Dt and 1,T
+        clock.lap("text")
+        x = self.to_tensor(bicubic(image.convert("RGB"), scale), self.vae_dtype, self.vae.factor)  # 1,3,H,W
+        z = by_tiles(self.vae.encode, x, down=self.vae.factor, progress=report("encode"))
+        z = self.scaling_factor * z.float()  # 1,C,h,w
+        clock.lap("encode")
+        z = by_tiles(lambda part: one_step(self.dit, part, t, c, m), z, progress=report("dit"))
+        clock.lap("dit")
+        result = self.decode(z, scale * image.width, scale * image.height, by_tiles, report("decode"))
+        clock.lap("decode")
+        self.stages = clock.laps
+        return result
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, device: str | torch.device = "cpu",
+                        dtype: torch.dtype | None = None, adapter: str | Path | bool | None = None,
+                        merge: bool = True) -> SanaSR:
+        """Load an official folder (or a name in `weights.MODELS`) with vae/, transformer/, text_encoder/, tokenizer/.
+
+        dtype: torch.float32, bfloat16 or float16, see `choose_dtypes`.
+        adapter: a LoRA file; None takes `adapter.safetensors` of the folder where there is one; False takes none.
+        merge: fold the adapter into the weights (inference); False keeps it apart (training).
+        Raises OSError or ValueError that names the file, weights.Unavailable where a known model is unavailable.
+        """
+        device = torch.device(device)
+        dtype, vae_dtype = choose_dtypes(device, dtype)
+        folder = weights.folder(name_or_folder, dtype)
+        vae = DCAE.from_pretrained(folder / "vae", vae_dtype, device)
+        dit = LinearDiT.from_pretrained(folder / "transformer", dtype, device)
+        if adapter is None and (folder / "adapter.safetensors").exists():
+            adapter = folder / "adapter.safetensors"
+        if adapter:
+            metadata = load_lora(dit, adapter)
+        else:  # a pruned model holds its adapter merged, and says in its config what it was trained for
+            config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+            metadata = config.get("_provenance", {})
+        if merge:
+            merge_lora(dit)
+        try:
+            self = cls(vae, dit, PromptEncoder(folder, vae_dtype, device), metadata)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
+        self.folder = folder
+        return self
+
 
 # --- Operators shared by the networks ---
 
@@ -141,10 +151,10 @@ def to_picture(x, height, width):
     return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
-def run(block, *args, checkpointing=False):
+def checkpointed(block, *args, checkpointing=False):
     """block(*args); with `checkpointing` its activations are recomputed in the backward pass, not stored.
 
-    Trap: backward runs after `adapters_off` exits, so the scales that the forward pass used are restored for it.
+    Trap: backward runs after `adapters_off` exits: restore the scales used in forward.
     """
     if not (checkpointing and torch.is_grad_enabled()):
         return block(*args)
@@ -202,6 +212,290 @@ class GLUMBConv(nn.Module):
             h = kernels.depthwise_gate(inverted(x), height, width, depth.weight, depth.bias)
             return point(h)
         return kernels.mix_ffn(x, height, width, inverted.weight, inverted.bias, depth.weight, depth.bias, point.weight)
+
+
+# --- LinearDiT: SANA's diffusion transformer ---
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoid of τ, cosine half first, then linear, SiLU, linear."""
+
+    def __init__(self, width, frequencies=256):
+        super().__init__()
+        self.half = frequencies // 2
+        self.linear_1 = nn.Linear(frequencies, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, t):  # B -> B,D
+        frequency = torch.exp(-math.log(10000) / self.half * torch.arange(self.half, device=t.device))
+        angle = t.float()[:, None] * frequency  # B,128
+        x = torch.cat([angle.cos(), angle.sin()], dim=1).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class AdaLayerNormSingle(nn.Module):
+    """One timestep embedding for all blocks: (modulation of the blocks B,6,D; the embedding itself B,D)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.emb = nn.ModuleDict({"timestep_embedder": TimestepEmbedder(width)})
+        self.linear = nn.Linear(width, 6 * width)
+
+    def forward(self, t):
+        e = self.emb["timestep_embedder"](t)
+        return self.linear(F.silu(e)).unflatten(1, (6, -1)), e
+
+
+class CaptionProjection(nn.Module):
+    """Text states to the transformer's width: linear, tanh-GELU, linear."""
+
+    def __init__(self, in_channels, width):
+        super().__init__()
+        self.linear_1 = nn.Linear(in_channels, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, c):  # B,T,Dt -> B,T,D
+        return self.linear_2(F.gelu(self.linear_1(c), approximate="tanh"))
+
+
+class LinearAttention(nn.Module):
+    """ReLU linear self-attention, O(N) (Eq. 3)."""
+
+    def __init__(self, width, heads, bias):
+        super().__init__()
+        self.heads = heads
+        self.to_q = Linear(width, width, bias=bias)
+        self.to_k = Linear(width, width, bias=bias)
+        self.to_v = Linear(width, width, bias=bias)
+        self.to_out = nn.ModuleList([Linear(width, width)])
+
+    def forward(self, x):  # B,N,D
+        q, k, v = (proj(x).unflatten(2, (self.heads, -1)) for proj in (self.to_q, self.to_k, self.to_v))  # B,N,n,d
+        y = self.to_out[0](kernels.linear_attention(q, k, v, eps=1e-15).flatten(2))
+        return y.clip(-65504, 65504) if y.dtype == torch.float16 else y
+
+
+class CrossAttention(nn.Module):
+    """Softmax attention of the picture's tokens to the text; `bias` is 0 for a kept and −10000 for a masked token."""
+
+    def __init__(self, width, heads, head_dim):
+        super().__init__()
+        self.heads = heads
+        self.to_q = Linear(width, heads * head_dim)
+        self.to_k = Linear(width, heads * head_dim)
+        self.to_v = Linear(width, heads * head_dim)
+        self.to_out = nn.ModuleList([Linear(heads * head_dim, width)])
+
+    def forward(self, x, c, bias):  # x: B,N,D; c: B,T,D; bias: B,1,1,T
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2)  # B,n,N,d and B,n,T,d
+                   for y in (self.to_q(x), self.to_k(c), self.to_v(c)))
+        return self.to_out[0](F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
+
+
+class DiTBlock(nn.Module):
+    """x += gate · LA(AdaLN x);  x += cross-attention(x, text);  x += gate · Mix-FFN(AdaLN x)."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, self.eps = config["num_attention_heads"] * config["attention_head_dim"], config["norm_eps"]
+        self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
+        self.attn1 = LinearAttention(width, config["num_attention_heads"], config["attention_bias"])
+        self.attn2 = CrossAttention(width, config["num_cross_attention_heads"], config["cross_attention_head_dim"])
+        self.ff = GLUMBConv(width, int(config["mlp_ratio"] * width))
+
+    def forward(self, x, c, bias, modulation, height, width):  # x: B,N,D; c: B,T,D; modulation: B,6,D
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + modulation).chunk(6, dim=1)  # B,1,D
+        h = F.layer_norm(x, x.shape[2:], eps=self.eps) * (1 + scale1) + shift1
+        x = x + gate1 * self.attn1(h)
+        x = x + self.attn2(x, c, bias)  # trap: neither norm nor gate here; the official `norm2` is the FFN's
+        h = F.layer_norm(x, x.shape[2:], eps=self.eps) * (1 + scale2) + shift2
+        return x + gate2 * self.ff(h, height, width)
+
+
+class LinearDiT(Pretrained):
+    """SANA's transformer (diffusers' SanaTransformer2DModel): predicts ε − x_0 of x_t = (1 − σ) x_0 + σ ε.
+
+    There is no positional embedding: position comes from the Mix-FFN's depthwise convolution.
+    """
+
+    checkpointing = False
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.config = config = configs.linear_dit(config)
+        width = config["cross_attention_dim"]
+        self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
+        self.patch_embed = nn.ModuleDict({"proj": Conv1x1(config["in_channels"], width)})
+        self.time_embed = AdaLayerNormSingle(width)
+        self.caption_projection = CaptionProjection(config["caption_channels"], width)
+        self.caption_norm = RMSNorm(width)
+        self.transformer_blocks = nn.ModuleList(DiTBlock(config) for _ in range(config["num_layers"]))
+        self.proj_out = nn.Linear(width, config["out_channels"] or config["in_channels"])
+
+    def forward(self, z, t, c, mask, condition=None):
+        """z: B,C,h,w scaled latents; t: B in [0, 1000]; c: B,T,Dt text states; mask: B,T of 0/1 -> B,C,h,w.
+
+        condition: B,D,h,w, added to the embedded latents; see linearsr/.
+        """
+        if z.ndim != 4 or c.ndim != 3 or mask.shape != c.shape[:2] or t.shape != z.shape[:1]:
+            raise ValueError(f"LinearDiT: expected z B,C,h,w, t B, c B,T,D, mask B,T; got "
+                             f"{tuple(z.shape)}, {tuple(t.shape)}, {tuple(c.shape)}, {tuple(mask.shape)}")
+        height, width = z.shape[2:]
+        x = self.patch_embed["proj"](to_tokens(z))  # B,N,D
+        if condition is not None:
+            x = x + to_tokens(condition)
+        modulation, e = self.time_embed(t)  # B,6,D and B,D
+        c = self.caption_norm(self.caption_projection(c))  # B,T,D
+        bias = ((1 - mask.to(x.dtype)) * -10000)[:, None, None]  # B,1,1,T
+        for block in self.transformer_blocks:
+            x = checkpointed(block, x, c, bias, modulation, height, width, checkpointing=self.checkpointing)
+        # trap: the output's AdaLN takes the embedding before SiLU + linear
+        shift, scale = (self.scale_shift_table + e[:, None]).chunk(2, dim=1)  # B,1,D
+        x = F.layer_norm(x, x.shape[2:], eps=1e-6) * (1 + scale) + shift  # 1e-6 whatever `norm_eps` says
+        return to_picture(self.proj_out(x), height, width)
+
+
+# --- LoRA: low-rank adapters on the frozen prior (Eq. 13) ---
+
+LORA_TARGETS = {
+    "attn": ("to_q", "to_k", "to_v", "to_out.0"),  # self- and cross-attention: the paper's Appendix B
+    "attn+ffn": ("to_q", "to_k", "to_v", "to_out.0", "ff.conv_inverted", "ff.conv_point"),  # its §3.2
+}
+
+
+def inject_lora(model: nn.Module, rank: int = 64, alpha: float | None = None, targets: str = "attn") -> list[str]:
+    """Give every target projection of the transformer's blocks a trainable adapter, W + (α/r) B A with B = 0.
+
+    rank: r; alpha: α, by default r. targets: "attn" or "attn+ffn". All other parameters are frozen. The adapters live
+    in float32 whatever the model's dtype. Returns the names of the adapted modules.
+    """
+    if targets not in LORA_TARGETS:
+        raise ValueError(f"LoRA targets must be one of {', '.join(LORA_TARGETS)}, not {targets!r}")
+    model.requires_grad_(False)
+    names = [name for name, module in model.named_modules()
+             if isinstance(module, Linear) and name.endswith(tuple("." + t for t in LORA_TARGETS[targets]))]
+    for name in names:
+        _attach_lora(model.get_submodule(name), rank, (rank if alpha is None else alpha) / rank)
+    return names
+
+
+def _attach_lora(module, rank, scale):
+    out_features, in_features = module.weight.shape[:2]
+    module.lora_A = nn.Linear(in_features, rank, bias=False, device=module.weight.device)  # Kaiming-uniform
+    module.lora_B = nn.Linear(rank, out_features, bias=False, device=module.weight.device)
+    nn.init.zeros_(module.lora_B.weight)
+    module.adapter_scale = scale
+
+
+def lora_modules(model):
+    """{name: module} of all modules that carry an adapter."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+def lora_parameters(model):
+    """{key: parameter} of the adapters, keys as in the adapter file: `<module>.lora_A.weight`, `.lora_B.weight`."""
+    return {key: p for key, p in model.named_parameters() if ".lora_A." in key or ".lora_B." in key}
+
+
+@contextlib.contextmanager
+def adapters_at(model, scales):
+    """A context within which the adapters of `model` have these scales α/r, in the order of `lora_modules`."""
+    modules = lora_modules(model).values()
+    before = [module.adapter_scale for module in modules]
+
+    def put(values):
+        for module, value in zip(modules, values, strict=True):
+            module.adapter_scale = value
+    put(scales)
+    try:
+        yield
+    finally:
+        put(before)
+
+
+def adapters_off(model):
+    """A context within which the model is the frozen prior f0."""
+    return adapters_at(model, [0.0] * len(lora_modules(model)))
+
+
+def save_lora(model, path, metadata=None, state=None):
+    """Write the adapters, or `state` (say their average) under the same keys, as safetensors, atomically.
+
+    metadata: {str: str}; "rank" and "alpha" are added. Where ranks or alphas differ, "rank" lists all ranks, and a JSON
+    object {module: α} under "alphas" replaces "alpha".
+    """
+    state = lora_parameters(model) if state is None else state
+    ranks = {name: module.lora_A.weight.shape[0] for name, module in lora_modules(model).items()}
+    alphas = {name: module.adapter_scale * ranks[name] for name, module in lora_modules(model).items()}
+    about = {"rank": " ".join(map(str, sorted({*ranks.values()})))}
+    if len({*ranks.values()}) == len({*alphas.values()}) == 1:
+        about["alpha"] = f"{next(iter(alphas.values())):g}"
+    else:
+        about["alphas"] = json.dumps(alphas)
+    save_tensors({key: p.detach() for key, p in state.items()}, path, (metadata or {}) | about)
+
+
+def read_lora(path, system="sana-sr"):
+    """An adapter file -> ({key: matrix}, its metadata). PEFT's prefixes `transformer.`, `base_model.model.` are cut.
+
+    system: what the adapter must be made for, "sana-sr" or "linearsr". A file without this entry is SANA-SR's.
+    Raises ValueError that names the file.
+    """
+    state = {}
+    with open_weights(path) as file:
+        metadata = file.metadata() or {}
+        for key in file.keys():
+            x = file.get_tensor(key)
+            if x.ndim < 2 or not x.is_floating_point() or not x.numel():
+                raise ValueError(f"{path}: {key} is no matrix of floating numbers; only plain LoRA weights are read")
+            state[re.sub(r"^(base_model\.model\.|transformer\.)+", "", key)] = x.flatten(1)
+    if not state:
+        raise ValueError(f"{path}: there is no adapter in it")
+    if (found := metadata.get("system", "sana-sr")) != system:
+        raise ValueError(f"{path}: an adapter for {found}, but {system} needs one of its own")
+    for name in {"alpha", "timestep"} & set(metadata):
+        if not re.fullmatch(r"\d+(\.\d*)?", metadata[name]):
+            raise ValueError(f"{path}: its metadata says {name} = {metadata[name]!r}, which is no number")
+    return state, metadata
+
+
+def load_lora(model: nn.Module, path: str | Path, system: str = "sana-sr") -> dict:
+    """Attach the adapters of a file to `model`; returns the file's metadata.
+
+    Without "alpha" or "alphas" in the metadata α = r. system: see `read_lora`. Raises ValueError, naming file and key,
+    where the adapter belongs to another base.
+    """
+    state, metadata = read_lora(path, system)
+    try:
+        alphas = {name: float(alpha) for name, alpha in json.loads(metadata.get("alphas", "{}")).items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"{path}: its metadata says alphas = {metadata['alphas']!r}, no numbers by module") from None
+    modules = dict(model.named_modules())
+    for key in state:
+        name, _, half = key.removesuffix(".weight").rpartition(".")
+        if not isinstance(modules.get(name), Linear) or half not in ("lora_A", "lora_B"):
+            raise ValueError(f"{path}: {key} fits no projection of this model; was the adapter made for another one?")
+        a, b, (out_features, in_features) = (state.get(f"{name}.lora_A.weight"), state.get(f"{name}.lora_B.weight"),
+                                             modules[name].weight.shape[:2])
+        if a is None or b is None or (a.shape[1], *b.shape) != (in_features, out_features, a.shape[0]):
+            raise ValueError(f"{path}: {key} does not fit a projection of {in_features} to {out_features} channels")
+    for name in {key.rpartition(".lora_")[0] for key in state}:
+        rank = state[f"{name}.lora_A.weight"].shape[0]
+        _attach_lora(modules[name], rank, alphas.get(name, float(metadata.get("alpha", rank))) / rank)
+    with torch.no_grad():
+        for key, p in lora_parameters(model).items():
+            if key in state:
+                p.copy_(state[key])
+    return metadata
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module) -> None:
+    """W ← W + (α/r) B A, in float32, then back to the weight's dtype; the adapters are gone afterwards."""
+    for module in lora_modules(model).values():
+        delta = module.adapter_scale * module.lora_B.weight.float() @ module.lora_A.weight.float()
+        module.weight.copy_(module.weight.float() + delta.view_as(module.weight))
+        del module.lora_A, module.lora_B, module.adapter_scale
 
 
 # --- DC-AE: the 32× deep compression autoencoder ---
@@ -367,12 +661,12 @@ class Decoder(nn.Module):
         if self.repeats:
             x = x + z.repeat_interleave(self.repeats, 1)
         for stage in reversed(self.up_blocks):
-            x = run(stage, x, checkpointing=self.checkpointing)
+            x = checkpointed(stage, x, checkpointing=self.checkpointing)
         x = self.norm_out(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return self.conv_out(F.relu(x))
 
 
-class DCAE(nn.Module):
+class DCAE(Pretrained):
     """The deep compression autoencoder (diffusers' AutoencoderDC): 32× smaller per side with six stages.
 
     Raises ValueError where a picture's sides are no multiples of that factor.
@@ -380,10 +674,7 @@ class DCAE(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        self.config = config = read_config("DCAE", config, DCAE_DEFAULTS, DCAE_NEUTRAL)
-        for key, known in DCAE_BLOCKS.items():
-            if unknown := {config[key]} - {*known} if isinstance(config[key], str) else {*config[key]} - {*known}:
-                raise ValueError(f"DCAE config: {key} = {unknown.pop()!r} is not supported, only {' and '.join(known)}")
+        self.config = config = configs.dcae(config)
         self.factor = 2 ** (len(config["encoder_block_out_channels"]) - 1)
         self.encoder, self.decoder = Encoder(config), Decoder(config)
 
@@ -474,23 +765,17 @@ class GemmaLayer(nn.Module):
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
-class Gemma2(nn.Module):
+class Gemma2(Pretrained):
     """The decoder-only Gemma-2, used as a text encoder: the states after the last norm, no language-model head."""
 
     def __init__(self, config: dict):
         super().__init__()
-        config = {**config}
-        rope = config.pop("rope_parameters", None)  # the newer spelling of rope_theta
-        if rope is not None:
-            config |= read_config("Gemma2 rope", rope, dict(rope_theta=10000.0), dict(rope_type="default"))
-        self.config = config = read_config("Gemma2", config, GEMMA2_DEFAULTS, GEMMA2_NEUTRAL, GEMMA2_IGNORED)
+        self.config = config = configs.gemma2(config)
         count = config["num_hidden_layers"]
-        kinds = (config["layer_types"] or ["sliding_attention", "full_attention"] * count)[:count]  # even layers slide
-        if len(kinds) < count or not {*kinds} <= {"sliding_attention", "full_attention"}:
-            raise ValueError(f"Gemma2 config: layer_types = {repr(kinds)[:100]} cannot be used")
-        self.slides = [kind == "sliding_attention" for kind in kinds]
+        kinds = config["layer_types"] or ["sliding_attention", "full_attention"] * count  # even layers slide
+        self.slides = [kind == "sliding_attention" for kind in kinds[:count]]
         self.embed_tokens = nn.Embedding(config["vocab_size"], config["hidden_size"])
-        self.layers = nn.ModuleList(GemmaLayer(config) for _ in range(config["num_hidden_layers"]))
+        self.layers = nn.ModuleList(GemmaLayer(config) for _ in range(count))
         self.norm = GemmaRMSNorm(config["hidden_size"], config["rms_norm_eps"])
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -589,292 +874,6 @@ class GemmaTokenizer:
         return [s for s in symbols if s is not None]
 
 
-# --- LinearDiT: SANA's diffusion transformer ---
-
-
-class TimestepEmbedder(nn.Module):
-    """Sinusoid of τ, cosine half first, then linear, SiLU, linear."""
-
-    def __init__(self, width, frequencies=256):
-        super().__init__()
-        self.half = frequencies // 2
-        self.linear_1 = nn.Linear(frequencies, width)
-        self.linear_2 = nn.Linear(width, width)
-
-    def forward(self, t):  # B -> B,D
-        frequency = torch.exp(-math.log(10000) / self.half * torch.arange(self.half, device=t.device))
-        angle = t.float()[:, None] * frequency  # B,128
-        x = torch.cat([angle.cos(), angle.sin()], dim=1).to(self.linear_1.weight.dtype)
-        return self.linear_2(F.silu(self.linear_1(x)))
-
-
-class AdaLayerNormSingle(nn.Module):
-    """One timestep embedding for all blocks: (modulation of the blocks B,6,D; the embedding itself B,D)."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.emb = nn.ModuleDict({"timestep_embedder": TimestepEmbedder(width)})
-        self.linear = nn.Linear(width, 6 * width)
-
-    def forward(self, t):
-        e = self.emb["timestep_embedder"](t)
-        return self.linear(F.silu(e)).unflatten(1, (6, -1)), e
-
-
-class CaptionProjection(nn.Module):
-    """Text states to the transformer's width: linear, tanh-GELU, linear."""
-
-    def __init__(self, in_channels, width):
-        super().__init__()
-        self.linear_1 = nn.Linear(in_channels, width)
-        self.linear_2 = nn.Linear(width, width)
-
-    def forward(self, c):  # B,T,Dt -> B,T,D
-        return self.linear_2(F.gelu(self.linear_1(c), approximate="tanh"))
-
-
-class LinearAttention(nn.Module):
-    """ReLU linear self-attention, O(N) (Eq. 3)."""
-
-    def __init__(self, width, heads, bias):
-        super().__init__()
-        self.heads = heads
-        self.to_q = Linear(width, width, bias=bias)
-        self.to_k = Linear(width, width, bias=bias)
-        self.to_v = Linear(width, width, bias=bias)
-        self.to_out = nn.ModuleList([Linear(width, width)])
-
-    def forward(self, x):  # B,N,D
-        q, k, v = (proj(x).unflatten(2, (self.heads, -1)) for proj in (self.to_q, self.to_k, self.to_v))  # B,N,n,d
-        y = self.to_out[0](kernels.linear_attention(q, k, v, eps=1e-15).flatten(2))
-        return y.clip(-65504, 65504) if y.dtype == torch.float16 else y
-
-
-class CrossAttention(nn.Module):
-    """Softmax attention of the picture's tokens to the text; `bias` is 0 for a kept and −10000 for a masked token."""
-
-    def __init__(self, width, heads, head_dim):
-        super().__init__()
-        self.heads = heads
-        self.to_q = Linear(width, heads * head_dim)
-        self.to_k = Linear(width, heads * head_dim)
-        self.to_v = Linear(width, heads * head_dim)
-        self.to_out = nn.ModuleList([Linear(heads * head_dim, width)])
-
-    def forward(self, x, c, bias):  # x: B,N,D; c: B,T,D; bias: B,1,1,T
-        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2)  # B,n,N,d and B,n,T,d
-                   for y in (self.to_q(x), self.to_k(c), self.to_v(c)))
-        return self.to_out[0](F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
-
-
-class DiTBlock(nn.Module):
-    """x += gate · LA(AdaLN x);  x += cross-attention(x, text);  x += gate · Mix-FFN(AdaLN x)."""
-
-    def __init__(self, config):
-        super().__init__()
-        width, self.eps = config["num_attention_heads"] * config["attention_head_dim"], config["norm_eps"]
-        self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
-        self.attn1 = LinearAttention(width, config["num_attention_heads"], config["attention_bias"])
-        self.attn2 = CrossAttention(width, config["num_cross_attention_heads"], config["cross_attention_head_dim"])
-        self.ff = GLUMBConv(width, int(config["mlp_ratio"] * width))
-
-    def forward(self, x, c, bias, modulation, height, width):  # x: B,N,D; c: B,T,D; modulation: B,6,D
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + modulation).chunk(6, dim=1)  # B,1,D
-        h = F.layer_norm(x, x.shape[2:], eps=self.eps) * (1 + scale1) + shift1
-        x = x + gate1 * self.attn1(h)
-        x = x + self.attn2(x, c, bias)  # trap: neither norm nor gate here; the official `norm2` is the FFN's
-        h = F.layer_norm(x, x.shape[2:], eps=self.eps) * (1 + scale2) + shift2
-        return x + gate2 * self.ff(h, height, width)
-
-
-class LinearDiT(nn.Module):
-    """SANA's transformer (diffusers' SanaTransformer2DModel): predicts ε − x_0 of x_t = (1 − σ) x_0 + σ ε.
-
-    There is no positional embedding: position comes from the Mix-FFN's depthwise convolution.
-    """
-
-    checkpointing = False
-
-    def __init__(self, config: dict):
-        super().__init__()
-        self.config = config = read_config("LinearDiT", config, DIT_DEFAULTS, DIT_NEUTRAL, DIT_IGNORED)
-        width = config["num_attention_heads"] * config["attention_head_dim"]
-        if config["cross_attention_dim"] != width:
-            raise ValueError(f"LinearDiT config: cross_attention_dim must be the width of the blocks, {width}")
-        self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
-        self.patch_embed = nn.ModuleDict({"proj": Conv1x1(config["in_channels"], width)})
-        self.time_embed = AdaLayerNormSingle(width)
-        self.caption_projection = CaptionProjection(config["caption_channels"], width)
-        self.caption_norm = RMSNorm(width)
-        self.transformer_blocks = nn.ModuleList(DiTBlock(config) for _ in range(config["num_layers"]))
-        self.proj_out = nn.Linear(width, config["out_channels"] or config["in_channels"])
-
-    def forward(self, z, t, c, mask, condition=None):
-        """z: B,C,h,w scaled latents; t: B in [0, 1000]; c: B,T,Dt text states; mask: B,T of 0/1 -> B,C,h,w.
-
-        condition: B,D,h,w, added to the embedded latents; see linearsr/.
-        """
-        if z.ndim != 4 or c.ndim != 3 or mask.shape != c.shape[:2] or t.shape != z.shape[:1]:
-            raise ValueError(f"LinearDiT: expected z B,C,h,w, t B, c B,T,D, mask B,T; got "
-                             f"{tuple(z.shape)}, {tuple(t.shape)}, {tuple(c.shape)}, {tuple(mask.shape)}")
-        height, width = z.shape[2:]
-        x = self.patch_embed["proj"](to_tokens(z))  # B,N,D
-        if condition is not None:
-            x = x + to_tokens(condition)
-        modulation, e = self.time_embed(t)  # B,6,D and B,D
-        c = self.caption_norm(self.caption_projection(c))  # B,T,D
-        bias = ((1 - mask.to(x.dtype)) * -10000)[:, None, None]  # B,1,1,T
-        for block in self.transformer_blocks:
-            x = run(block, x, c, bias, modulation, height, width, checkpointing=self.checkpointing)
-        # trap: the output's AdaLN takes the embedding before SiLU + linear
-        shift, scale = (self.scale_shift_table + e[:, None]).chunk(2, dim=1)  # B,1,D
-        x = F.layer_norm(x, x.shape[2:], eps=1e-6) * (1 + scale) + shift  # 1e-6 whatever `norm_eps` says
-        return to_picture(self.proj_out(x), height, width)
-
-
-# --- LoRA: low-rank adapters on the frozen prior (Eq. 13) ---
-
-LORA_TARGETS = {
-    "attn": ("to_q", "to_k", "to_v", "to_out.0"),  # self- and cross-attention: the paper's Appendix B
-    "attn+ffn": ("to_q", "to_k", "to_v", "to_out.0", "ff.conv_inverted", "ff.conv_point"),  # its §3.2
-}
-
-
-def inject_lora(model: nn.Module, rank: int = 64, alpha: float | None = None, targets: str = "attn") -> list[str]:
-    """Give every target projection of the transformer's blocks a trainable adapter, W + (α/r) B A with B = 0.
-
-    rank: r; alpha: α, by default r. targets: "attn" or "attn+ffn". All other parameters are frozen. The adapters live
-    in float32 whatever the model's dtype. Returns the names of the adapted modules.
-    """
-    if targets not in LORA_TARGETS:
-        raise ValueError(f"LoRA targets must be one of {', '.join(LORA_TARGETS)}, not {targets!r}")
-    model.requires_grad_(False)
-    names = [name for name, module in model.named_modules()
-             if isinstance(module, Linear) and name.endswith(tuple("." + t for t in LORA_TARGETS[targets]))]
-    for name in names:
-        _attach_lora(model.get_submodule(name), rank, (rank if alpha is None else alpha) / rank)
-    return names
-
-
-def _attach_lora(module, rank, scale):
-    out_features, in_features = module.weight.shape[:2]
-    module.lora_A = nn.Linear(in_features, rank, bias=False, device=module.weight.device)  # Kaiming-uniform
-    module.lora_B = nn.Linear(rank, out_features, bias=False, device=module.weight.device)
-    nn.init.zeros_(module.lora_B.weight)
-    module.adapter_scale = scale
-
-
-def lora_modules(model):
-    """{name: module} of all modules that carry an adapter."""
-    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
-
-
-def lora_parameters(model):
-    """{key: parameter} of the adapters, keys as in the adapter file: `<module>.lora_A.weight`, `.lora_B.weight`."""
-    return {key: p for key, p in model.named_parameters() if ".lora_A." in key or ".lora_B." in key}
-
-
-@contextlib.contextmanager
-def adapters_at(model, scales):
-    """A context within which the adapters of `model` have these scales α/r, in the order of `lora_modules`."""
-    modules = lora_modules(model).values()
-    before = [module.adapter_scale for module in modules]
-
-    def put(values):
-        for module, value in zip(modules, values, strict=True):
-            module.adapter_scale = value
-    put(scales)
-    try:
-        yield
-    finally:
-        put(before)
-
-
-def adapters_off(model):
-    """A context within which the model is the frozen prior f0."""
-    return adapters_at(model, [0.0] * len(lora_modules(model)))
-
-
-def save_lora(model, path, metadata=None, state=None):
-    """Write the adapters (or `state` in their place, say averaged ones) as safetensors, atomically.
-
-    metadata: {str: str}; "rank" and "alpha" are added. Adapters that differ have all ranks in "rank" and, in place of
-    "alpha", a JSON object {module: α} in "alphas".
-    """
-    state = lora_parameters(model) if state is None else state
-    ranks = {name: module.lora_A.weight.shape[0] for name, module in lora_modules(model).items()}
-    alphas = {name: module.adapter_scale * ranks[name] for name, module in lora_modules(model).items()}
-    about = {"rank": " ".join(map(str, sorted({*ranks.values()})))}
-    if len({*ranks.values()}) == len({*alphas.values()}) == 1:
-        about["alpha"] = f"{next(iter(alphas.values())):g}"
-    else:
-        about["alphas"] = json.dumps(alphas)
-    save_tensors({key: p.detach() for key, p in state.items()}, path, (metadata or {}) | about)
-
-
-def read_lora(path, system="sana-sr"):
-    """An adapter file -> ({key: matrix}, its metadata). PEFT's prefixes `transformer.`, `base_model.model.` are cut.
-
-    system: what it must be made for, "sana-sr" or "linearsr"; a file whose metadata do not say is SANA-SR's.
-    Raises ValueError that names the file.
-    """
-    state = {}
-    with open_weights(path) as file:
-        metadata = file.metadata() or {}
-        for key in file.keys():
-            x = file.get_tensor(key)
-            if x.ndim < 2 or not x.is_floating_point() or not x.numel():
-                raise ValueError(f"{path}: {key} is no matrix of floating numbers; only plain LoRA weights are read")
-            state[re.sub(r"^(base_model\.model\.|transformer\.)+", "", key)] = x.flatten(1)
-    if not state:
-        raise ValueError(f"{path}: there is no adapter in it")
-    if (found := metadata.get("system", "sana-sr")) != system:
-        raise ValueError(f"{path}: an adapter for {found}, but {system} needs one of its own")
-    for name in {"alpha", "timestep"} & set(metadata):
-        if not re.fullmatch(r"\d+(\.\d*)?", metadata[name]):
-            raise ValueError(f"{path}: its metadata says {name} = {metadata[name]!r}, which is no number")
-    return state, metadata
-
-
-def load_lora(model: nn.Module, path: str | Path, system: str = "sana-sr") -> dict:
-    """Attach the adapters of a file to `model`, injecting where there are none; returns the file's metadata.
-
-    Without "alpha" or "alphas" in the metadata α = r. system: see `read_lora`. Raises ValueError, naming file and key,
-    where the adapter belongs to another base.
-    """
-    state, metadata = read_lora(path, system)
-    try:
-        alphas = {name: float(alpha) for name, alpha in json.loads(metadata.get("alphas", "{}")).items()}
-    except (AttributeError, TypeError, ValueError):
-        raise ValueError(f"{path}: its metadata says alphas = {metadata['alphas']!r}, no numbers by module") from None
-    modules = dict(model.named_modules())
-    for key in state:
-        name, _, half = key.removesuffix(".weight").rpartition(".")
-        if not isinstance(modules.get(name), Linear) or half not in ("lora_A", "lora_B"):
-            raise ValueError(f"{path}: {key} fits no projection of this model; was the adapter made for another one?")
-        a, b, (out_features, in_features) = (state.get(f"{name}.lora_A.weight"), state.get(f"{name}.lora_B.weight"),
-                                             modules[name].weight.shape[:2])
-        if a is None or b is None or (a.shape[1], *b.shape) != (in_features, out_features, a.shape[0]):
-            raise ValueError(f"{path}: {key} does not fit a projection of {in_features} to {out_features} channels")
-    for name in {key.rpartition(".lora_")[0] for key in state}:
-        rank = state[f"{name}.lora_A.weight"].shape[0]
-        _attach_lora(modules[name], rank, alphas.get(name, float(metadata.get("alpha", rank))) / rank)
-    with torch.no_grad():
-        for key, p in lora_parameters(model).items():
-            if key in state:
-                p.copy_(state[key])
-    return metadata
-
-
-@torch.no_grad()
-def merge_lora(model: nn.Module) -> None:
-    """W ← W + (α/r) B A, in float32, then back to the weight's dtype; the adapters are gone afterwards."""
-    for module in lora_modules(model).values():
-        delta = module.adapter_scale * module.lora_B.weight.float() @ module.lora_A.weight.float()
-        module.weight.copy_(module.weight.float() + delta.view_as(module.weight))
-        del module.lora_A, module.lora_B, module.adapter_scale
-
-
 # --- Prompts: p = tags ⊕ quality suffix, and the mask m (Eq. 2) ---
 
 SUFFIXES = {
@@ -887,7 +886,8 @@ DEGRADATION_WORDS = ("blurry", "blurred", "blur", "noise", "noisy", "low quality
 _DEGRADED = re.compile(r"(?<!\w)(" + "|".join(w.replace(" ", "[ ▁_-]") for w in DEGRADATION_WORDS) + r")(?!\w)")
 MAX_INSTRUCTION = 4096  # tokens; Gemma-2's context is 8192
 MAX_TOKENS = 300  # of text, <bos> included, as SANA was trained
-PROMPT_VERSION = 1  # raise it when the code changes what a prompt's states are: the cache then forgets the old ones
+KEEP_ALL = 2  # the n of `tokenize_prompt` without an instruction: 300 tokens are encoded, and all of them kept
+PROMPT_VERSION = 1  # raise it when the code changes a prompt's states, so that the cache makes them anew
 
 
 def clean_tags(tags):
@@ -896,7 +896,7 @@ def clean_tags(tags):
 
 
 def build_prompt(content: str | list, suffix: str = "appendix") -> str:
-    """content: a user's text, or a list of tags (which are cleaned); suffix: a name in SUFFIXES or a text of one's own.
+    """content: a user's text, or a list of tags (which are cleaned); suffix: a name in SUFFIXES, or any text.
 
     "tree, branch" and "appendix" give "tree, branch, clean, extremely detailed, …"; either half may be empty.
     """
@@ -907,7 +907,7 @@ def build_prompt(content: str | list, suffix: str = "appendix") -> str:
 def conditioning(metadata, suffix=None, timestep=None, instruction=None, default_timestep=900.0):
     """What the update is conditioned on besides picture and tags: {"suffix", "timestep": τ, "instruction"}.
 
-    Each is what the caller says; where that is None, what the adapter was trained with by its `metadata`; else the
+    Each value is the caller's; where that is None, the one in the adapter's `metadata`; where there is none, the
     default: "appendix", `default_timestep`, no instruction. The prompt is then build_prompt(content, suffix).
     """
     def first(value, name, default):
@@ -917,16 +917,16 @@ def conditioning(metadata, suffix=None, timestep=None, instruction=None, default
 
 
 def tokenize_prompt(tokenizer, prompt, instruction=""):
-    """-> (ids, mask, kept): ids for the encoder; positions of its states that are used; 0 or 1 for each of them.
+    """-> (ids, mask, kept): token ids for the encoder; 0 or 1 for each kept position; the kept positions of its states.
 
-    The prompt is lower-cased and stripped, as SANA does, and cut to 300 tokens with <bos>, without <eos>. No padding is
-    made: Gemma is causal and padding is masked, so it has no effect. Degradation words get mask 0 (Eq. 2).
+    The prompt is lower-cased and stripped, as SANA does, and cut to 300 tokens with <bos>, without <eos>. There is no
+    padding: Gemma is causal and padding is masked, so it has no effect. Degradation words get mask 0 (Eq. 2).
     After an instruction of n tokens, n + 298 tokens are encoded; the first and the last 299 positions are kept.
     """
     prompt = prompt.lower().strip()
     text = (instruction + prompt).replace(" ", "▁")
     ids = tokenizer.encode(instruction + prompt)
-    n = len(tokenizer.encode(instruction)) if instruction else 2
+    n = len(tokenizer.encode(instruction)) if instruction else KEEP_ALL
     if n > MAX_INSTRUCTION:
         raise ValueError(f"the instruction has {n} tokens, at most {MAX_INSTRUCTION} are possible")
     ids = ids[:n + MAX_TOKENS - 2]
@@ -935,199 +935,6 @@ def tokenize_prompt(tokenizer, prompt, instruction=""):
     mask = [0 if any(start < b and a < end for a, b in words) else 1 for start, end in tokenizer.spans(ids)]
     kept = [0, *range(n - 1, len(ids))]
     return ids, [mask[i] for i in kept], kept
-
-
-# --- Loading and saving: official folders, safetensors only, all or nothing ---
-
-
-def open_weights(path):
-    """safe_open with an error that names the file."""
-    try:
-        return safe_open(path, "pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
-
-
-def sort_header(path):
-    """Sort the metadata of a safetensors file, which come in any order: the same state then makes the same bytes.
-
-    The file also gets the permissions of any new file; the library makes it readable for its owner alone.
-    """
-    with open(path, "r+b") as f:
-        size = int.from_bytes(f.read(8), "little")
-        header = json.loads(f.read(size))
-        header |= {"__metadata__": dict(sorted(header["__metadata__"].items()))} if "__metadata__" in header else {}
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        if len(text) <= size:
-            f.seek(8)
-            f.write(text.ljust(size))
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(path, 0o666 & ~mask)
-
-
-def save_tensors(state, path, metadata=None):
-    """Write {key: tensor} as a safetensors file, whole or not at all. Raises OSError that names the file."""
-    with atomically(path) as temporary:
-        try:
-            save_file({key: x.contiguous() for key, x in state.items()}, temporary, metadata)
-        except SafetensorError as error:  # a full disk is one, too
-            code = re.search(r"\(os error (\d+)\)", str(error))
-            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) if code else OSError(
-                f"{path} cannot be written ({error})") from None
-        sort_header(temporary)
-
-
-STORED = {"F64", "F32", "F16", "BF16"}  # safetensors' names of the dtypes that weights may have
-
-
-def load_module(cls, folder, dtype=None, device="cpu"):
-    """Build `cls` from an official folder: config.json and safetensors, one file or shards.
-
-    The module is built on the meta device and the memory-mapped tensors are assigned, so memory holds the weights once.
-    dtype: tensors of another dtype are converted one by one; None keeps the stored one.
-    Raises ValueError or OSError that names the file and the keys.
-    """
-    folder = Path(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        with torch.device("meta"):
-            module = cls(config)
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:  # of JSON as well, or of impossible sizes
-        raise ValueError(f"{folder / 'config.json'}: {error}") from None
-    expected, state, problems = module.state_dict(), {}, []
-    for name in weights.pick_files(os.listdir(folder), dtype, where=f"{folder}: "):
-        with open_weights(folder / name) as file:
-            for stored in file.keys():
-                key = stored.removeprefix("model.")
-                if key == "lm_head.weight":  # the language-model head, tied to the embedding
-                    continue
-                shape = file.get_slice(stored).get_shape()
-                if key not in expected:
-                    problems.append(f"unexpected {stored[:100]} in {name}")
-                elif list(expected[key].shape) != shape:
-                    problems.append(f"{stored} in {name} is {shape}, expected {list(expected[key].shape)}")
-                elif file.get_slice(stored).get_dtype() not in STORED:
-                    problems.append(f"{stored} in {name} is {file.get_slice(stored).get_dtype()}, no floating number")
-                else:
-                    state[key] = file.get_tensor(stored).to(device=device, dtype=dtype)
-    problems += [f"missing {key}" for key in expected if key not in state and not any(key in p for p in problems)]
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"{folder}: the weights do not fit config.json: {'; '.join(problems[:5])}{more}")
-    module.load_state_dict(state, strict=True, assign=True)
-    return module.eval().requires_grad_(False)
-
-
-def save_module(module, folder, dtype=None, metadata=None):
-    """Write config.json and one safetensors file in the official layout; `metadata` goes under "_provenance"."""
-    state = {key: x.detach().to(dtype=dtype, device="cpu") for key, x in module.state_dict().items()}
-    name = "model.safetensors" if isinstance(module, Gemma2) else "diffusion_pytorch_model.safetensors"
-    save_tensors(state, Path(folder) / name)
-    config = module.config | ({"_provenance": metadata} if metadata else {})
-    write_bytes(Path(folder) / "config.json", json.dumps(config, indent=2) + "\n")
-
-
-for _cls in (DCAE, Gemma2, LinearDiT):  # X.from_pretrained(folder, dtype=None, device="cpu")
-    _cls.from_pretrained = classmethod(load_module)
-
-
-def fingerprint(folder):
-    """A hash of the names, the sizes and 16 samples of 64 KiB of all files of `folder`."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in Path(folder).iterdir() if path.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with open(path, "rb") as file:
-            for i in range(16):
-                file.seek(max(0, size - 65536) * i // 15)
-                digest.update(file.read(65536))
-    return digest.hexdigest()
-
-
-# --- The method: one latent update, and a restorer around it ---
-
-
-def sigma(t):
-    """Noise level of the timestep τ ∈ [0, 1000] that the network is given (SANA's own, after its flow shift)."""
-    return t / 1000
-
-
-def one_step(dit, z: torch.Tensor, t: torch.Tensor, c: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """ẑ = z_L − σ_τ · f(z_L, τ, c, m) (Eq. 4). z: B,C,h,w scaled latents; t: B; c: B,T,Dt; mask: B,T."""
-    return z - sigma(t).to(z.dtype)[:, None, None, None] * dit(z, t, c, mask)
-
-
-def spans(length, tile, overlap):
-    """Cover 0…length by equal pieces of at most `tile` that overlap by at least `overlap`: [(start, end), …]."""
-    if length <= tile:
-        return [(0, length)]
-    count = math.ceil((length - overlap) / (tile - overlap))
-    size = math.ceil((length + (count - 1) * overlap) / count)
-    return [(start, start + size) for start in ((length - size) * i // (count - 1) for i in range(count))]
-
-
-def blend_weights(pieces, up):
-    """For each piece a weight for each position × `up`: linear ramps in the overlaps, 1 elsewhere; they sum to 1."""
-    ramps = []
-    for i, (start, end) in enumerate(pieces):
-        w = torch.ones((end - start) * up)
-        if i:
-            n = (pieces[i - 1][1] - start) * up
-            w[:n] = (torch.arange(n) + 0.5) / n
-        if i + 1 < len(pieces):
-            n = (end - pieces[i + 1][0]) * up
-            w[len(w) - n:] = 1 - (torch.arange(n) + 0.5) / n
-        ramps.append(w)
-    return ramps
-
-
-def tiled(f, x, tile, overlap, down=1, up=1, progress=None):
-    """f(x) by overlapping tiles, blended: besides input and output, memory does not grow with the picture.
-
-    x: B,C,h·down,w·down -> B,C',h·up,w·up, as f maps each tile. tile and overlap count positions of the h×w grid. f
-    sees one tile at a time, so where it mixes globally (attention) the result differs from f(x).
-    progress(done, total) is called before the first tile and after each.
-    """
-    rows, cols = spans(x.shape[2] // down, tile, overlap), spans(x.shape[3] // down, tile, overlap)
-    done, total, progress = 0, len(rows) * len(cols), progress or (lambda done, total: None)
-    progress(0, total)
-    if total == 1:
-        y = f(x)
-        progress(1, 1)
-        return y
-    y = None
-    for (top, bottom), wy in zip(rows, blend_weights(rows, up), strict=True):
-        for (left, right), wx in zip(cols, blend_weights(cols, up), strict=True):
-            part = f(x[:, :, top * down:bottom * down, left * down:right * down])
-            if y is None:
-                size = *part.shape[:2], x.shape[2] // down * up, x.shape[3] // down * up
-                y = torch.zeros(size, device=x.device)  # float32: the ramps need more than bfloat16's 8 bits
-            y[:, :, top * up:bottom * up, left * up:right * up] += part * (wy.to(x.device)[:, None] * wx.to(x.device))
-            done += 1
-            progress(done, total)
-    return y
-
-
-def computes_bf16(device):
-    """Whether `device` computes in bfloat16 natively: GPUs of compute capability below 8.0 only emulate it, slowly."""
-    device = torch.device(device)
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def choose_dtypes(device, dtype=None):
-    """(dtype of the transformer, dtype of the autoencoder and the text encoder) for `device`.
-
-    dtype: what the user asks for; None: bfloat16 on a GPU that computes in it, else float32. float16 holds for the
-    transformer alone, since the autoencoder's activations overflow it; the others then run in bfloat16. bfloat16
-    becomes float32 where the device only emulates it.
-    """
-    device = torch.device(device)
-    native = computes_bf16(device)
-    dtype = dtype or (torch.bfloat16 if device.type != "cpu" and native else torch.float32)
-    if dtype == torch.float32 or not native:
-        return dtype, torch.float32
-    return dtype, torch.bfloat16
 
 
 class PromptEncoder:
@@ -1143,7 +950,7 @@ class PromptEncoder:
 
     @functools.cached_property
     def identity(self):
-        """What the states of a prompt depend on besides it. The files are hashed once for each loaded model."""
+        """All that text states depend on besides the prompt. The files are hashed once for each loaded model."""
         return [fingerprint(self.folder / "text_encoder"), fingerprint(self.folder / "tokenizer"), str(self.dtype),
                 PROMPT_VERSION, MAX_TOKENS, DEGRADATION_WORDS]
 
@@ -1151,16 +958,16 @@ class PromptEncoder:
     def __call__(self, prompts, instruction=""):
         """One prompt or several -> (c: B,T,Dt text states, m: B,T of 0/1), T the longest's length, at most 300."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        cache = Path(os.environ.get("SANASR_CACHE", Path.home() / ".cache" / "sanasr")) / "prompts"
+        cache = weights.cache_dir() / "prompts"
         found, tokenizer, encoder = {}, None, None
         for prompt in dict.fromkeys(prompts):
             key = json.dumps([*self.identity, instruction, prompt])
             path = cache / (hashlib.sha256(key.encode()).hexdigest() + ".safetensors")
             try:
-                with safe_open(path, "pt") as file:
+                with open_weights(path) as file:
                     found[prompt] = file.get_tensor("c"), file.get_tensor("m")
                 continue
-            except (OSError, SafetensorError):
+            except (SafetensorError, ValueError):
                 pass  # not there, or damaged: made again
             if encoder is None:
                 tokenizer = GemmaTokenizer(self.folder / "tokenizer")
@@ -1177,124 +984,3 @@ class PromptEncoder:
         states, masks = zip(*(found[prompt] for prompt in prompts), strict=True)
         pad = nn.utils.rnn.pad_sequence
         return pad(states, batch_first=True), pad(masks, batch_first=True)
-
-
-class SanaSR:
-    """The whole restorer: frozen autoencoder, prior with its adapter merged, text encoder loaded only when needed.
-
-    scaling_factor: s; timestep: τ the adapter was trained for; stages: milliseconds by stage of the last `restore`;
-    metadata: what the adapter's file, or the config of a pruned model, says of itself.
-    """
-
-    TILE, OVERLAP = 44, 2  # latent positions: tiles of 1408 pixels that share 64; so 3 × 3 of them cover 4096²
-
-    def __init__(self, vae: DCAE, dit: LinearDiT, prompts: PromptEncoder, metadata: dict | None = None) -> None:
-        """From parts. vae and dit lie on one device; prompts: (texts, instruction) -> (c, m), as `PromptEncoder`."""
-        p = next(dit.parameters())
-        self.vae, self.dit, self.prompts, self.device, self.dtype = vae, dit, prompts, p.device, p.dtype
-        self.vae_dtype = next(vae.parameters()).dtype
-        self.scaling_factor = vae.config["scaling_factor"]
-        if vae.config["latent_channels"] != dit.config["in_channels"]:
-            raise ValueError(f"the autoencoder makes {vae.config['latent_channels']} latent channels, "
-                             f"the transformer wants {dit.config['in_channels']}")
-        self.metadata = metadata or {}
-        self.timestep = conditioning(self.metadata)["timestep"]
-        self.folder, self.stages = None, {}
-
-    @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, device: str | torch.device = "cpu",
-                        dtype: torch.dtype | None = None, adapter: str | Path | bool | None = None,
-                        merge: bool = True) -> SanaSR:
-        """Load an official folder (or a name in `weights.MODELS`) with vae/, transformer/, text_encoder/, tokenizer/.
-
-        dtype: torch.float32, bfloat16 or float16, see `choose_dtypes`.
-        adapter: a LoRA file; None takes `adapter.safetensors` of the folder where there is one; False takes none.
-        merge: fold the adapter into the weights (inference); False keeps it apart (training).
-        Raises OSError or ValueError that names the file, weights.Unavailable where a known model is unavailable.
-        """
-        device = torch.device(device)
-        dtype, vae_dtype = choose_dtypes(device, dtype)
-        folder = weights.folder(name_or_folder, dtype)
-        vae = DCAE.from_pretrained(folder / "vae", vae_dtype, device)
-        dit = LinearDiT.from_pretrained(folder / "transformer", dtype, device)
-        if adapter is None and (folder / "adapter.safetensors").exists():
-            adapter = folder / "adapter.safetensors"
-        if adapter:
-            metadata = load_lora(dit, adapter)
-        else:  # a pruned model holds its adapter merged, and says in its config what it was trained for
-            config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
-            metadata = config.get("_provenance", {})
-        if merge:
-            merge_lora(dit)
-        try:
-            self = cls(vae, dit, PromptEncoder(folder, vae_dtype, device), metadata)
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from None
-        self.folder = folder
-        return self
-
-    def encode_prompt(self, prompts: str | list, instruction: str = "") -> tuple[torch.Tensor, torch.Tensor]:
-        """One prompt or several -> (c: B,T,Dt text states, m: B,T of 0/1) on the model's device: `PromptEncoder`."""
-        c, m = self.prompts(prompts, instruction)
-        return c.to(self.device, self.dtype), m.to(self.device)
-
-    def tiling(self, tile=None):
-        """`tiled` for tiles of `tile` pixels, see `restore`: (f, x, down=1, up=1, progress=None) -> f(x)."""
-        tile = self.TILE if tile is None else math.ceil(tile / self.vae.factor) or math.inf
-        return functools.partial(tiled, tile=tile, overlap=min(self.OVERLAP, tile // 4) if tile < math.inf else 0)
-
-    def decode(self, z, width, height, by_tiles, progress=None):
-        """Scaled latents 1,C,h,w -> PIL image of width × height, the upper left part of what they hold."""
-        z = z.to(self.vae_dtype) / self.scaling_factor
-        x = by_tiles(self.vae.decode, z, up=self.vae.factor, progress=progress)[0, :, :height, :width]  # 3,H,W
-        x = x.float().add_(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0)
-        return Image.fromarray(x.cpu().numpy())
-
-    @torch.inference_mode()
-    def restore(self, image: Image.Image, prompt: str | list = "", *, scale: int = 4, suffix: str | None = None,
-                timestep: float | None = None, tile: int | None = None, instruction: str | None = None,
-                progress=None) -> Image.Image:
-        """PIL image -> PIL image (RGB) of exactly `scale` times the size.
-
-        The picture is enlarged `scale` times and restored at that size; 1 cleans a picture without enlarging it.
-        prompt: what the picture shows (a text, or a list of tags), to which `suffix` is joined, see `build_prompt`.
-        suffix, timestep (τ in (0, 1000]), instruction: by default what the adapter was trained with, see
-        `conditioning`. tile: the largest side, in pixels of the result, that the networks see at once (a multiple of
-        32, 0 for no limit, 1408 by default).
-        progress(stage, done, total) is called for every tile of the stages encode, dit and decode.
-        """
-        how = conditioning(self.metadata, suffix, timestep, instruction)
-        t = torch.full((1,), how["timestep"], device=self.device)
-        by_tiles, clock = self.tiling(tile), Stopwatch(self.device)
-
-        def report(stage):
-            return progress and functools.partial(progress, stage)
-
-        c, m = self.encode_prompt(build_prompt(prompt, how["suffix"]), how["instruction"])  # 1,T,Dt and 1,T
-        clock.lap("text")
-        width, height = scale * image.width, scale * image.height
-        x = np.asarray(bicubic(image.convert("RGB"), scale))
-        x = torch.from_numpy(x.copy()).to(self.device).permute(2, 0, 1)[None].float()  # bfloat16 would lose grey levels
-        x = x.div_(127.5).sub_(1).to(self.vae_dtype)  # 1,3,H,W
-        x = F.pad(x, (0, -width % self.vae.factor, 0, -height % self.vae.factor), mode="replicate")
-        z = self.scaling_factor * by_tiles(self.vae.encode, x, down=self.vae.factor, progress=report("encode"))
-        clock.lap("encode")
-        z = by_tiles(lambda part: one_step(self.dit, part, t, c, m), z.to(self.dtype), progress=report("dit"))
-        clock.lap("dit")
-        result = self.decode(z, width, height, by_tiles, report("decode"))
-        clock.lap("decode")
-        self.stages = clock.laps
-        return result
-
-
-class Stopwatch:
-    """Wall-clock milliseconds by stage, waiting for the device at every lap."""
-
-    def __init__(self, device):
-        self.device, self.laps, self.last = device, {}, time.perf_counter()
-
-    def lap(self, name):
-        if self.device.type in ("cuda", "mps"):
-            getattr(torch, self.device.type).synchronize(*[self.device] * (self.device.type == "cuda"))
-        now = time.perf_counter()
-        self.laps[name], self.last = 1000 * (now - self.last), now

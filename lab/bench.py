@@ -68,7 +68,8 @@ class Ours:
 
     def transform(self, z):
         c, mask = (y.expand(len(z), *y.shape[1:]) for y in self.text)
-        return one_step(self.dit, z, torch.full((len(z),), self.timestep, device=z.device), c, mask)
+        t = torch.full((len(z),), self.timestep, device=z.device)
+        return one_step(self.dit, z, t, c, mask).to(z.dtype)
 
     def decode(self, z):
         return self.vae.decode(z / self.scale)

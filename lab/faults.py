@@ -40,6 +40,7 @@ import lab.finish
 import prune
 import sanasr
 import train
+import weights.files
 from lab import pretrain
 from lab.fault_inputs import (
     ROOT,
@@ -63,7 +64,6 @@ SECONDS = 120  # then a case hangs
 
 def api(argv):
     """SanaSR.from_pretrained(folder).restore(…), with the errors that it is documented to raise."""
-    import weights
     try:
         sanasr.SanaSR.from_pretrained(argv[0]).restore(Image.new("RGB", (8, 8), "teal"), "a tree")
     except (OSError, ValueError, weights.Unavailable) as error:
@@ -137,12 +137,12 @@ def watched(report, allowed):
             elif event in ("socket.connect", "pickle.find_class", "os.system", "subprocess.Popen", "os.exec"):
                 found.add(f"{event} {str(args)[:80]}")
 
-        opener = sanasr.safe_open
+        opener = weights.files.safe_open
 
         def recorded(path, *args, **kwargs):  # it opens files in Rust, where no hook sees it
             hook("open", (path,))
             return opener(path, *args, **kwargs)
-        sanasr.safe_open = recorded
+        weights.files.safe_open = recorded
         sys.addaudithook(hook)
         exit_ = os._exit
 

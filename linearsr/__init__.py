@@ -37,23 +37,22 @@ import torch.nn.functional as F
 from PIL import Image
 
 import weights
+from photos.restorer import Restorer, Stopwatch
 from sanasr import (
     DCAE,
     Conv1x1,
     LinearDiT,
     PromptEncoder,
-    SanaSR,
-    Stopwatch,
     build_prompt,
-    choose_dtypes,
     conditioning,
     load_lora,
-    load_module,
     merge_lora,
-    read_config,
     to_picture,
     to_tokens,
 )
+from weights.configs import read_config
+from weights.dtypes import choose_dtypes
+from weights.files import Pretrained
 
 SYSTEM = "linearsr"
 BOUNDARIES = (0.223, 0.875, 0.939)  # the paper's
@@ -106,7 +105,7 @@ def sample(velocity, z, steps):
 # --- The condition ---
 
 
-class Stem(nn.Module):
+class Stem(Pretrained):
     """E_conv, and the part of the patch embedding that takes its output.
 
     The patch embedding of concat_C(z_t, E_conv(x)) is one linear layer, W [z_t; E_conv(x)] + b = (W_z z_t + b) +
@@ -131,9 +130,6 @@ class Stem(nn.Module):
         for conv in self.convs:
             x = F.silu(conv(x))
         return to_picture(self.proj(to_tokens(x)), *x.shape[2:])
-
-
-Stem.from_pretrained = classmethod(load_module)
 
 
 # --- The restorer ---
@@ -179,8 +175,8 @@ def load_experts(shared, folder, boundaries):
     return experts
 
 
-class LinearSR(SanaSR):
-    """The whole restorer: it shares prompts, tiling and decoding with SanaSR; z_L, τ and the adapter are gone.
+class LinearSR(Restorer):
+    """The whole restorer: the experts, the stem, and what it shares with SanaSR.
 
     experts: LinearDiTs, the first for the smallest t; one alone is LinearSR without a mixture of experts.
     """
@@ -191,9 +187,7 @@ class LinearSR(SanaSR):
         memory, and the device holds the one in use. Raises ValueError for parts that do not fit together."""
         super().__init__(vae, experts[0], prompts, metadata)
         self.experts, self.stem, self.offload, self.on_device = list(experts), stem, offload, None
-        self.device = next(vae.parameters()).device
         self.boundaries = check_boundaries(boundaries) if len(self.experts) > 1 else ()
-        del self.dit, self.timestep  # SANA-SR's
         if len(self.experts) != len(self.boundaries) + 1:
             raise ValueError(f"{len(self.boundaries)} boundaries need {len(self.boundaries) + 1} experts, "
                              f"there are {len(self.experts)}")
@@ -258,15 +252,12 @@ class LinearSR(SanaSR):
         c, m = self.encode_prompt(build_prompt(prompt, how["suffix"]), how["instruction"])  # 1,T,Dt and 1,T
         terms = [(1.0, c, m)] if cfg == 1 else [(cfg, c, m), (1 - cfg, *self.encode_prompt(""))]
         clock.lap("text")
-        width, height = scale * image.width, scale * image.height
         k = 4 // math.gcd(4, scale)  # pixels of the input to one of the condition, or to `scale` of them
         x = np.pad(np.array(image.convert("RGB")), ((0, -image.height % k), (0, -image.width % k), (0, 0)), "edge")
-        small = scale * x.shape[1] // 4, scale * x.shape[0] // 4
         if scale != 4:
-            x = np.array(Image.fromarray(x).resize(small, Image.Resampling.BICUBIC))
-        x = torch.from_numpy(x).to(self.device).permute(2, 0, 1)[None].float().div_(127.5).sub_(1).to(self.dtype)
-        x = F.pad(x, (0, -small[0] % STRIDE, 0, -small[1] % STRIDE), mode="replicate")  # 1,3,8h,8w
-        e = self.stem(x)  # 1,D,h,w
+            small = scale * x.shape[1] // 4, scale * x.shape[0] // 4
+            x = Image.fromarray(x).resize(small, Image.Resampling.BICUBIC)
+        e = self.stem(self.to_tensor(x, self.dtype, STRIDE))  # 1,D,h,w
         clock.lap("stem")
         channels, done = self.vae.config["latent_channels"], 0  # steps
         z = torch.randn((1, channels, *e.shape[2:]), generator=torch.Generator().manual_seed(seed)).to(self.device)
@@ -288,7 +279,8 @@ class LinearSR(SanaSR):
 
         z = sample(velocity, z, steps)
         clock.lap("dit")
-        result = self.decode(z, width, height, by_tiles, progress and functools.partial(progress, "decode"))
+        result = self.decode(z, scale * image.width, scale * image.height, by_tiles,
+                             progress and functools.partial(progress, "decode"))
         clock.lap("decode")
         self.stages = clock.laps
         return result

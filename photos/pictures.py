@@ -8,9 +8,9 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import secrets
-import sys
 import time
 from dataclasses import dataclass
 from io import BytesIO
@@ -44,13 +44,13 @@ def atomically(path):
     """A context that yields a temporary path beside `path`, which takes its name when the block ends without error.
 
     The file is flushed to the disk before it is renamed, and the folder after: a crash leaves either the old file or
-    the new one. The temporary name is unique. It is removed when the block fails. Temporary files of the same target
-    that a killed process left are removed as well. Missing folders are made. Raises OSError.
+    the new one. The temporary name is unique. Its file is removed when the block fails; what a killed process left, by
+    a later write of the same target. Missing folders are made. Raises OSError.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(path)
-    temporary = path.with_name(f".{path.name[:80]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{path.name[:80]}.{secrets.token_hex(8)}.tmp")
     try:
         yield temporary
         _flush(temporary)
@@ -73,31 +73,11 @@ def _flush(path):
 
 
 def _remove_stale(path):
-    """Remove the temporary files of `path` whose process is gone and that nobody wrote to for a minute.
-
-    The minute protects a process on another machine that shares the folder.
-    """
-    prefix = f".{path.name[:80]}."
-    for name in os.listdir(path.parent):
-        owner = name.removeprefix(prefix).split(".")
-        if not name.startswith(prefix) or len(owner) != 3 or owner[2] != "tmp" or not owner[0].isdecimal():
-            continue
+    """Remove the temporary files of `path` that nobody wrote to for an hour: a killed process left them."""
+    for old in path.parent.glob(f".{glob.escape(path.name[:80])}.*.tmp"):
         with contextlib.suppress(OSError):
-            if not _runs(int(owner[0])) and time.time() - (path.parent / name).stat().st_mtime > 60:
-                (path.parent / name).unlink()
-
-
-def _runs(pid):
-    """Whether a process of this number runs here; True where that cannot be told."""
-    if os.name != "posix":
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it belongs to another user
-        return True
-    return True
+            if time.time() - old.stat().st_mtime > 3600:
+                old.unlink()
 
 
 def write_bytes(path, content):
@@ -117,7 +97,7 @@ def picture_suffixes(table):
 
 
 def find_inputs(paths):
-    """The files that `paths` name, each once, folders sorted by name. Raises SystemExit for an empty folder."""
+    """The files that `paths` name, each once, folders sorted by name. Raises ValueError for an empty folder."""
     files = {}
     known = picture_suffixes(Image.OPEN)
     for path in map(Path, paths):
@@ -126,7 +106,7 @@ def find_inputs(paths):
             inside = sorted(p for p in path.iterdir()
                             if p.suffix.lower() in known and not p.name.startswith(".") and p.is_file())
             if not inside:
-                sys.exit(f"error: {path}: no pictures in this folder")
+                raise ValueError(f"{path}: no pictures in this folder")
         for p in inside:
             files.setdefault(os.path.realpath(p), p)
     return list(files.values())

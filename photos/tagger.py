@@ -36,7 +36,9 @@ from safetensors.torch import load_file, save_file
 
 import weights
 from photos.pictures import atomically, read_rgb, write_bytes
-from sanasr import clean_tags, computes_bf16
+from sanasr import clean_tags
+from weights import cache_dir
+from weights.dtypes import choose_dtypes
 
 DATA = weights.HERE / "ram"  # the tag list and the thresholds, one entry a logit
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
@@ -327,11 +329,6 @@ def add_dape(state, path, rank=8, alpha=1):
     return state
 
 
-def cache_dir():
-    """Where tags and the lean checkpoint are kept: $SANASR_CACHE, else ~/.cache/sanasr."""
-    return Path(os.environ.get("SANASR_CACHE") or "~/.cache/sanasr").expanduser()
-
-
 LEAN = "ram_fp16.safetensors"
 
 
@@ -408,8 +405,7 @@ class Tagger:
         if name not in ("ram", "dape"):
             raise ValueError(f"no tagger is called {name!r}: choose ram or dape")
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if dtype is None:
-            dtype = torch.bfloat16 if device.type == "cuda" and computes_bf16(device) else torch.float32
+        dtype = dtype or choose_dtypes(device)[0]
         paths, missing = {"ram": ram or lean_path(), "dape": dape}, []
         for part in sorted({"ram", name}):
             try:

@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests. Data of one's own is found through environment variables, or the test is skipped:
+"""Helpers and fixtures that tests share. Data that is not carried here is found through environment variables:
 
 SANASR_DATA     photos: hq/, realsr/, inputs/
 SANASR_ORACLE   goldens of official size, too large to be carried here
@@ -36,6 +36,7 @@ def noise(*shape, seed=0, dtype=torch.float64):
 
 def relative(a, b):
     """‖a − b‖ / ‖b‖"""
+    a, b = (torch.as_tensor(x).double() for x in (a, b))
     return ((a - b).norm() / b.norm()).item()
 
 

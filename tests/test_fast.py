@@ -17,6 +17,7 @@ import eval as command
 import fast
 import sanasr
 from lab.bench import CONFIGS, seeded
+from photos import restorer
 from sanasr import DCAE, LinearDiT, SanaSR, inject_lora
 
 
@@ -205,7 +206,7 @@ def test_official_size():
 
 def test_tiles_cost_little_more_than_the_whole():
     length = 4096 // 32
-    pieces = sanasr.spans(length, SanaSR.TILE, SanaSR.OVERLAP)
+    pieces = restorer.spans(length, SanaSR.TILE, SanaSR.OVERLAP)
     assert sum(end - start for start, end in pieces) ** 2 <= 1.07 * length**2
 
 

@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [  # each module may import, at the top or within a function, what stands in a line above its own
     ["kernels.dispatch", "weights", "photos", "photos.pictures"],
+    ["weights.configs", "weights.dtypes", "weights.files", "photos.restorer"],
     ["runs"],
     ["kernels.linear_attention", "kernels.mix_ffn", "kernels.rms_norm", "fast.winograd"],
     ["kernels"],

@@ -1,6 +1,6 @@
 """Where weights come from: the table of known models and files, and how each becomes a path on this machine.
 
-    folder("embedded")              -> the folder of a whole model in the official layout (SPEC of each part: sanasr.py)
+    folder("embedded")              -> the folder of a whole model in the official layout
     folder("sana-600m-512", "bf16") -> the same, downloaded on first use: one whole set of weight files, no more
     file("musiq-koniq")             -> a single file of weights (metrics, tagger)
     python -m weights               -> what is known, and what is present
@@ -9,12 +9,13 @@ The order of search, for both:
     1. the folder named by the environment variable SANASR_WEIGHTS (machines without a network): a model lies there
        under its name or its repository's, a single file under its file name, or, unchecked, under its name: that may
        be a smaller copy (vgg16.safetensors with the `features.*` of VGG16 in float16 is 29 MB and serves as well);
-    2. this folder, for what the repository carries;
+    2. this folder, for what is bundled;
     3. the Hugging Face cache (HF_HOME, HF_HUB_CACHE), without a request to the network;
-    4. the Hugging Face Hub, unless HF_HUB_OFFLINE=1. A broken connection is taken up again within a file; after an
-       interrupted run the files that were complete are kept.
+    4. the Hugging Face Hub, unless HF_HUB_OFFLINE=1. A broken transfer is resumed; an interrupted run keeps the files
+       that are complete.
 
-Other parts add their lines to MODELS and FILES; nothing else has to change.
+Beside this: weights.files reads and writes networks, weights.configs checks their config.json, weights.dtypes chooses
+the dtype. A new model or file is one line in MODELS or FILES.
 """
 import hashlib
 import os
@@ -34,7 +35,7 @@ class Unavailable(RuntimeError):
 @dataclass(frozen=True)
 class Model:
     """A whole model: transformer/, vae/, text_encoder/, tokenizer/, or what linearsr/ reads. Without `repo` it is
-    carried in weights/."""
+    bundled in weights/."""
     licence: str
     repo: str | None = None
     revision: str = "main"
@@ -76,12 +77,18 @@ FILES = {
     "maniqa-pipal": File("MANIQA_PIPAL-ae6d356b.pth", _NC, _IQA, sha256="ae6d356b", megabytes=543),
     "maniqa-koniq": File("ckpt_koniq10k.pt", _NC, _IQA, megabytes=543,
                          sha256="a207f8ab57322e6be38ff5c8d019301dc032b454bef21c3c9f9dbf7974eebff6"),
-    # The tagger's; `python -m photos.tagger --convert` makes the first one lean.
+    # The tagger's; `python -m photos.tagger --convert` makes a small copy of the first one.
     "ram": File("ram_swin_large_14m.pth", "Apache-2.0", "xinyu1205/recognize_anything_model", megabytes=5626,
                 sha256="15c729c793af28b9d107c69f85836a1356d76ea830d4714699fb62e55fcc08ed"),
     "dape": File("DAPE.pth", "Apache-2.0", "CSWRY/SeeSR", megabytes=7.2,
                  sha256="a7028be2edcbe9ab0bd1c4ab6f2a2a86f4b44d32261a4faa50ae10fdd9b2feba"),
 }
+
+
+def cache_dir():
+    """Where what was computed once is kept (text states, tags): $SANASR_CACHE, by default ~/.cache/sanasr."""
+    return Path(os.environ.get("SANASR_CACHE") or "~/.cache/sanasr").expanduser()
+
 
 # --- which files of a part form one whole set ---
 
@@ -96,8 +103,8 @@ def pick_files(names, dtype=None, others=True, where=""):
     """The weight files, out of all file names of a part's folder, that are to be loaded together.
 
     Several variants may lie side by side (`model.fp16.safetensors`, `model.safetensors`, either as one file or as
-    shards `model-00001-of-00002.safetensors`); taking two of them would load every key twice. The set of the dtype
-    asked for is taken, else the plain one, else (`others`) whichever there is; one file goes before shards.
+    shards `model-00001-of-00002.safetensors`); taking two of them would load every key twice. The set of the requested
+    dtype is taken, else the plain one, else (`others`) whichever there is; one file goes before shards.
 
     names: file names without folder. dtype: None, a torch.dtype, or "fp32", "fp16", "bf16". where: put before errors.
     Returns the names in order. Raises FileNotFoundError where there is no set, or names the missing shard.
