@@ -44,7 +44,7 @@ def command(main):
         try:
             return main(argv)
         except (UserError, OSError, ValueError, weights.Unavailable) as error:
-            raise UserError(f"{one_line(error).rpartition(' OSError: ')[2]}")  # of a loader's traceback the last line
+            sys.exit(f"error: {one_line(error).rpartition(' OSError: ')[2]}")  # of a loader's traceback the last line
     return run
 
 
@@ -69,6 +69,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # older cards emulate it
         name = "bf16" if native else "fp32"
     return DTYPES[name]
+
+
+def add_device_options(parser):
+    """Add --device and --dtype, whose values `pick_device` and `pick_dtype` take."""
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto",
+                        help="auto: bf16 on a GPU that has it, else fp32")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

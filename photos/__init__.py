@@ -2,4 +2,5 @@
 
     photos.pictures    read, enlarge and write pictures          photos.degrade    what makes the low-quality half
     photos.pairs       find photos, hold some out, draw pairs     photos.tagger     content tags for the prompt
+    photos.swin        the transformer block of the tagger and of MANIQA
 """

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [  # each module may import, at the top or within a function, what stands in a line above its own
-    ["kernels.dispatch", "weights", "photos", "photos.pictures"],
+    ["kernels.dispatch", "weights", "photos", "photos.pictures", "photos.swin"],
     ["runs"],
     ["kernels.linear_attention", "kernels.mix_ffn", "kernels.rms_norm", "fast.winograd"],
     ["kernels"],
