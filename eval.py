@@ -38,6 +38,7 @@ from metrics.score import Pair, evaluate, partners, pick, print_table, write_sco
 from photos import pictures
 from photos.pairs import find_tags
 from photos.pictures import bicubic, find_inputs, read_rgb, reason
+from photos.restorer import NotFinite
 from runs import UserError, add_device_options, command, peak_memory, pick_device, pick_dtype
 
 # --- inputs and results ---
@@ -130,8 +131,8 @@ def restore(job, model, args, tags=(), progress=None):
     try:
         result = pictures.restored(model, picture, prompt, args.color_fix, args.scale, suffix=args.suffix,
                                    tile=args.tile, instruction=args.instruction, progress=progress, **args.sampling)
-    except FloatingPointError as error:
-        raise Skipped(f"{reason(error)}; try --dtype fp32") from error
+    except NotFinite as error:
+        raise Skipped(str(error)) from error
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise Skipped(f"{width}×{height} needs more memory than there is; try a smaller --tile") from error

@@ -35,8 +35,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import weights
+from photos import swin
 from photos.pictures import atomically, read_rgb, write_bytes
-from photos.swin import Block
 from sanasr import clean_tags, computes_bf16
 
 DATA = weights.HERE / "ram"  # the tag list and the thresholds, one entry a logit
@@ -80,7 +80,7 @@ class Stage(nn.Module):
     def __init__(self, width, depth, heads, window, side, last):
         super().__init__()
         shift = window // 2 if side > window else 0
-        self.blocks = nn.ModuleList(Block(width, heads, window, shift * (i % 2)) for i in range(depth))
+        self.blocks = nn.ModuleList(swin.Block(width, heads, window, shift * (i % 2)) for i in range(depth))
         self.downsample = None if last else PatchMerging(width)
 
     def forward(self, x):
