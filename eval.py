@@ -279,7 +279,7 @@ def check(args):
         f"--timestep must be above 0 and at most 1000, not {args.timestep}":
             args.timestep is not None and not 0 < args.timestep <= 1000,
         f"--cfg must be 0 or more, not {args.cfg}": args.cfg is not None and not 0 <= args.cfg < inf,
-        f"--seed must be from 0 to 2⁶⁴ − 1, not {args.seed}": not 0 <= args.seed < 2 ** 64,
+        f"--seed must be from 0 to 2^64 - 1, not {args.seed}": not 0 <= args.seed < 2 ** 64,
     } | {f"{folder}: no such folder": not Path(folder).exists() for folder in (args.sr, args.hr) if folder}
     if found := [mistake for mistake, made in mistakes.items() if made]:
         raise UserError(found[0])
