@@ -8,11 +8,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [  # each module may import, at the top or within a function, what stands in a line above its own
-    ["kernels.dispatch", "weights", "photos", "photos.pictures", "photos.swin"],
+    ["kernels.dispatch", "weights", "photos", "photos.pictures"],
     ["runs"],
     ["kernels.linear_attention", "kernels.mix_ffn", "kernels.rms_norm", "fast.winograd"],
     ["kernels"],
-    ["sanasr", "photos.degrade"],
+    ["sanasr", "photos.degrade", "photos.swin"],
     ["photos.tagger", "linearsr"],
     ["fast", "photos.pairs", "metrics.perceptual", "metrics.iqa"],
     ["metrics.classic"],

@@ -12,9 +12,9 @@ from seeded import seeded_input, seeded_state_dict
 
 import eval as evaluator
 import fast
+import lab.profile
 import linearsr
 import runs
-from lab import profile
 from linearsr import BOUNDARIES, LinearSR, Stem, expert_of, sample, shifted, unshifted
 from metrics import LPIPS
 from photos.pictures import bicubic
@@ -461,7 +461,7 @@ def test_eval_refuses_what_belongs_to_the_other_system(folder, tiny_model, tmp_p
 
 
 def test_profile_counts_a_step_and_the_whole(folder, capsys):
-    profile.main(["--side", "64", "--model", str(folder), "--device", "cpu", "--steps", "5"])
+    lab.profile.main(["--side", "64", "--model", str(folder), "--device", "cpu", "--steps", "5"])
     rows = {line[:24].strip(): line[24:].split() for line in capsys.readouterr().out.splitlines()[2:]}
     assert list(rows) == ["text", "stem", "dit, one step", "decode", "all but text, 5 steps"]
     macs = {name: float(row[2]) for name, row in rows.items()}
