@@ -134,12 +134,13 @@ def check_ranges(parser, args):
             parser.error(f"--{option.replace('_', '-')} must be {bounds}, not {value:g}")
 
 
-def add_device_options(add, workers=4):
-    """--device, --dtype, --workers and --seed, by a parser's or group's `add_argument`; see `resolve_device`."""
+def add_device_options(add, workers=None):
+    """--device and --dtype, where workers is a number also --workers and --seed, by a parser's `add_argument`."""
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bf16 on a GPU that has it, else fp32")
-    add("--workers", type=int, default=workers, help="loader processes, never more than there are cores")
-    add("--seed", type=int, default=0)
+    if workers is not None:
+        add("--workers", type=int, default=workers, help="loader processes, never more than there are cores")
+        add("--seed", type=int, default=0)
 
 
 def resolve_device(args):

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from eval import bicubic, find_inputs, pick_device, read_rgb
 from linearsr import LinearSR
+from photos.pictures import bicubic, find_inputs, read_rgb
+from runs import command, pick_device
 from sanasr import SanaSR
 
 HERE = Path(__file__).resolve().parent
@@ -41,6 +42,7 @@ def side_by_side(rows, labels):
     return sheet
 
 
+@command
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,8 +55,8 @@ def main(argv=None):
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     args = parser.parse_args(argv)
     device = pick_device(args.device)
-    one, many = SanaSR.from_pretrained(args.model, device, adapter=args.adapter), LinearSR.from_pretrained(
-        args.linearsr, device)
+    one = SanaSR.from_pretrained(args.model, device, adapter=args.adapter)
+    many = LinearSR.from_pretrained(args.linearsr, device)
     photos = [read_rgb(path) for path in find_inputs(args.inputs)]
     rows = [[central(x) for x in (bicubic(photo), one.restore(photo), many.restore(photo, steps=args.steps))]
             for photo in photos]

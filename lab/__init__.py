@@ -2,6 +2,6 @@
 
     python -m lab.pretrain …     trains the bundled model from photos alone
     python -m lab.ablation …     tables: the stages of the method, and what each part of the training is worth
-    eval.py --profile            parameters, multiply-accumulates and latency by stage      (lab/profile.py)
-    eval.py --stability          how much degradations change latents, beside pixels        (lab/stability.py)
+    python -m lab.profile …      parameters, multiply-accumulates and latency by stage
+    python -m lab.stability …    how much degradations change latents, beside pixels
 """

@@ -35,7 +35,7 @@ import metrics
 import train
 import weights
 from fast import load_model
-from metrics.score import evaluate, folder_pairs, pick, shown, write_scores
+from metrics.score import evaluate, folder_pairs, load_all, pick, shown, write_scores
 from photos.degrade import to_image, to_tensor
 from photos.pairs import find_tags
 from photos.pictures import bicubic, one_line, write_bytes
@@ -178,8 +178,7 @@ def tabulate(folder, words, costs=None):
     columns = [m for m in metrics.METRICS if any(m in row for row in rows)]
     extra = list(dict.fromkeys(column for name in words for column in (costs or {}).get(name, {})))
     write_csv(folder.with_suffix(".csv"), ["name", "what", *columns, *extra], rows)
-    arrows = {m: "↑" if metrics.METRICS[m].better == "higher" else "↓" for m in columns}
-    lines = [[folder.name, *(f"{m.upper()} {arrows[m]}" for m in columns), *extra]]
+    lines = [[folder.name, *(f"{m.upper()} {metrics.METRICS[m].arrow}" for m in columns), *extra]]
     lines += [["---"] * len(lines[0])]
     lines += [[row["what"], *(shown(m, float(row[m])) if m in row else "" for m in columns),
                *(row.get(column, "") for column in extra)] for row in rows]
@@ -194,17 +193,8 @@ def bootstrap(differences, n=10_000):
 
 
 def available(names, device):
-    """Those of the metrics whose weights can be had; a line on stderr names the others."""
-    found = []
-    for name in pick(names, True):
-        try:
-            metrics.load(name, device)
-            found.append(name)
-        except weights.Unavailable as error:
-            print(f"skipped {name}: {error}", file=sys.stderr)
-    if not found:
-        raise UserError("--metrics: none of them is available here")
-    return found
+    """Those of the metrics whose weights can be had, see `load_all`."""
+    return list(load_all(pick(names, True), device))
 
 
 def parse(argv=None):
@@ -231,11 +221,8 @@ def parse(argv=None):
     for path in filter(None, (args.lr, args.hr, args.adapter, args.tags, *(args.data or ()))):
         if not Path(path).exists():
             parser.error(f"{path}: no such file or folder")
-    try:
-        args.pairs = folder_pairs(args.lr, args.hr)[:args.limit]
-        args.metrics = available(args.metrics, args.device)
-    except ValueError as error:
-        parser.error(str(error))
+    args.pairs = folder_pairs(args.lr, args.hr)[:args.limit]
+    args.metrics = available(args.metrics, args.device)
     return args
 
 

@@ -1,27 +1,22 @@
-"""Parameters, multiply-accumulates and latency of each stage of the restorer. `eval.py --profile` prints them.
+"""Parameters, multiply-accumulates and latency of each stage of the restorer, for one square result.
 
-A multiply-accumulate (MAC) is one product of a convolution, a linear layer or attention, added up; norms, activations,
-softmax and element-wise work are left out, as torch.utils.flop_counter leaves them out. It counts two FLOPs for a MAC.
+    python -m lab.profile                                      the bundled model, a result of 512×512, 300 text tokens
+    python -m lab.profile --model sana-600m-512 --side 1024 --device cuda
+
+A multiply-accumulate (MAC) is one product of a convolution, a linear layer or attention, added up. They are counted by
+torch.utils.flop_counter, two FLOPs for a MAC, which leaves out norms, activations, softmax and element-wise work.
 """
+import argparse
 import json
-import time
 from dataclasses import dataclass
 from statistics import median
 
 import torch
-import torch.nn as nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from sanasr import (
-    DCAE,
-    MAX_TOKENS,
-    CrossAttention,
-    Gemma2,
-    GemmaAttention,
-    GLUMBConv,
-    LinearAttention,
-    LinearDiT,
-    MultiscaleLinearAttention,
-)
+from fast import load_model
+from runs import UserError, add_device_options, command, dtype_name, pick_device, pick_dtype
+from sanasr import DCAE, MAX_TOKENS, Gemma2, LinearDiT, Stopwatch
 
 
 @dataclass
@@ -34,44 +29,12 @@ class Stage:
     times: int = 1
 
 
-def own_macs(module, args, out):
-    """The MACs of `module` itself, without those of its children. args: its inputs; out: its output."""
-    x = args[0]
-    if isinstance(module, nn.Conv2d):
-        return out.numel() * module.weight[0].numel()
-    if isinstance(module, nn.Linear):  # Conv1x1 as well
-        return x.numel() // module.in_features * module.weight.numel()
-    if isinstance(module, GLUMBConv):  # its three layers run in one kernel, past their own forward
-        parts = module.conv_inverted, module.conv_depth, module.conv_point
-        return x.numel() // module.conv_inverted.in_features * sum(p.weight.numel() for p in parts)
-    if isinstance(module, LinearAttention):  # x: B,N,D. KᵀV takes N·d·d a head, Q times that and times ΣK N·d·(d + 1)
-        return x.numel() * (2 * x.shape[2] // module.heads + 1)
-    if isinstance(module, MultiscaleLinearAttention):  # x: B,C,H,W; heads of every scale
-        return x.numel() * (1 + len(module.to_qkv_multiscale)) * (2 * module.head_dim + 1)
-    if isinstance(module, CrossAttention):  # x: B,N,D; args[1]: B,T,D. QKᵀ and PV, N·T·D each
-        return 2 * x.shape[0] * x.shape[1] * args[1].shape[1] * module.to_q.out_features
-    if isinstance(module, GemmaAttention):  # x: B,T,D; all T² pairs are computed, then masked
-        return 2 * x.shape[0] * x.shape[1] ** 2 * module.q_proj.out_features
-    return 0
-
-
-def count_macs(module, function, *args):
-    """The MACs of `module` while function(*args) runs; on the meta device this takes neither memory nor time."""
-    total = 0
-
-    def hook(m, inputs, out):
-        nonlocal total
-        total += own_macs(m, inputs, out)
-    inside = {id(part) for m in module.modules() if isinstance(m, GLUMBConv)
-              for part in (m.conv_inverted, m.conv_depth, m.conv_point)}  # they run on their own under an adapter
-    hooks = [m.register_forward_hook(hook) for m in module.modules() if id(m) not in inside]
-    try:
-        with torch.no_grad():
-            function(*args)
-    finally:
-        for h in hooks:
-            h.remove()
-    return total
+@torch.no_grad()
+def count_macs(function, *args):
+    """The MACs of function(*args); on the meta device this takes neither memory nor time."""
+    with FlopCounterMode(display=False) as counter:
+        function(*args)
+    return counter.get_total_flops() // 2
 
 
 def parameters(module):
@@ -106,14 +69,11 @@ def stages(vae, dit, text, side=512, tokens=MAX_TOKENS, stem=None):
 @torch.inference_mode()
 def latency(function, args, runs=5):
     """Milliseconds of function(*args), the median of `runs` after one to warm up. Waits for a GPU."""
-    device, times = args[0].device, []
-    for _ in range(1 + runs):
-        start = time.perf_counter()
+    clock = Stopwatch(args[0].device)
+    for i in range(1 + runs):
         function(*args)
-        if device.type in ("cuda", "mps"):
-            getattr(torch, device.type).synchronize(*[device] * (device.type == "cuda"))
-        times.append(1000 * (time.perf_counter() - start))
-    return median(times[1:])
+        clock.lap(i)
+    return median(list(clock.laps.values())[1:])
 
 
 def parts(model):
@@ -132,7 +92,7 @@ def count(model, side=512, tokens=MAX_TOKENS, steps=1):
     with torch.device("meta"):
         shadows = DCAE(model.vae.config), LinearDiT(dit.config), Gemma2(config)
         stem = stem and type(stem)(stem.config)
-    table = [Stage(name, parameters(part), count_macs(part, function, *args))
+    table = [Stage(name, parameters(part), count_macs(function, *args))
              for name, part, function, args in stages(*shadows, side, tokens, stem)]
     for stage in table:
         if stage.name == "dit":
@@ -172,3 +132,33 @@ def print_profile(table):
     total = [sum(stage.parameters for stage in picture), *(sum(stage.times * getattr(stage, key) for stage in picture)
                                                            for key in ("macs", "ms"))]
     print(numbers("all but text" + (f", {steps} steps" if steps > 1 else ""), *total))
+
+
+@command
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="embedded", metavar="NAME|FOLDER", help="see `python -m weights` (default: embedded)")
+    add("--side", type=int, default=512, metavar="N", help="of the result, a multiple of 32 (default: 512)")
+    add("--steps", type=int, metavar="N", help="of LinearSR (default: 20)")
+    add_device_options(parser.add_argument)
+    args = parser.parse_args(argv)
+    if args.side < 32 or args.side % 32:
+        raise UserError(f"--side {args.side}: the side must be a multiple of 32")
+    if args.steps is not None and args.steps < 1:
+        raise UserError(f"--steps must be at least 1, not {args.steps}")
+    device = pick_device(args.device)
+    model = load_model(args.model, device, pick_dtype(args.dtype, device))
+    many = hasattr(model, "experts")
+    if args.steps and not many:
+        raise UserError(f"--steps: {args.model} takes one step; leave it out")
+    table = profile(model, args.side, steps=args.steps or (20 if many else 1))
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else (
+        f"{device.type}, {torch.get_num_threads()} threads")
+    print(f"{args.model}, {args.side}×{args.side}, {dtype_name(model.dtype)}, {where}")
+    print_profile(table)
+
+
+if __name__ == "__main__":
+    main()

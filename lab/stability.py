@@ -1,14 +1,21 @@
-"""Is the autoencoder's latent more stable under degradation than the picture (§3.1)? `eval.py --stability` measures it.
+"""Is the autoencoder's latent more stable under degradation than the picture (the paper's §3.1)?
+
+    python -m lab.stability photos/                    the bundled model's autoencoder, a table
 
 For a photo x and its degraded x', ‖x' − x‖ / ‖x‖ with pixels in [-1, 1], beside ‖E(x') − E(x)‖ / ‖E(x)‖.
 """
+import argparse
 import math
 from statistics import fmean
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
+from fast import load_model
 from photos.degrade import blur, enlarge, gaussian_kernel, gaussian_noise, jpeg, resize, to_tensor
+from photos.pictures import find_inputs, read_rgb
+from runs import add_device_options, command, pick_device, pick_dtype
 
 SIDE = 512  # larger photos are cropped to their centre
 STRENGTHS = {
@@ -53,8 +60,7 @@ def stability(vae, photos, seed=0):
     for i, photo in enumerate(photos):
         width, height = (min(n, SIDE) // vae.factor * vae.factor for n in photo.size)
         if not width or not height:
-            raise ValueError(f"--stability needs photos of at least {vae.factor} pixels a side, "
-                             f"one is {photo.width}×{photo.height}")
+            raise ValueError(f"photos need at least {vae.factor} pixels a side, one is {photo.width}×{photo.height}")
         left, top = (photo.width - width) // 2, (photo.height - height) // 2
         x = to_tensor(photo.crop((left, top, left + width, top + height)))
         z = encode(x)
@@ -69,3 +75,24 @@ def print_stability(changes):
     print(f"{'':18}{'pixels':>10}{'latents':>10}{'ratio':>10}")
     for (kind, strength), (pixels, latents) in changes.items():
         print(f"{f'{kind} {strength}':18}{pixels:10.4f}{latents:10.4f}{latents / pixels if pixels else math.nan:10.2f}")
+
+
+@command
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="INPUT", help="photos and folders of photos")
+    add("--model", default="embedded", metavar="NAME|FOLDER", help="see `python -m weights` (default: embedded)")
+    add("--seed", type=int, default=0, metavar="N", help="of the noise")
+    add_device_options(parser.add_argument)
+    args = parser.parse_args(argv)
+    device, inputs = pick_device(args.device), find_inputs(args.inputs)
+    model = load_model(args.model, device, pick_dtype(args.dtype, device), fast="auto")
+    changes = stability(model.vae, map(read_rgb, tqdm(inputs, unit="img", disable=None)), args.seed)
+    print(f"{args.model}, {len(inputs)} photos, mean of ‖y' − y‖ / ‖y‖")
+    print_stability(changes)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ classic.py holds PSNR, SSIM and NIQE, perceptual.py LPIPS and DISTS, iqa.py MUSI
 them to folders and report.py shows the result. Small weights lie in weights/metrics/, large ones are downloaded when
 first used. On a machine without a network they are found in the folder that SANASR_WEIGHTS names (see `weights`).
 """
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,16 +16,31 @@ from metrics.classic import NIQE, psnr, ssim
 from metrics.iqa import CLIPIQA, MANIQA, MUSIQ
 from metrics.perceptual import DISTS, LPIPS
 
-__all__ = ["ALL", "LPIPS", "METRICS", "Metric", "load"]
+__all__ = ["LPIPS", "METRICS", "Metric", "load"]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """make(device) -> the function that scores; `range`: what its values mean."""
-    make: object
+    """All that the project knows of a metric; tables, reports, options and help texts read it here."""
+    make: Callable               # make(device) -> the function that scores
     needs_reference: bool
-    better: str  # "higher" or "lower"
-    range: str
+    better: str                  # "higher" or "lower"
+    range: str                   # what its values mean
+    decimals: int = 4            # in tables; a CSV has 6
+    smallest: int = 1            # pixels a side that it can take
+    download: str | None = None  # its weights in weights.FILES; None where the repository has them
+    usual: bool = True           # papers report it: a part of --metrics all
+    float64: bool = False        # it computes in float64, which MPS lacks: it then runs on the CPU
+
+    @property
+    def arrow(self):
+        """Which way is better."""
+        return "↑" if self.better == "higher" else "↓"
+
+    @property
+    def sign(self):
+        """1 if higher is better, else -1: sign · score is higher for the better picture."""
+        return 1 if self.better == "higher" else -1
 
 
 def _lpips(net):
@@ -34,20 +50,23 @@ def _lpips(net):
     return make
 
 
+def _network(cls, *args):
+    return lambda device: cls.from_pretrained(*args).to(device)
+
+
 METRICS = {
-    "psnr": Metric(lambda device: psnr, True, "higher", "dB, luma; 80 = equal"),
-    "ssim": Metric(lambda device: ssim, True, "higher", "0…1, luma"),
-    "lpips": Metric(_lpips("alex"), True, "lower", "0…1, AlexNet"),
-    "lpips-vgg": Metric(_lpips("vgg"), True, "lower", "0…1, VGG16"),
-    "dists": Metric(lambda device: DISTS.from_pretrained().to(device), True, "lower", "0…1"),
-    "niqe": Metric(NIQE, False, "lower", "about 2…20"),
-    "musiq": Metric(lambda device: MUSIQ.from_pretrained().to(device), False, "higher", "0…100"),
-    "maniqa": Metric(lambda device: MANIQA.from_pretrained("pipal").to(device), False, "higher", "0…1, PIPAL"),
-    "maniqa-koniq": Metric(lambda device: MANIQA.from_pretrained("koniq").to(device), False, "higher", "0…1, KonIQ"),
-    "clipiqa": Metric(lambda device: CLIPIQA.from_pretrained().to(device), False, "higher", "0…1"),
+    "psnr": Metric(lambda device: psnr, True, "higher", "dB, luma; 80 = equal", decimals=3, float64=True),
+    "ssim": Metric(lambda device: ssim, True, "higher", "0…1, luma", smallest=11, float64=True),
+    "lpips": Metric(_lpips("alex"), True, "lower", "0…1, AlexNet", smallest=31),
+    "lpips-vgg": Metric(_lpips("vgg"), True, "lower", "0…1, VGG16", smallest=16, download="vgg16", usual=False),
+    "dists": Metric(_network(DISTS), True, "lower", "0…1", download="vgg16"),
+    "niqe": Metric(NIQE, False, "lower", "about 2…20", decimals=3, float64=True),
+    "musiq": Metric(_network(MUSIQ), False, "higher", "0…100", decimals=3, download="musiq-koniq"),
+    "maniqa": Metric(_network(MANIQA, "pipal"), False, "higher", "0…1, PIPAL", download="maniqa-pipal"),
+    "maniqa-koniq": Metric(_network(MANIQA, "koniq"), False, "higher", "0…1, KonIQ", download="maniqa-koniq",
+                           usual=False),
+    "clipiqa": Metric(_network(CLIPIQA), False, "higher", "0…1", smallest=31, download="clip-rn50"),
 }
-SMALLEST = {"ssim": 11, "lpips": 31, "lpips-vgg": 16, "clipiqa": 31}  # pixels a side that they can take
-ALL = ("psnr", "ssim", "lpips", "dists", "niqe", "musiq", "maniqa", "clipiqa")  # what papers report
 
 
 def load(name: str, device: str | torch.device = "cpu"):
@@ -59,14 +78,14 @@ def load(name: str, device: str | torch.device = "cpu"):
     if name not in METRICS:
         raise ValueError(f"unknown metric {name!r}; known are {', '.join(METRICS)}")
     metric = METRICS[name]
-    if torch.device(device).type == "mps" and name in ("psnr", "ssim", "niqe"):
-        device = "cpu"  # they compute in float64, which MPS does not have
+    if metric.float64 and torch.device(device).type == "mps":
+        device = "cpu"
     function = metric.make(device)
 
     @torch.inference_mode()
     def score(sr, hr=None):
-        if min(sr.shape[-2:]) < SMALLEST.get(name, 1):
-            raise ValueError(f"{name} needs at least {SMALLEST[name]} pixels a side, the image is "
+        if min(sr.shape[-2:]) < metric.smallest:
+            raise ValueError(f"{name} needs at least {metric.smallest} pixels a side, the image is "
                              f"{sr.shape[-1]}x{sr.shape[-2]}")
         if not metric.needs_reference:
             return function(sr.to(device))

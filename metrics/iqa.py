@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import weights
+from photos.swin import Block
 
 
 def read(name):
@@ -167,22 +168,22 @@ class MUSIQ(nn.Module):
 # --- MANIQA ---
 
 class Attention(nn.Module):
-    """Self-attention with one projection for q, k and v. bias: what is added to the logits, or None."""
+    """Self-attention with one projection for q, k and v."""
 
     def __init__(self, width, n):
         super().__init__()
         self.n = n
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
-    def forward(self, x, bias=None):
+    def forward(self, x):
         q, k, v = (heads(t, self.n) for t in self.qkv(x).chunk(3, -1))
-        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(-3, -2).flatten(-2))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class ViTBlock(nn.Module):
-    def __init__(self, width, hidden, n, eps=1e-6):
+    def __init__(self, width, hidden, n):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=eps), nn.LayerNorm(width, eps=eps)
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
         self.attn, self.mlp = Attention(width, n), MLP(width, hidden)
 
     def forward(self, x):
@@ -219,44 +220,7 @@ class TransposedAttention(nn.Module):
 
     def forward(self, x):
         y = F.scaled_dot_product_attention(self.c_q(x), self.c_k(x), self.c_v(x))  # B,C,N
-        return x + y.transpose(1, 2).reshape(x.shape)  # transposed, then read as if it were not: so was it trained
-
-
-class WindowBlock(ViTBlock):
-    """Swin block on a (B,H,W,C) map: attention in windows of 4x4, on a map rolled by `shift`."""
-    window = 4
-
-    def __init__(self, width, hidden, n, shift):
-        super().__init__(width, hidden, n, eps=1e-5)
-        self.shift = shift
-        self.attn.relative_position_bias_table = nn.Parameter(torch.zeros((2 * self.window - 1) ** 2, n))
-
-    def bias(self, H, W):
-        """Relative position bias, -100 between pixels that only the roll made neighbours: (1 or windows, n, 16, 16)"""
-        w, table = self.window, self.attn.relative_position_bias_table
-        y, x = torch.arange(w * w, device=table.device) // w, torch.arange(w * w, device=table.device) % w
-        index = (y[:, None] - y + w - 1) * (2 * w - 1) + x[:, None] - x + w - 1
-        bias = table[index].permute(2, 0, 1)[None]
-        if self.shift:
-            i, j = (torch.arange(n, device=table.device) for n in (H, W))
-            i, j = ((t >= n - w).long() + (t >= n - self.shift) for t, n in ((i, H), (j, W)))
-            area = self.windows((i[:, None] * 3 + j)[None, ..., None])[0, ..., 0]  # windows, 16
-            bias = bias - 100.0 * (area[:, None, :] != area[:, :, None])[:, None]
-        return bias
-
-    def windows(self, x):
-        """(B,H,W,C) -> (B, windows, 16, C)"""
-        w = self.window
-        B, H, W, C = x.shape
-        return x.view(B, H // w, w, W // w, w, C).transpose(2, 3).reshape(B, -1, w * w, C)
-
-    def forward(self, x):
-        B, H, W, C = x.shape
-        w, s = self.window, self.shift
-        y = self.attn(self.windows(self.norm1(x).roll((-s, -s), (1, 2))), self.bias(H, W))
-        y = y.view(B, H // w, W // w, w, w, C).transpose(2, 3).reshape(B, H, W, C).roll((s, s), (1, 2))
-        x = x + y
-        return x + self.mlp(self.norm2(x))
+        return x + y.transpose(1, 2).reshape(x.shape)  # not transposed back: the original's bug, its weights need it
 
 
 class Swin(nn.Module):
@@ -268,7 +232,7 @@ class Swin(nn.Module):
         self.layers = nn.ModuleList()
         for _ in range(2):
             layer = nn.Module()
-            layer.blocks = nn.ModuleList(WindowBlock(width, 768, 4, shift) for shift in (0, 2))
+            layer.blocks = nn.ModuleList(Block(width, 4, 4, shift, hidden=768) for shift in (0, 2))
             layer.conv = nn.Conv2d(width, width, 3, padding=1)
             self.layers.append(layer)
 

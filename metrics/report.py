@@ -46,7 +46,7 @@ SCRIPT = """
 const $ = s => document.querySelector(s), all = (s, e) => [...(e || document).querySelectorAll(s)];
 const rank = (e, name, sign) => isNaN(e.dataset[name]) ? 1e9 : sign * e.dataset[name];  // those without a value last
 function sortBy(button) {
-  const name = button.dataset.metric, sign = button.dataset.better == "higher" ? 1 : -1;
+  const name = button.dataset.metric, sign = button.dataset.sign;
   for (const b of all("th button")) b.setAttribute("aria-pressed", b == button);
   for (const parent of [$("tbody"), $("main")])
     parent.append(...[...parent.children].sort((a, b) => rank(a, name, sign) - rank(b, name, sign)));
@@ -81,7 +81,7 @@ def data_uri(image):
 def worst_first(rows, pairs):
     """(row, pair) for each picture, sorted by LPIPS if it is there, else by the first metric; and the metric's name."""
     by = "lpips" if "lpips" in rows[0] else list(rows[0])[1]
-    sign = 1 if METRICS[by].better == "higher" else -1
+    sign = METRICS[by].sign
     return sorted(zip(rows, pairs, strict=True), key=lambda item: inf if isnan(item[0][by]) else sign * item[0][by]), by
 
 
@@ -117,9 +117,9 @@ def write_report(rows, pairs, path, protocol="full", title="Super-resolution rep
     head = ""
     for n in names:
         m = METRICS[n]
-        head += (f'<th><button data-metric="{n.replace("-", "")}" data-better="{m.better}" '
+        head += (f'<th><button data-metric="{n.replace("-", "")}" data-sign="{m.sign}" '
                  f'aria-pressed="{"true" if n == by else "false"}" title="{escape(m.range)}; click: worst first">'
-                 f'{n} {"↑" if m.better == "higher" else "↓"}</button></th>')
+                 f'{n} {m.arrow}</button></th>')
     body = "".join(f'<tr{data(row)}><td><a href="#i{i}">{escape(row["image"])}</a></td>{cells(row)}</tr>'
                    for i, (row, _) in enumerate(order))
     sections = "".join(section(i, row, pair) for i, (row, pair) in enumerate(order))

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 
 import weights
-from metrics import ALL, METRICS, load
+from metrics import METRICS, load
 from photos.pictures import find_inputs, read_picture, read_rgb, restored
 from runs import write_csv
 
 PATCH = 256  # side of the central crop of the protocol `patch`
-DECIMALS = {"psnr": 3, "niqe": 3, "musiq": 3}  # in tables; 4 for the others, 6 in a CSV
 
 
 @dataclass(frozen=True)
@@ -61,11 +60,11 @@ def folder_pairs(lr, hr):
 
 
 def pick(text, has_reference):
-    """Metric names out of `text`: a comma-separated list, `all`, or None for those that need no download. Without a
-    reference, `all` and None stand for the no-reference metrics. Raises ValueError."""
+    """Metric names out of `text`: a comma-separated list, `all` (the usual ones), or None for those of them that need
+    no download. Without a reference, `all` and None stand for the no-reference metrics. Raises ValueError."""
     if text in (None, "all"):
-        names = ALL if text else ("psnr", "ssim", "lpips", "niqe")
-        return [n for n in names if has_reference or not METRICS[n].needs_reference]
+        return [name for name, m in METRICS.items()
+                if m.usual and (text or not m.download) and (has_reference or not m.needs_reference)]
     names = list(dict.fromkeys(n.strip().lower() for n in text.split(",") if n.strip()))
     if unknown := [n for n in names if n not in METRICS]:
         raise ValueError(f"unknown metric {', '.join(unknown)}; known are {', '.join(METRICS)} and all")
@@ -93,15 +92,10 @@ def check(pair, sr, hr, protocol):
         raise ValueError(f"{result} is {sr.width}×{sr.height}, too small for --protocol patch ({PATCH}×{PATCH})")
 
 
-def evaluate(model, pairs: list, names: list, *, protocol: str = "full", device="cpu", prompts: list | None = None,
-             color_fix: str = "none", scale: int = 4, progress=iter, **options) -> list[dict]:
-    """Restore the input of every pair with `model` and score the results: [{"image": name, metric: float, …}, …].
+def load_all(names, device):
+    """{name: the metric's function}. One whose weights are unavailable is left out with a line on stderr.
 
-    model: anything with restore(image, prompt, scale=…, **options); None scores the pictures `Pair.sr` that exist.
-    pairs: [Pair], with `lr` to restore or `sr` to score. names: of metrics, see `pick`. prompts: one for each pair.
-    options: go to model.restore. progress: wraps the iteration, as tqdm does.
-    A metric whose weights are unavailable is left out with a line on stderr. Raises ValueError for pairs that do not
-    fit or cannot be read, weights.Unavailable where no metric is left.
+    Raises weights.Unavailable where none is left.
     """
     functions, reason = {}, None
     for name in names:
@@ -112,7 +106,20 @@ def evaluate(model, pairs: list, names: list, *, protocol: str = "full", device=
             print(f"skipped {name}: {error}", file=sys.stderr)
     if not functions:
         raise reason
-    rows = []
+    return functions
+
+
+def evaluate(model, pairs: list, names: list, *, protocol: str = "full", device="cpu", prompts: list | None = None,
+             color_fix: str = "none", scale: int = 4, progress=iter, **options) -> list[dict]:
+    """Restore the input of every pair with `model` and score the results: [{"image": name, metric: float, …}, …].
+
+    model: anything with restore(image, prompt, scale=…, **options); None scores the pictures `Pair.sr` that exist.
+    pairs: [Pair], with `lr` to restore or `sr` to score. names: of metrics, see `pick`. prompts: one for each pair.
+    options: go to model.restore. progress: wraps the iteration, as tqdm does.
+    Metrics: see `load_all`. Raises ValueError for pairs that do not fit or cannot be read, weights.Unavailable where no
+    metric is left.
+    """
+    functions, rows = load_all(names, device), []
     for pair, prompt in zip(progress(pairs), prompts or [""] * len(pairs), strict=True):
         if model is None:
             sr = read_rgb(pair.sr)
@@ -138,13 +145,14 @@ def mean(rows):
 
 
 def shown(name, value):
-    return f"{value:.{DECIMALS.get(name, 4)}f}"
+    """The score `value` of the metric `name`, as tables show it."""
+    return f"{value:.{METRICS[name].decimals}f}"
 
 
 def print_table(rows, note=""):
     """Image by image and the mean, then what the mean leaves out and the note. Arrows say which way is better."""
     names = list(rows[0])[1:]
-    head = [n + (" ↑" if METRICS[n].better == "higher" else " ↓") for n in names]
+    head = [f"{n} {METRICS[n].arrow}" for n in names]
     body = [[r["image"], *(shown(n, r[n]) for n in names)] for r in [*rows, mean(rows)]]
     wide = max(len(r[0]) for r in body)
     widths = [max(len(h), *(len(r[i]) for r in body)) for i, h in enumerate(head, 1)]

@@ -13,7 +13,7 @@ LAYERS = [  # each module may import, at the top or within a function, what stan
     ["runs"],
     ["kernels.linear_attention", "kernels.mix_ffn", "kernels.rms_norm", "fast.winograd"],
     ["kernels"],
-    ["sanasr", "photos.degrade"],
+    ["sanasr", "photos.degrade", "photos.swin"],
     ["photos.tagger", "linearsr"],
     ["fast", "photos.pairs", "metrics.perceptual", "metrics.iqa"],
     ["metrics.classic"],

@@ -12,6 +12,7 @@ from seeded import seeded_input, seeded_state_dict
 
 import eval as evaluator
 import fast
+import lab.profile
 import linearsr
 from linearsr import BOUNDARIES, LinearSR, Stem, expert_of, sample, shifted, unshifted
 from metrics import LPIPS
@@ -424,7 +425,7 @@ def exit_of(*options):
     return str(caught.value)
 
 
-def test_eval_refuses_what_belongs_to_the_other_system(folder, tiny_model, tmp_path, capsys):
+def test_eval_refuses_what_belongs_to_the_other_system(folder, tiny_model, tmp_path):
     photo().save(tmp_path / "a.png")
     for options in (["--steps", 20], ["--cfg", 2], ["--offload"]):
         message = exit_of(tmp_path / "a.png", "--model", tiny_model, *options)
@@ -432,14 +433,13 @@ def test_eval_refuses_what_belongs_to_the_other_system(folder, tiny_model, tmp_p
     for options in (["--adapter", "none"], ["--timestep", 900]):
         message = exit_of(tmp_path / "a.png", "--model", folder, *options)
         assert message.startswith(f"error: {options[0]}: {folder} is a model of LinearSR")
-    exit_of(tmp_path / "a.png", "--model", folder, "--steps", 0)
-    assert "--steps must be at least 1, not 0" in capsys.readouterr().err
+    assert "--steps must be at least 1, not 0" in exit_of(tmp_path / "a.png", "--model", folder, "--steps", 0)
     with pytest.raises(ValueError, match="is a LinearSR model: it has experts instead of an adapter"):
         fast.load_model(folder, "cpu", torch.float32, adapter="none")
 
 
 def test_profile_counts_a_step_and_the_whole(folder, capsys):
-    assert evaluator.main(["--profile", "64", "--model", str(folder), "--device", "cpu", "--steps", "5"]) == 0
+    lab.profile.main(["--side", "64", "--model", str(folder), "--device", "cpu", "--steps", "5"])
     rows = {line[:24].strip(): line[24:].split() for line in capsys.readouterr().out.splitlines()[2:]}
     assert list(rows) == ["text", "stem", "dit, one step", "decode", "all but text, 5 steps"]
     macs = {name: float(row[2]) for name, row in rows.items()}
