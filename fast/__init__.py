@@ -14,8 +14,7 @@ bfloat16 by its own rounding (tests/test_fast.py). What each rewrite gains: `pyt
     norm         RMSNorm, gain, bias and residual in one pass over memory, strip by strip (on a GPU in one kernel)
     dit          text keys and values and the timestep's modulation are kept between calls; AdaLN is one layer_norm
 
-With graphs=True, on CUDA only, encoder, transformer and decoder also become one CUDA graph each. For errors below 1e-4
-on a GPU set torch.backends.cudnn.allow_tf32 = False.
+With graphs=True, on CUDA only, encoder, transformer and decoder are also replayed as CUDA graphs, see fast/graphs.py.
 
 The blocks of the low resolutions are not rewritten: three attempts there gained 1 % of the whole together.
 
@@ -26,6 +25,7 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -38,10 +38,12 @@ import linearsr
 import sanasr
 import weights
 from fast import winograd
+from fast.graphs import Graphed
 from kernels.rms_norm import add_rms_norm_reference_, rms_norm_
 from sanasr import to_picture, to_tokens
 
 STRIP = 64 * 1024  # values in a strip of elementwise work: 256 KB in float32, within a core's L2 cache
+TEXT = 304  # text tokens with CUDA graphs: MAX_TOKENS up to a multiple of 8, as attention on a GPU wants its bias
 TOKENS = 2048  # tokens in a strip of an up block: many rows, so that the one extra row it needs costs little
 
 
@@ -266,7 +268,7 @@ def optimise_vae(vae, rewrites=tuple(REWRITES), graphs=False):
 
     walk(vae)
     if graphs:
-        vae.encode, vae.decode = Graphed(vae.encode), Graphed(vae.decode)
+        vae.encoder, vae.decoder = Graphed(vae.encoder), Graphed(vae.decoder)
     return vae.requires_grad_(False)
 
 
@@ -276,67 +278,87 @@ def optimise_vae(vae, rewrites=tuple(REWRITES), graphs=False):
 
 
 class FastDiT(nn.Module):
-    """sanasr.LinearDiT, called in the same way, which keeps what depends on the prompt and the timestep alone.
+    """sanasr.LinearDiT, called in the same way, which keeps what depends on the text alone or the timestep alone.
 
-    For the last (t, c, mask), compared by value, it keeps for each block the keys and values of the text (B,n,T,d each)
-    and the six modulation vectors (B,1,D).
+    Kept are keys and values for the last two texts (classifier-free guidance alternates between two) and the modulation
+    for the last timestep, all compared by value. `made` counts how often each was computed.
     """
 
     def __init__(self, plain, graphs=False):
         super().__init__()
         if sanasr.lora_modules(plain):
             raise ValueError("fast.optimise: the adapters are not merged; call sanasr.merge_lora first")
-        self.plain, self.config, self.kept = plain, plain.config, None
-        self.graph = Graphed(self.prediction) if graphs else None
+        self.plain, self.config, self.texts, self.times, self.made = plain, plain.config, [], [], Counter()
+        self.multiple = TEXT if graphs else 8 if plain.scale_shift_table.is_cuda else 1
+        self.prediction = Graphed(partial(prediction, plain)) if graphs else None
         for block in plain.transformer_blocks:
             a = block.attn1
             a.to_qkv = merged(a.to_q, a.to_k, a.to_v)
             del a.to_q, a.to_k, a.to_v
 
-    def prepare(self, t, c, mask):
-        """Keep what does not depend on the picture: text bias, (k, v, modulation) of each block, output modulation."""
-        if self.kept is not None and all(a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-                                         for a, b in zip(self.kept[0], (t, c, mask), strict=True)):
-            return
-        plain, blocks = self.plain, []
-        modulation, e = plain.time_embed(t)
-        text = plain.caption_norm(plain.caption_projection(c))  # B,T,D
-        for block in plain.transformer_blocks:
-            k, v = (y.unflatten(2, (block.attn2.heads, -1)).transpose(1, 2)  # B,n,T,d
-                    for y in (block.attn2.to_k(text), block.attn2.to_v(text)))
-            shift1, scale1, gate1, shift2, scale2, gate2 = (block.scale_shift_table + modulation).chunk(6, dim=1)
-            blocks.append((k, v, 1 + scale1, shift1, gate1, 1 + scale2, shift2, gate2))
-        shift, scale = (plain.scale_shift_table + e[:, None]).chunk(2, dim=1)
-        bias = ((1 - mask.to(c.dtype)) * -10000)[:, None, None]  # B,1,1,T
-        self.kept = [x.clone() for x in (t, c, mask)], (bias, blocks, (1 + scale, shift))
-        if self.graph:
-            self.graph.forget()  # the graph reads the old tensors
+    def text(self, c, mask):
+        """Keys and values of all L blocks (L,2,B,T',n·d) and the bias (B,1,1,T') of a text c: B,T,Dt, mask: B,T.
+
+        T' is T up to the next multiple of `multiple`: with graphs one length for all prompts, and on a GPU one that
+        attention needs no padding for. The bias hides what was added, even from a text that is masked as a whole.
+        """
+        self.made["text"] += 1
+        plain, more = self.plain, -c.shape[1] % self.multiple
+        y = F.pad(plain.caption_norm(plain.caption_projection(c)), (0, 0, 0, more))  # B,T',D
+        keys_values = [part(y) for block in plain.transformer_blocks for part in (block.attn2.to_k, block.attn2.to_v)]
+        bias = F.pad((1 - mask.to(c.dtype)) * -10000, (0, more), value=-math.inf)
+        return torch.stack(keys_values).unflatten(0, (-1, 2)), bias[:, None, None]
+
+    def time(self, t):
+        """The modulation of the blocks (L,6,B,1,D) and of the output (2,B,1,D) at t: B; scales are 1 + scale."""
+        self.made["time"] += 1
+        modulation, e = self.plain.time_embed(t)
+        tables = torch.stack([block.scale_shift_table for block in self.plain.transformer_blocks])  # L,6,D
+        blocks = (tables[:, None] + modulation).transpose(1, 2).unsqueeze(3)
+        blocks[:, [1, 4]] += 1
+        output = (self.plain.scale_shift_table + e[:, None]).transpose(0, 1).unsqueeze(2)
+        output[1] += 1
+        return blocks, output
 
     def forward(self, z, t, c, mask, condition=None):
         """z: B,C,h,w; t: B; c: B,T,Dt; mask: B,T; condition: B,D,h,w -> B,C,h,w, as sanasr.LinearDiT.forward."""
-        self.prepare(t, c, mask)
-        if condition is not None:
-            return self.prediction(z, condition)
-        return (self.graph or self.prediction)(z)
+        kept = *recall(self.texts, 2, self.text, c, mask), *recall(self.times, 1, self.time, t)
+        if self.prediction:
+            return self.prediction(z, condition, fixed=kept)
+        return prediction(self.plain, z, condition, *kept)
 
-    def prediction(self, z, condition=None):
-        plain, (height, width) = self.plain, z.shape[2:]
-        bias, blocks, (gain, shift) = self.kept[1]
-        x = plain.patch_embed["proj"](to_tokens(z))  # B,N,D
-        if condition is not None:
-            x = x + to_tokens(condition)
-        for block, (k, v, gain1, shift1, gate1, gain2, shift2, gate2) in zip(plain.transformer_blocks, blocks,
-                                                                            strict=True):
-            a = block.attn1
-            q1, k1, v1 = a.to_qkv(modulated(x, gain1, shift1, block.eps)).unflatten(2, (3, a.heads, -1)).unbind(2)
-            y = a.to_out[0](kernels.linear_attention(q1, k1, v1, eps=1e-15).flatten(2))
-            x = torch.addcmul(x, gate1, y.clip_(-65504, 65504) if y.dtype == torch.float16 else y)
-            a = block.attn2
-            q = a.to_q(x).unflatten(2, (a.heads, -1)).transpose(1, 2)  # B,n,N,d
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
-            x = x.add_(a.to_out[0](y))
-            x = torch.addcmul(x, gate2, block.ff(modulated(x, gain2, shift2, block.eps), height, width))
-        return to_picture(plain.proj_out(modulated(x, gain, shift, 1e-6)), height, width)
+
+def recall(kept, limit, make, *inputs):
+    """make(*inputs), or what it returned for equal inputs. kept: a list of the last `limit` (inputs, result)."""
+    for i, (before, result) in enumerate(kept):
+        if all(a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+               for a, b in zip(before, inputs, strict=True)):
+            kept.insert(0, kept.pop(i))
+            return result
+    kept.insert(0, ([x.clone() for x in inputs], make(*inputs)))
+    del kept[limit:]
+    return kept[0][1]
+
+
+def prediction(plain, z, condition, keys_values, bias, blocks, output):
+    """LinearDiT.forward of z and condition, from what FastDiT's `text` and `time` return."""
+    height, width = z.shape[2:]
+    x = plain.patch_embed["proj"](to_tokens(z))  # B,N,D
+    if condition is not None:
+        x = x + to_tokens(condition)
+    for block, (k, v), modulation in zip(plain.transformer_blocks, keys_values, blocks, strict=True):
+        shift1, gain1, gate1, shift2, gain2, gate2 = modulation  # B,1,D each
+        a = block.attn1
+        q1, k1, v1 = a.to_qkv(modulated(x, gain1, shift1, block.eps)).unflatten(2, (3, a.heads, -1)).unbind(2)
+        y = a.to_out[0](kernels.linear_attention(q1, k1, v1, eps=1e-15).flatten(2))
+        x = torch.addcmul(x, gate1, y.clip_(-65504, 65504) if y.dtype == torch.float16 else y)
+        a = block.attn2
+        q, k, v = (y.unflatten(2, (a.heads, -1)).transpose(1, 2) for y in (a.to_q(x), k, v))  # B,n,N,d; B,n,T,d
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+        x = x.add_(a.to_out[0](y))
+        x = torch.addcmul(x, gate2, block.ff(modulated(x, gain2, shift2, block.eps), height, width))
+    shift, gain = output
+    return to_picture(plain.proj_out(modulated(x, gain, shift, 1e-6)), height, width)
 
 
 def modulated(x, gain, shift, eps):
@@ -349,47 +371,10 @@ def modulated(x, gain, shift, eps):
 def optimise_dit(dit, graphs=False):
     """A FastDiT of a sanasr.LinearDiT, which is changed and must not be used again.
 
-    graphs: CUDA graphs, see `Graphed`. A new prompt captures a new graph, which takes about three calls' time.
+    graphs: CUDA graphs, see `Graphed`. They serve all prompts and timesteps: what is kept of those is copied to them.
     Raises ValueError where the transformer carries unmerged adapters.
     """
     return FastDiT(dit, graphs).requires_grad_(False)
-
-
-class Graphed:
-    """f(x) as one CUDA graph: one launch for all kernels. It is captured for the first x and for every new shape.
-
-    Trap: f must not synchronise with the GPU. Tensors that f reads besides x must keep their memory; otherwise call
-    `forget`.
-    """
-
-    def __init__(self, f):
-        self.f = f
-        self.forget()
-
-    def forget(self):
-        """Give the graph and its memory back; the next call captures anew."""
-        self.graph = self.x = self.y = None
-
-    def __call__(self, x):
-        if self.graph is None or x.shape != self.x.shape:
-            self.forget()
-            self.capture(x)
-        self.x.copy_(x)
-        self.graph.replay()
-        return self.y.clone()  # the next replay overwrites y
-
-    def capture(self, x):
-        x, graph = x.clone(), torch.cuda.CUDAGraph()
-        with torch.cuda.device(x.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # warm up first, so that one-time initialisation is not captured
-                for _ in range(2):
-                    self.f(x)
-            torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(graph):
-                y = self.f(x)
-        self.graph, self.x, self.y = graph, x, y
 
 
 def keep_memory():
@@ -406,11 +391,11 @@ def keep_memory():
 def optimise(model: sanasr.SanaSR, graphs: bool = False) -> sanasr.SanaSR:
     """Rewrite a SanaSR or LinearSR in place, and return it. Raises ValueError where its adapter is not merged.
 
-    graphs: one CUDA graph each for encoder, transformer and decoder, for the last picture size and prompt. LinearSR's
-    transformers have none: what they keep changes with every step.
+    graphs: CUDA graphs for encoder, transformer and decoder, see `Graphed`. Transformers that LinearSR moves to the
+    device and back (offload) have none.
     """
     if hasattr(model, "experts"):
-        model.experts = [optimise_dit(expert) for expert in model.experts]
+        model.experts = [optimise_dit(expert, graphs and not model.offload) for expert in model.experts]
     else:
         model.dit = optimise_dit(model.dit, graphs)
     model.vae = optimise_vae(model.vae, graphs=graphs)
@@ -421,7 +406,8 @@ def load_model(name, device, dtype=None, adapter=None, fast="off", offload=False
     """SanaSR or LinearSR of a name or folder.
 
     adapter: of a SanaSR: a file, None for the model's own, False or "none" for the bare prior.
-    fast: "on" applies these rewrites (on a GPU with CUDA graphs), "auto" on a CPU only.
+    fast: "on" applies these rewrites (on a GPU with CUDA graphs), "auto" where they are known to work: on a CPU or an
+    NVIDIA GPU.
     offload: of a LinearSR: only the expert in use lies on the device.
     Raises OSError or ValueError that names the file, weights.Unavailable where a known model is unavailable.
     """
@@ -435,7 +421,7 @@ def load_model(name, device, dtype=None, adapter=None, fast="off", offload=False
         if adapter and not Path(adapter).is_file():
             raise ValueError(f"--adapter {adapter}: no such file")
         model = sanasr.SanaSR.from_pretrained(name, device, dtype, adapter)
-    if fast == "on" or (fast == "auto" and device.type == "cpu"):
+    if fast == "on" or (fast == "auto" and device.type in ("cpu", "cuda")):
         if device.type == "cpu":
             keep_memory()
         optimise(model, graphs=device.type == "cuda")

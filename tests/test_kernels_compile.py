@@ -12,8 +12,11 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia import compiler as nvidia  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from triton.compiler import ASTSource, make_backend  # noqa: E402
+from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 
+import kernels  # noqa: E402
+from kernels import dispatch  # noqa: E402
 from kernels.dispatch import INTERPRET  # noqa: E402
 from kernels.linear_attention import (  # noqa: E402
     SIZES,
@@ -132,6 +135,29 @@ def test_add_rms_norm_fits(arch, dtype):
         rows, channels = tile(C)
         constants = {"ROWS": rows, "BLOCK_C": channels, "num_warps": NORM_WARPS}
         assert faults(_add_rms_norm, dtype, arch, constants) == []
+
+
+def test_another_picture_size_compiles_nothing(monkeypatch):
+    """What the launchers would have Triton compile, by its own key, for batches and pictures of many sizes."""
+    variants, backend = set(), make_backend(GPUTarget("cuda", 90, 32))
+
+    def run(kernel, *args, grid, warmup, **options):
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        _, specialization, options = bind(*args, **options)
+        variants.add((kernel.fn.__name__, str(specialization), str(options)))
+    monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(dispatch, "device_obstacle", lambda kind, index=None: None)
+    for B, height, width in ((1, 1, 1), (1, 16, 16), (1, 17, 23), (2, 32, 1), (3, 44, 44), (16, 8, 25), (1, 128, 64)):
+        for dtype in POINTER:
+            def tensor(*shape, dtype=dtype):
+                return torch.zeros(shape, dtype=dtype, requires_grad=True)
+            out = kernels.linear_attention(*tensor(B, height * width, 3, 2, 32).unbind(2))
+            out.backward(torch.zeros_like(out))
+            out = kernels.depthwise_gate(tensor(B, height * width, 96), height, width, tensor(96, 1, 3, 3), tensor(96))
+            out.backward(torch.zeros_like(out))
+            with torch.no_grad():
+                kernels.add_rms_norm_(*[tensor(B, height, width, 32) for _ in range(2)], tensor(32), tensor(32), 1e-5)
+    assert len(variants) == 8 * len(POINTER)  # attention's four, the gate forward and backward, its input's, the norm
 
 
 def test_the_check_can_fail():
