@@ -295,7 +295,7 @@ def parse(argv=None):
     add("--tile", type=int, metavar="N", help="largest side, in pixels of the result, that the networks see at once "
         "(default: 1408; 0: no limit)")
     add("--fast", choices=["auto", "on", "off"], default="auto", help="the rewrites of fast/: the same result up to "
-        "rounding, sooner; on a GPU with CUDA graphs (auto: on a CPU only)")
+        "rounding, sooner; on a GPU with CUDA graphs (auto: on a CPU or an NVIDIA GPU)")
     add("--color-fix", choices=COLOUR_FIXES, default="none", help="colours of the enlarged input")
     add("--no-metadata", action="store_true", help="results without the input's EXIF and colour profile")
     add("--compare", action="store_true", help="write the bicubic enlargement beside the result")

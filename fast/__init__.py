@@ -8,10 +8,11 @@ bfloat16 by its own rounding (tests/test_fast.py). What each rewrite gains: `pyt
 
     winograd     3×3 convolutions with a quarter of the multiplications, in bfloat16 four ninths (on a CPU, where there
                  are many channels), see fast/winograd.py
-    up           nearest ×2 and 3×3: nine products per small pixel, of differences, instead of 36; for 3×3 and
-                 channel-to-space, the shortcut becomes a tap of the 3×3
+    up           nearest ×2 and 3×3: nine products per small pixel, of differences, instead of 36 (on a GPU 16, in one
+                 convolution); for 3×3 and channel-to-space, the shortcut becomes a tap of the 3×3
     down         the space-to-channel shortcut becomes a tap of the strided convolution
-    norm         RMSNorm, gain, bias and residual in one pass over memory, strip by strip (on a GPU in one kernel)
+    norm         RMSNorm, gain, bias and residual in one pass over memory, strip by strip (on a GPU in one kernel, and
+                 bias and SiLU in another)
     dit          text keys and values and the timestep's modulation are kept between calls; AdaLN is one layer_norm
 
 With graphs=True, on CUDA only, encoder, transformer and decoder are also replayed as CUDA graphs, see fast/graphs.py.
@@ -39,6 +40,7 @@ import sanasr
 import weights
 from fast import winograd
 from fast.graphs import Graphed
+from kernels.dcae import fold
 from kernels.rms_norm import add_rms_norm_reference_, rms_norm_
 from sanasr import to_picture, to_tokens
 
@@ -83,7 +85,7 @@ def strips(y):
 
 def add_norm_(x, parts, norm):
     """x + norm(y), written over x (B,C,H,W). parts: y as `strips` yields it; on a GPU one strip, for one kernel."""
-    x_rows, add = rows_of(x), kernels.add_rms_norm_ if x.is_cuda else add_rms_norm_reference_
+    x_rows, add = rows_of(x), add_rms_norm_reference_ if x.device.type == "cpu" else kernels.add_rms_norm_
     for at, y in parts:
         add(x_rows[at], y, norm.weight, norm.bias, norm.eps)
     return x
@@ -137,7 +139,13 @@ class ResBlock(nn.Module):
 
     def forward(self, x):  # B,C,H,W
         x, silu = x.contiguous(memory_format=torch.channels_last), partial(F.silu, inplace=True)
-        h = self.conv1(x, silu) if isinstance(self.conv1, Winograd) else silu(self.conv1(x))
+        if isinstance(self.conv1, Winograd):
+            h = self.conv1(x, silu)
+        elif x.device.type == "cpu":
+            h = silu(self.conv1(x))
+        else:  # bias and SiLU in one pass
+            h = F.conv2d(x, self.conv1.weight, padding=1).contiguous(memory_format=torch.channels_last)
+            kernels.bias_silu_(rows_of(h), self.conv1.bias)
         parts = self.conv2.strips(h) if isinstance(self.conv2, Winograd) else strips(self.conv2(h))
         return add_norm_(x, parts, self.norm)
 
@@ -160,7 +168,7 @@ def down_block(plain):
 
 
 class UpBlock(nn.Module):
-    """Nearest ×2, 3×3 convolution and the shortcut, with nine products per small pixel instead of 36.
+    """Nearest ×2, 3×3 convolution and the shortcut, with nine products per small pixel instead of 36. For a CPU.
 
     In one direction, with taps w0, w1, w2 and S = w0 + w1 + w2, and the differences D[i] = x[i] − x[i−1]:
         y[2i]   = w0·x[i−1] + (w1 + w2)·x[i] = S·x[i] − w0·D[i]
@@ -182,7 +190,7 @@ class UpBlock(nn.Module):
     def forward(self, x):  # B,C,H,W -> B,C',2H,2W
         (batch, _, height, width), out = x.shape, len(self.plane)
         y = torch.empty(batch, 2 * height, 2 * width, out, dtype=x.dtype, device=x.device)
-        count = max(1, TOKENS // width) if x.device.type == "cpu" else height
+        count = max(1, TOKENS // width)
         for b, picture in enumerate(x.permute(0, 2, 3, 1)):
             for r in range(0, height, count):
                 self.strip(picture, r, min(count, height - r), y[b])
@@ -205,6 +213,20 @@ class UpBlock(nn.Module):
                 if self.repeats:
                     part += x[..., (2 * dy + dx) // self.repeats::4 // self.repeats]
                 torch.add(column, part, out=y[2 * start + dy:2 * (start + count):2, dx::2])
+
+
+class FoldedUpBlock(nn.Module):
+    """The same as one 2×2 convolution and one kernel, see kernels/dcae.py. For a GPU."""
+
+    def __init__(self, plain):
+        super().__init__()
+        self.repeats, self.bias = plain.repeats, plain.conv.bias
+        self.weight = frozen(fold(plain.conv.weight).contiguous(memory_format=torch.channels_last))  # 4C',C,2,2
+
+    def forward(self, x):  # B,C,H,W -> B,C',2H,2W
+        x = x.contiguous(memory_format=torch.channels_last)
+        y = F.conv2d(x, self.weight, padding=1).permute(0, 2, 3, 1).contiguous().unflatten(3, (4, -1))
+        return kernels.join_up_block(y, x.permute(0, 2, 3, 1), self.bias, self.repeats).permute(0, 3, 1, 2)
 
 
 def differences(x):
@@ -230,7 +252,8 @@ def norm(plain):
 def up_block(plain):
     """A fast UpBlock; for 3×3 + channel-to-space, that convolution with the shortcut added to its middle tap."""
     if plain.nearest:
-        return UpBlock(plain) if plain.repeats in (0, 1, 2, 4) else plain
+        fast_block = UpBlock if plain.conv.weight.device.type == "cpu" else FoldedUpBlock
+        return fast_block(plain) if plain.repeats in (0, 1, 2, 4) else plain
     conv = plain.conv
     if plain.repeats:
         weight = conv.weight.float().clone()  # 4C',C,3,3

@@ -1,10 +1,10 @@
 """CUDA graphs, for inference and for training: all kernels of a function as one launch.
 
-    encoder = Graphed(encoder)                            encoder(x): a graph for each shape of x that comes twice in a row
-    step = Graphed(forward_and_backward, at_once=True)    captured at its first call; the gradients lie in its memory
+    encoder = Graphed(encoder)             encoder(x): a graph for each shape of x that comes twice in a row
+    step = Graphed(step, at_once=True)     forward and backward, captured at the first call; writes the same gradients
 
 Traps: f must not wait for the GPU. What f reads besides its arguments (weights) must keep its memory: no `.to(…)` after
-the first call. What f writes besides its result (gradients) is overwritten when any graph of the process is replayed.
+the first call. What f writes besides its result (gradients) holds until any graph of the process is replayed.
 """
 from __future__ import annotations
 

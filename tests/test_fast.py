@@ -76,6 +76,7 @@ def test_up_block(out, monkeypatch):
     plain = sanasr.UpBlock(64, out, nearest=True)
     x = seeded_input("x", (2, 64, 7, 6)).contiguous(memory_format=torch.channels_last)
     assert relative(fast.UpBlock(plain)(x), plain(x)) < 1e-6
+    assert relative(fast.FoldedUpBlock(plain)(x), plain(x)) < 1e-6  # on a GPU, where its last step is a kernel
 
 
 @torch.inference_mode()
