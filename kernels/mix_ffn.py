@@ -22,7 +22,7 @@ own time on an H200, nothing on an RTX 4090, and loses more where it runs at und
 belongs to the LayerNorm's pass, which has to write its result anyway; the gated residual after is one torch.addcmul,
 7 KB a token beside the 39 KB of the whole.
 
-fp32, fp16, bf16; float64 runs the reference. Arithmetic is float32, gradients of weights are added in an order fixed on each card.
+fp32, fp16, bf16; float64 runs the reference. Arithmetic is float32, a card adds gradients of weights in one order.
 Check and measure: python -m kernels.bench --op mix_ffn
 """
 

@@ -113,7 +113,7 @@ def relative(a, b):
 
 
 def quantile(values, q):
-    return sorted(values)[min(len(values) - 1, math.ceil(q * len(values)) - 1)]
+    return sorted(values)[math.ceil(q * len(values)) - 1]
 
 
 STAGES = dict(encode=dict(down=32), transform={}, decode=dict(up=32))  # and how the sides of a tile change
@@ -141,29 +141,33 @@ def multiplications(variant, x, tile=math.inf):
     return counts | dict(sum=sum(counts.values()))
 
 
-def measure(variants, x, runs, tile, clock):
+def measure(variants, x, runs, tile, clock, warm=0):
     """[{variant, stage, p50, p95, peak, error}], the variants taking turns; `error` is relative to the first.
 
-    A variant that fails is taken out of `variants`, and a line on stderr says why.
+    warm: turns before those that are timed. A variant that fails is taken out of `variants`, and a line says why.
     """
-    times, peaks, errors, results = {}, {}, {}, {}
-    timer = partial(timed, device=x.device, clock=clock)
-    for _ in range(runs):
+    rows, results, timer = {}, {}, partial(timed, device=x.device, clock=clock)
+    for turn in range(-warm, runs):
         for name, variant in list(variants.items()):
-            total = 0.0
+            spent = []
             try:
                 for stage, y, ((seconds,), peak) in through(variant, x, tile, timer):
-                    times.setdefault((name, stage), []).append(seconds)
-                    peaks[name, stage] = max(peak or 0, peaks.get((name, stage), 0)) or None
-                    errors[name, stage] = errors[name, "sum"] = relative(y, results.setdefault(stage, y))
-                    total += seconds
-                times.setdefault((name, "sum"), []).append(total)
+                    row = rows.setdefault((name, stage), dict(variant=name, stage=stage, times=[], peak=None))
+                    row["error"] = relative(y, results.setdefault(stage, y))
+                    row["peak"] = peak and max(peak, row["peak"] or 0)  # a graph takes its memory at first
+                    row["times"] += [seconds] * (turn >= 0)
+                    spent.append(seconds)
             except Exception as error:  # a rival that does not run must not cost the others' rows
                 print(f"{name}: left out, {type(error).__name__}: {one_line(error)[:300]}", file=sys.stderr)
                 del variants[name]
-    return [dict(variant=name, stage=stage, p50=quantile(t, 0.5), p95=quantile(t, 0.95), runs=len(t),
-                 peak=peaks.get((name, stage)), error=errors[name, stage])
-            for (name, stage), t in times.items() if name in variants]
+                continue
+            whole = rows.setdefault((name, "sum"), dict(row, stage="sum", times=[], peak=None))
+            whole["times"] += [sum(spent)] * (turn >= 0)
+            if turn == -warm < 0:
+                print(f"{name}: first call {sum(spent):.1f} s", flush=True)
+    for row in rows.values():
+        row["p50"], row["p95"] = (quantile(row["times"], q) if row["times"] else 0.0 for q in (0.5, 0.95))
+    return [row for row in rows.values() if row["variant"] in variants]
 
 
 def profiled(variant, x, tile):
@@ -180,7 +184,7 @@ def profiled(variant, x, tile):
 
 
 def show(rows):
-    base = {row["stage"]: row["p50"] for row in reversed(rows) if row["variant"] == rows[0]["variant"]}
+    base = {row["stage"]: row["p50"] for row in rows if row["variant"] == rows[0]["variant"]}
     print(f"{'variant':16}{'stage':11}{'p50 s':>9}{'p95 s':>9}{rows[0]['variant'] + ' / it':>16}{'share':>8}"
           f"{'own':>6}{'peak GB':>9}{'error':>9}")
     for row in rows:
@@ -299,27 +303,18 @@ def main(argv=None):
                  dtype=args.dtype, size=args.size, batch=args.batch, model=args.model or "official configs, seeded",
                  clock="process CPU seconds" if clock is time.process_time else "seconds")
     print(", ".join(f"{key} {value}" for key, value in setup.items()), flush=True)
-    first = {}
-    for name, variant in list(variants.items()):  # first calls cost more: of an operator, or of a size
-        start, compiled = time.perf_counter(), name.startswith(("compiled", "inductor", "regional"))
-        small = x[:, :, :64, :64] if device.type == "cpu" and not compiled else x
-        found = measure({name: variant}, small, 1 if device.type == "cpu" else 3, tile, clock)
-        first.update({(name, row["stage"]): row["peak"] for row in found})
-        if not found:
-            del variants[name]
-        elif compiled:
-            print(f"{name}: first calls {time.perf_counter() - start:.0f} s of wall time")
+    if device.type == "cpu":  # the first call of an operator costs more
+        measure(variants, x[:, :, :64, :64], 1, tile, clock)
     macs = multiplications(plain, x.to("meta"))
     own = {name: multiplications(variant, x, tile) for name, variant in variants.items()} if args.floor else {}
     n = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     peak = n**3 / min(timed(partial(a.matmul, b), device, 5, clock)[1])
-    rows = measure(variants, x, args.runs, tile, clock)
+    compiled = {"inductor", "regional"} & {*args.variants} or args.vs == "compiled"
+    rows = measure(variants, x, args.runs, tile, clock, 3 if device.type == "cuda" else int(bool(compiled)))
     if not rows:
         raise UserError("no variant could run")
     for row in rows:
-        if row["peak"]:
-            row["peak"] = max(row["peak"], first[row["variant"], row["stage"]])  # a graph takes its memory at first
         row["share"] = macs[row["stage"]] / row["p50"] / peak
         row["own"] = own[row["variant"]][row["stage"]] / row["p50"] / peak if own else None
     print(f"one large matrix product: {peak / 1e9:.1f} GMAC/s")

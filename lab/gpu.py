@@ -6,28 +6,24 @@
                                                      4096 pixels against diffusers, then each kernel
     python3 -m lab.gpu training --out runs/gpu       9 minutes: regional compilation, train.py, prune.py, LinearSR
 
-A line of the report is a command of this repository. What is specific to GPUs lies there: in tests/, kernels.bench and
-lab.bench. Time that a command leaves unused is the next one's; one that fails costs its own line, and what it said
-before, under the same name, is kept. gpu.json and gpu.md in --out are written after each.
+A line of the report is what a command of this repository prints: pytest, kernels.bench, lab.bench, train.py, … Time
+that a line leaves unused is the next one's. One that fails costs itself alone, and does not replace an earlier good one
+of its name. gpu.json and gpu.md in --out are written after each.
 --only NAME …: these lines. --rehearse: the same on a CPU, tiny, so that a mistake does not cost the run on a GPU.
 """
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
-import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,7 +34,7 @@ from PIL import Image
 from kernels.bench import OPS
 from kernels.dispatch import triton
 from lab.bench import CONFIGS, seeded
-from photos.pictures import write_bytes
+from photos.pictures import one_line, write_bytes
 from runs import DTYPES, UserError, command, cpu_name, revision
 from sanasr import DCAE, Gemma2, LinearDiT, save_module
 
@@ -48,74 +44,12 @@ SECONDS = {"correctness": 240, "timings": 540, "training": 540}
 
 @dataclass
 class Line:
-    """One line of the report: commands in turn, and read(their output, the scratch folder) -> dicts of columns."""
+    """One line of the report: commands in turn, and files that they write and that are shown with what they print."""
     name: str
     seconds: int
     commands: list
-    read: object
-    env: dict
-
-
-def printed(text, scratch):
-    return [{"result": t.strip("= ")} for t in text.splitlines() if t.strip("= ")]
-
-
-def last_line(text, scratch):
-    return printed(text, scratch)[-1:]
-
-
-# --- What the commands write ---
-
-
-def operator(name, text, scratch):
-    content = json.loads((scratch / f"{name}.json").read_text())
-    return [{"op": op, "relative error": error} for op, error in content["errors"].items()]
-
-
-def kernel_rows(text, scratch):
-    content, rows = json.loads((scratch / "kernels.json").read_text()), []
-    for row in (row for row in content["rows"] if row["ms"]):
-        *_, last = row["ms"].values()
-        rate = row["bytes"] / last[1] * 1e3
-        rows.append({"op": row["op"], "where": row["where"], "batch": row["batch"], "pass": row["pass"], "MB":
-                     row["bytes"] / 1e6, **{f"{label} ms": ms[1] for label, ms in row["ms"].items()}, "GB/s":
-                     rate / 1e9, "of the copy": rate / content["copy_rate"].get(str(row["bytes"]), float("nan"))})
-    return rows
-
-
-def bench_rows(name, text, scratch):
-    rows = json.loads((scratch / f"{name}.json").read_text())["rows"]
-    notes = [line for line in text.splitlines() if "left out" in line or " busy" in line or "first calls" in line]
-    return [{"variant": row["variant"], "stage": row["stage"], "p50 ms": 1e3 * row["p50"], "p95 ms": 1e3 * row["p95"],
-             "share of the product": row["share"], "peak GB": (row["peak"] or 0) / 1e9, "error": row["error"]}
-            for row in rows] + [{"variant": note} for note in notes]
-
-
-def train_rows(name, text, scratch):
-    with open(scratch / name / "log.csv", newline="") as f:
-        rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(f)][1:]
-    return [{"steps": len(rows), "images/s": statistics.median(row["images_per_s"] for row in rows[len(rows) // 2:]),
-             "GB": max(row["memory_gb"] for row in rows), "first loss": rows[0]["loss"], "last": rows[-1]["loss"]}]
-
-
-def prune_rows(text, scratch):
-    rates = re.findall(r"([\d.]+)(s/it|it/s)", text)[:-1]  # the last is the mean, with the start and compilation
-    rate, unit = rates[-1] if rates else ("nan", "it/s")
-    with open(scratch / "pruned" / "saliency.csv", newline="") as f:
-        dropped = " ".join(row["block"] for row in csv.DictReader(f) if row["kept"] == "0")
-    return [{"samples/s": float(rate) if unit == "it/s" else 1 / float(rate), "dropped blocks": dropped}]
-
-
-def compared(name, allowed, text, scratch):
-    """How far the pictures are from the CPU's, of 255."""
-    worst = []
-    for path in sorted((scratch / name).glob("*.png")):
-        ours, cpu = (np.asarray(Image.open(p), float) for p in (path, scratch / f"{name} cpu" / path.name))
-        worst.append((np.abs(ours - cpu).mean(), np.abs(ours - cpu).max()))
-    mean, largest = (max(values) for values in zip(*worst, strict=True))
-    if not mean <= allowed:
-        raise ValueError(f"not the CPU's pictures: they differ by {mean:.3g} of 255 in the mean")
-    return [{"pictures": len(worst), "mean difference of 255": mean, "largest": largest}]
+    files: tuple = ()
+    env: dict = field(default_factory=dict)
 
 
 # --- The lines ---
@@ -125,6 +59,8 @@ def make_model(folder, rehearse):
     """An official folder under seeded weights, in official size but for the text encoder, and photos beside it."""
     sys.path.insert(0, str(ROOT / "tests"))
     import tiny
+    build, config = tiny.CONFIGS["transformer"]
+    tiny.CONFIGS["transformer"] = build, config | {"num_layers": 3}  # one to prune
     tiny.tiny_model(folder)  # on a GPU for its tokenizer
     if not rehearse:
         for cls, name in ((DCAE, "vae"), (LinearDiT, "transformer"), (Gemma2, "text_encoder")):
@@ -142,53 +78,49 @@ def make_model(folder, rehearse):
 def lines_of(what, scratch, rehearse):
     """The lines of a command."""
     device, model, photos = "cpu" if rehearse else "cuda", scratch / "model", scratch / "photos"
-    found = []
+    found, interpreter = [], {"TRITON_INTERPRET": "1"} if rehearse else {}
 
-    def add(name, seconds, *commands, read=last_line, **env):
-        found.append(Line(name, seconds, [list(map(str, argv)) for argv in commands], read, env))
+    def add(name, seconds, *commands, files=(), **env):
+        found.append(Line(name, seconds, [list(map(str, argv)) for argv in commands], files, env))
+
+    def tests(name, file, names, **env):
+        add(name, 240, ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{file}", "-k", names], **env)
 
     def bench(name, seconds, *options):
-        small = ["--blocks", 1] if rehearse else []
-        add(name, seconds, ["-m", "lab.bench", "--device", device, "--dtype", "fp32" if rehearse else "bf16", "--json",
-                            scratch / f"{name}.json", "--runs", 1 if rehearse else 10, *options, *small],
-            read=partial(bench_rows, name))
-
-    def tests(name, seconds, *options, **env):
-        add(name, seconds, ["-m", "pytest", "-q", "-p", "no:cacheprovider", *options], **env)
-    interpreter = {"TRITON_INTERPRET": "1"} if rehearse else {}
+        more = ["--runs", 1, "--blocks", 1] if rehearse else ["--runs", 10]
+        add(name, seconds, ["-m", "lab.bench", "--device", device, "--dtype", "fp32" if rehearse else "bf16",
+                            *more, *options])
     if what == "correctness":
         for op in OPS:
             for dtype in DTYPES:
-                name = f"{op} {dtype}"
-                add(name, 240, ["-m", "kernels.bench", "--check", "--op", op, "--dtype", dtype, "--json",
-                                scratch / f"{name}.json"], read=partial(operator, name), **interpreter)
-        for part in ("attention", "gate or mix", "norm"):
-            tests(f"kernel tests, {part}", 240, "tests/test_kernels_triton.py", "-k", part, **interpreter)
-        tests("graphs", 240, "tests/test_fast.py", "-k", "graph or dit")
-        tests("goldens", 240, "tests/test_gpu.py", "-k", "golden", SANASR_GOLDENS=device)
-        for dtype, fast, allowed in (("fp32", "off", 1), ("fp32", "on", 1), ("bf16", "on", 3), ("fp16", "off", 3)):
-            name = f"pictures {dtype}, fast {fast}"
-            evals = [["eval.py", ROOT / "examples", "--out", scratch / f"{name}{end}/", "--device", where, "--dtype",
-                      kind, "--fast", how] for end, where, kind, how in
-                     (("", device, dtype, fast), (" cpu", "cpu", "fp32", "off"))]
-            add(name, 240, *evals, read=partial(compared, name, allowed))
+                add(f"{op} {dtype}", 240, ["-m", "kernels.bench", "--check", "--op", op, "--dtype", dtype],
+                    **interpreter)
+        for part in ("attention", "gate or mix", "norm or bias or join"):
+            tests(f"kernel tests, {part}", "test_kernels_triton.py", part, **interpreter)
+        tests("graphs", "test_fast.py", "graph or dit or up_block")
+        tests("goldens", "test_gpu.py", "golden", SANASR_GOLDENS=device)
+        for dtype, quick in (("fp32", "off"), ("fp32", "on"), ("bf16", "on"), ("fp16", "off")):
+            name = f"pictures {dtype}, fast {quick}"
+            ours, theirs = scratch / name, scratch / f"{name}, CPU"
+            add(name, 240, ["eval.py", "examples", "--out", f"{ours}/", "--device", device, "--dtype", dtype, "--fast",
+                            quick], ["eval.py", "examples", "--out", f"{theirs}/", "--device", "cpu", "--fast", "off"],
+                ["eval.py", "--sr", ours, "--hr", theirs, "--metrics", "psnr"])  # against the CPU's
         sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
         add("compute-sanitizer", 240, ["!", sanitizer, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q",
                                        "tests/test_kernels_triton.py", "-k", "gate_sizes or norm_sizes or lengths"])
     elif what == "timings":
-        small, large = ("64", "96") if rehearse else ("512", "1024")
+        small, large, huge = ("64", "96", "128") if rehearse else ("512", "1024", "4096")
         ours = "plain,fast" if rehearse else "plain,fast,graphs"
         rivals = ["--vs", "diffusers"] if find_spec("diffusers") and not rehearse else []
         add("card", 20, ["!", "nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit,"
-                         "temperature.gpu", "--format=csv"], read=printed)
+                         "temperature.gpu", "--format=csv"])
         bench("stages 512", 90, "--size", small, "--variants", ours, *rivals, *["--profile"] * (not rehearse))
         bench("stages 1024", 60, "--size", large, "--variants", ours, *rivals)
         bench("compiled 512", 120, "--size", small, "--variants", "plain", *["--vs", "compiled"] * bool(rivals))
-        bench("stages 4096", 60, "--size", "128" if rehearse else "4096", "--variants", "fast", *rivals,
-              *["--tile", "96"] * rehearse)
+        bench("stages 4096", 60, "--size", huge, "--variants", "fast", *rivals, *["--tile", "96"] * rehearse)
         bench("batch 8", 60, "--size", small, "--batch", "8", "--variants", ours, *rivals)
-        add("kernels", 150, ["-m", "kernels.bench", "--no-compile", "--json", scratch / "kernels.json",
-                             *(["--tokens", 256, "--op", "linear_attention"] if rehearse else [])], read=kernel_rows)
+        few = ["--tokens", 256, "--op", "linear_attention"] if rehearse else []
+        add("kernels", 130, ["-m", "kernels.bench", "--no-compile", *few])
     else:
         add("model", 60, ["-m", "lab.gpu", "model", "--out", model, *["--rehearse"] * rehearse])
         common = ["--data", photos, "--model", model, "--device", device, "--dtype", "fp32" if rehearse else "bf16",
@@ -196,16 +128,17 @@ def lines_of(what, scratch, rehearse):
                   "--crop", 96 if rehearse else 512]
         for name, options, env in (("train", [], {}), ("train, checkpointing", ["--checkpointing"], {}),
                                    ("train, reference kernels", [], {"SANASR_KERNELS": "torch"})):
-            steps = 2 if rehearse else 50
+            steps, batch = (2, 1) if rehearse else (50, 4)
             add(name, 80, ["train.py", *common, "--name", scratch / name, "--steps", steps, "--every", steps, "--val",
-                           0, "--batch", 1 if rehearse else 4, *options], read=partial(train_rows, name), **env)
-        add("prune", 60, ["prune.py", *common, "--out", scratch / "pruned", "--steps", 2 if rehearse else 20, "--keep",
-                          2 if rehearse else 16], read=prune_rows)
-        bench("pruned to 16 blocks", 50, "--size", "64" if rehearse else "512", "--variants", "fast", "--blocks", "16")
-        add("LinearSR, 20 steps", 60, ["eval.py", ROOT / "examples" / "cat.png", "--model", "linearsr-embedded",
-                                       "--out", scratch / "cat.png", "--device", device], read=printed)
-        bench("regional compilation", 150, "--size", "64" if rehearse else "512", "--variants",
-              "plain" if rehearse else "plain,regional")
+                           0, "--batch", batch, *options], files=(scratch / name / "log.csv",), **env)
+        steps, keep = (2, 2) if rehearse else (20, 16)
+        add("prune", 60, ["prune.py", *common, "--out", scratch / "pruned", "--steps", steps, "--keep", keep],
+            files=(scratch / "pruned" / "saliency.csv",))
+        size = "64" if rehearse else "512"
+        bench("pruned to 16 blocks", 50, "--size", size, "--variants", "fast", "--blocks", "16")
+        add("LinearSR, 20 steps", 60, ["eval.py", "examples/cat.png", "--model", "linearsr-embedded", "--out",
+                                       scratch / "cat.png", "--device", device])
+        bench("regional compilation", 150, "--size", size, "--variants", "plain" if rehearse else "plain,regional")
     return found
 
 
@@ -216,39 +149,31 @@ RUNNING = set()
 
 
 def run(line, end, scratch):
-    """(rows, why there are none or not all, seconds). A command that runs at `end` is killed with all that it began."""
+    """(what was printed, the problem or None, seconds). A command that runs at `end` is killed with all it began."""
     env = os.environ | {"SANASR_CACHE": str(scratch / "cache"), "HF_HUB_OFFLINE": "1"} | line.env
-    start, text, rows, problem = time.monotonic(), "", [], None
+    start, text, problem = time.monotonic(), "", None
     for argv in line.commands:
         argv = argv[1:] if argv[0] == "!" else [sys.executable, *argv]
         try:
             process = subprocess.Popen(argv, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
                                        stderr=subprocess.STDOUT, start_new_session=True)
-            RUNNING.add(process)
-            text += process.communicate(timeout=max(1, end - time.monotonic()))[0]
-            if process.returncode:
-                problem = f"exit code {process.returncode}: " + " ".join(t["result"] for t in last_line(text, scratch))
-        except subprocess.TimeoutExpired:
-            problem = "its time was up"
-            stop(process)
         except OSError as error:
-            problem = str(error)
-    try:  # what a benchmark wrote before it was ended is a result, too
-        rows = line.read(text, scratch)
-    except Exception as error:  # the line's problem alone
-        problem = problem or " ".join(f"{type(error).__name__}: {error}".split())
-    return rows, problem and problem[:300], time.monotonic() - start
+            return text.splitlines(), one_line(error), time.monotonic() - start
+        RUNNING.add(process)
+        try:
+            text += process.communicate(timeout=max(0.1, end - time.monotonic()))[0]
+            problem = problem or (f"exit code {process.returncode}" if process.returncode else None)
+        except subprocess.TimeoutExpired:
+            stop(process)
+            text, problem = text + process.communicate()[0], "its time was up"
+    text += "".join(file.read_text() for file in line.files if file.exists())
+    shown = [part for row in text.splitlines() if (part := row.split("\r")[-1].rstrip())]  # of a progress bar its end
+    return shown, problem, time.monotonic() - start
 
 
 def stop(process):
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
-
-
-def cell(value):
-    if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-    return str(value).replace("|", "\\|")
 
 
 def write(out, results):
@@ -257,9 +182,7 @@ def write(out, results):
     for name, line in results["lines"].items():
         text += [f"## {name}", "", f"{line['about']}, {line['seconds']:.0f} s", ""]
         text += [f"Failed: {line[key]}\n" for key in ("problem", "since") if line.get(key)]
-        if columns := list(dict.fromkeys(key for row in line["rows"] for key in row)):
-            text += ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
-            text += ["| " + " | ".join(cell(row.get(key, "")) for key in columns) + " |" for row in line["rows"]] + [""]
+        text += [*(f"    {row}" for row in line["printed"]), ""]
     write_bytes(out / "gpu.json", json.dumps(results, indent=1) + "\n")
     write_bytes(out / "gpu.md", "\n".join(text))
 
@@ -298,15 +221,15 @@ def main(argv=None):
             jobs.append(pool.submit(run, line, begin + factor * min(given, SECONDS[args.what]), Path(folder)))
         try:
             for line, job in zip(lines, jobs, strict=True):
-                rows, problem, seconds = job.result()
+                shown, problem, seconds = job.result()
                 problems += bool(problem)
-                new = {"about": about, "seconds": seconds, "rows": rows, "problem": problem}
+                new = {"about": about, "seconds": seconds, "problem": problem, "printed": shown}
                 before = results["lines"].get(line.name)
                 if problem and before and not before["problem"]:  # a good result is kept
                     new = before | {"since": f"{problem} ({about})"}
                 results["lines"][line.name] = new
                 write(args.out, results)
-                print(f"{line.name}: {problem or f'{len(rows)} rows'}", flush=True)
+                print(f"{line.name}: {problem or 'done'}", flush=True)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in RUNNING:

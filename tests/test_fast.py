@@ -4,12 +4,11 @@ import json
 import subprocess
 import sys
 from copy import deepcopy
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DATA
+from conftest import DATA, ROOT, relative
 from PIL import Image
 from seeded import seeded_input, seeded_state_dict
 from tiny import tiny_model
@@ -21,11 +20,6 @@ import fast.graphs
 import sanasr
 from lab.bench import CONFIGS, seeded
 from sanasr import DCAE, LinearDiT, SanaSR, inject_lora
-
-
-def relative(a, b):
-    return ((a.float() - b.float()).norm() / b.float().norm()).item()
-
 
 CHANNELS_TO_SPACE = dict(  # the other kinds of block, and no block at all at full resolution
     latent_channels=32, attention_head_dim=32, upsample_block_type="pixel_shuffle",
@@ -259,6 +253,6 @@ for i in range(12):  # 64 MB each
     if i == 4: before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(1 << 24)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
-    faults = [int(subprocess.run([sys.executable, "-c", code.format(keep=keep)], cwd=Path(fast.__file__).parent.parent,
+    faults = [int(subprocess.run([sys.executable, "-c", code.format(keep=keep)], cwd=ROOT,
                                  check=True, capture_output=True).stdout) for keep in (False, True)]
     assert faults[1] < faults[0] / 2, "pages that the kernel had to provide for the last eight tensors"

@@ -3,19 +3,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA
+from conftest import DATA, ROOT, relative
 from safetensors.torch import load_file
 from seeded import seeded_state_dict
 
 from lab import gpu
-from lab.bench import relative
 from sanasr import DCAE, Gemma2, LinearDiT
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize("what, names, env", [
@@ -29,21 +25,21 @@ def test_rehearsal(what, names, env, tmp_path):
     lines, text = json.loads((tmp_path / "gpu.json").read_text())["lines"], (tmp_path / "gpu.md").read_text()
     assert text.startswith("# A rehearsal on a CPU") and all(f"## {name}" in text for name in names)
     for name in set(names) - {"card"}:
-        assert lines[name]["rows"] and not lines[name]["problem"], lines[name]
+        assert lines[name]["printed"] and not lines[name]["problem"], lines[name]
     assert set(lines) == set(names) and set(tmp_path.iterdir()) == {tmp_path / "gpu.json", tmp_path / "gpu.md"}
 
 
 def test_a_good_result_outlives_a_failure_and_each_line_is_ended_at_its_time(tmp_path, monkeypatch):
     def lines_of(what, scratch, rehearse):
-        return [gpu.Line(name, 1, [["-c", c]], gpu.printed, {}) for name, c in (("a", code), ("b", "print(5)"))]
+        return [gpu.Line(name, 1, [["-c", c]]) for name, c in (("a", code), ("b", "print(5)"))]
     monkeypatch.setattr(gpu, "lines_of", lines_of)
-    for code, rows, since in (("print(7)", "7", None), ("raise ValueError(8)", "7", "exit code 1: ValueError: 8"),
+    for code, shown, since in (("print(7)", "7", None), ("raise ValueError(8)", "7", "exit code 1"),
                               ("import time; time.sleep(99)", "7", "its time was up"), ("print(9)", "9", None)):
         monkeypatch.setitem(gpu.SECONDS, "timings", 0.2 if "sleep" in code else 9)
         assert gpu.main(["timings", "--out", str(tmp_path), "--rehearse"]) == 0
         lines = json.loads((tmp_path / "gpu.json").read_text())["lines"]
-        assert lines["a"]["rows"] == [{"result": rows}] and (lines["a"].get("since") or "").startswith(since or "")
-        assert bool(lines["a"].get("since")) == bool(since) and lines["b"]["rows"] == [{"result": "5"}]
+        assert lines["a"]["printed"] == [shown] and (lines["a"].get("since") or "").startswith(since or "")
+        assert bool(lines["a"].get("since")) == bool(since) and lines["b"]["printed"] == ["5"]
 
 
 def test_an_unknown_line_is_named(tmp_path):

@@ -5,22 +5,16 @@ import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, relative
 from torch.torch_version import TorchVersion as Version
 
 import kernels
 from kernels.dispatch import INTERPRET, device_obstacle
-
-ROOT = Path(__file__).parent.parent
-
-
-def relative(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 def ffn_weights(C, H, dtype=torch.float32):
