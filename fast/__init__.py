@@ -11,13 +11,13 @@ bfloat16 by its own rounding (tests/test_fast.py). What each rewrite gains: `pyt
     up           nearest ×2 and 3×3: nine products per small pixel, of differences, instead of 36 (on a GPU 16, in one
                  convolution); for 3×3 and channel-to-space, the shortcut becomes a tap of the 3×3
     down         the space-to-channel shortcut becomes a tap of the strided convolution
-    norm         RMSNorm, gain, bias and residual in one pass over memory, strip by strip (on a GPU in one kernel, and
-                 bias and SiLU in another)
+    norm         RMSNorm, gain, bias and residual in one pass over memory, strip by strip (on a GPU in one kernel, of
+                 all blocks; bias and SiLU in another)
     dit          text keys and values and the timestep's modulation are kept between calls; AdaLN is one layer_norm
 
 With graphs=True, on CUDA only, encoder, transformer and decoder are also replayed as CUDA graphs, see fast/graphs.py.
 
-The blocks of the low resolutions are not rewritten: three attempts there gained 1 % of the whole together.
+On a CPU the blocks of the low resolutions are not rewritten: three attempts there gained 1 % of the whole together.
 
 Trap: the modules work in place on their own intermediates. There are no gradients. Adapters must be merged first.
 """
@@ -150,6 +150,36 @@ class ResBlock(nn.Module):
         return add_norm_(x, parts, self.norm)
 
 
+class MultiscaleAttention(nn.Module):
+    """sanasr.MultiscaleLinearAttention, written over x: one QKV product, norm and residual in one kernel. For a GPU."""
+
+    def __init__(self, plain):
+        super().__init__()
+        self.to_qkv, self.head_dim = merged(plain.to_q, plain.to_k, plain.to_v), plain.head_dim
+        self.scales, self.to_out, self.norm = plain.to_qkv_multiscale, plain.to_out, plain.norm_out
+
+    def forward(self, x):  # B,C,H,W
+        x = x.contiguous(memory_format=torch.channels_last)
+        qkv = self.to_qkv(to_tokens(x))  # B,N,3C
+        scales = [qkv] + [to_tokens(m(to_picture(qkv, *x.shape[2:]))) for m in self.scales]
+        qkv = torch.cat(scales, dim=2).unflatten(2, (-1, 3 * self.head_dim))  # B,N,n,3d
+        h = kernels.linear_attention(*qkv.chunk(3, dim=3), eps=1e-15).flatten(2)  # B,N,n·d
+        return add_norm_(x, [(slice(None), self.to_out(h).flatten(0, 1))], self.norm)
+
+
+class GatedConv(sanasr.GLUMBConv):
+    """sanasr.GatedConv, written over x: norm and residual in one kernel. For a GPU."""
+
+    def __init__(self, plain):
+        nn.Module.__init__(self)
+        self.conv_inverted, self.conv_depth = plain.conv_inverted, plain.conv_depth
+        self.conv_point, self.norm = plain.conv_point, plain.norm
+
+    def forward(self, x):  # B,C,H,W
+        x = x.contiguous(memory_format=torch.channels_last)
+        return add_norm_(x, [(slice(None), super().forward(to_tokens(x), *x.shape[2:]).flatten(0, 1))], self.norm)
+
+
 def down_block(plain):
     """The strided convolution of a DownBlock, with the shortcut added to its weights.
 
@@ -249,6 +279,14 @@ def norm(plain):
     return Norm(plain) if plain.weight.device.type == "cpu" else plain
 
 
+def attention(plain):
+    return plain if plain.to_q.weight.device.type == "cpu" else MultiscaleAttention(plain)
+
+
+def gated_conv(plain):
+    return plain if plain.norm.weight.device.type == "cpu" else GatedConv(plain)
+
+
 def up_block(plain):
     """A fast UpBlock; for 3×3 + channel-to-space, that convolution with the shortcut added to its middle tap."""
     if plain.nearest:
@@ -267,7 +305,8 @@ REWRITES = {  # name -> the rules (class, its replacement) that make it up
     "winograd": [(nn.Conv2d, fast_convolution)],
     "up": [(sanasr.UpBlock, up_block)],
     "down": [(sanasr.DownBlock, down_block)],
-    "norm": [(sanasr.ResBlock, ResBlock), (sanasr.RMSNorm, norm)],
+    "norm": [(sanasr.ResBlock, ResBlock), (sanasr.RMSNorm, norm), (sanasr.MultiscaleLinearAttention, attention),
+             (sanasr.GatedConv, gated_conv)],
 }
 
 

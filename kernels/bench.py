@@ -33,7 +33,8 @@ from kernels.timer import timed
 from photos.pictures import write_bytes
 from runs import DTYPES, command, cpu_name
 
-CARDS = {"H200": (4.3e12, 790e12), "H100": (3.35e12, 790e12), "4090": (1.0e12, 165e12)}  # bytes/s and bf16 FLOP/s, for the floors
+# bytes/s and bf16 FLOP/s, for the floors
+CARDS = {"H200": (4.3e12, 790e12), "H100": (3.35e12, 790e12), "4090": (1.0e12, 165e12)}
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 
 # (where, batch, height = width in tokens, heads, C, H). SANA's LinearDiT at 512 to 4096 px; the DC-AE's EfficientViT

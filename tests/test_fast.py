@@ -74,6 +74,15 @@ def test_up_block(out, monkeypatch):
 
 
 @torch.inference_mode()
+def test_the_low_resolutions_blocks_as_on_a_gpu():
+    """With the kernels' references."""
+    plain = seeded(lambda config: sanasr.EfficientViTBlock(64, 32, config), [3, 5], torch.float32, "cpu")
+    x = seeded_input("x", (2, 64, 7, 6))
+    quick = fast.GatedConv(plain.conv_out)(fast.MultiscaleAttention(plain.attn)(x.clone()))
+    assert relative(quick, plain(x)) < 1e-5
+
+
+@torch.inference_mode()
 def test_vae_bfloat16_is_hardly_further_from_float32_than_the_plain_path():
     stages = dict(block_out_channels=[128, 256, 64], block_types="ResBlock", layers_per_block=[2, 2, 1],
                   qkv_multiscales=[[]] * 3)
