@@ -144,21 +144,20 @@ def lines_of(what, scratch, rehearse):
 
 # --- The command ---
 
-
 RUNNING = set()
 
 
 def run(line, end, scratch):
     """(what was printed, the problem or None, seconds). A command that runs at `end` is killed with all it began."""
     env = os.environ | {"SANASR_CACHE": str(scratch / "cache"), "HF_HUB_OFFLINE": "1"} | line.env
-    start, text, problem = time.monotonic(), "", None
+    start, text, problem = time.monotonic(), b"", None
     for argv in line.commands:
         argv = argv[1:] if argv[0] == "!" else [sys.executable, *argv]
         try:
-            process = subprocess.Popen(argv, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
-                                       stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                       start_new_session=True)
         except OSError as error:
-            return text.splitlines(), one_line(error), time.monotonic() - start
+            return [], one_line(error), time.monotonic() - start
         RUNNING.add(process)
         try:
             text += process.communicate(timeout=max(0.1, end - time.monotonic()))[0]
@@ -166,9 +165,9 @@ def run(line, end, scratch):
         except subprocess.TimeoutExpired:
             stop(process)
             text, problem = text + process.communicate()[0], "its time was up"
-    text += "".join(file.read_text() for file in line.files if file.exists())
-    shown = [part for row in text.splitlines() if (part := row.split("\r")[-1].rstrip())]  # of a progress bar its end
-    return shown, problem, time.monotonic() - start
+    text += b"".join(file.read_bytes() for file in line.files if file.exists())
+    rows = (row.rstrip("\r").split("\r")[-1].rstrip() for row in text.decode(errors="replace").split("\n"))
+    return [row for row in rows if row], problem, time.monotonic() - start  # of a progress bar its end
 
 
 def stop(process):
