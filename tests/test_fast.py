@@ -230,6 +230,17 @@ def test_eval_restores_by_the_rewrites_unless_told_otherwise(tmp_path, monkeypat
     assert max(abs(a - b) for a, b in zip(*pictures, strict=True)) <= 1
 
 
+def test_auto_means_graphs_on_a_gpu(monkeypatch):
+    found = []
+    monkeypatch.setattr(fast, "is_linearsr", lambda *args: False)
+    monkeypatch.setattr(SanaSR, "from_pretrained", lambda *args: "model")
+    monkeypatch.setattr(fast, "keep_memory", lambda: None)
+    monkeypatch.setattr(fast, "optimise", lambda model, graphs: found.append(graphs))
+    for device, choice in (("cpu", "auto"), ("cuda", "auto"), ("cuda", "on"), ("cuda", "off"), ("mps", "auto")):
+        fast.load_model("model", device, fast=choice)
+    assert found == [False, True, True]
+
+
 @pytest.mark.slow
 @torch.inference_mode()
 def test_official_size():
