@@ -17,6 +17,8 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from statistics import quantiles
 
@@ -44,159 +46,91 @@ VIT = ((512, 64), (1024, 32), (1024, 16))
 SIZES += [(f"DC-AE {C}x{s}x{s}", b, s, C // 16, C, 4 * C) for b in (1, 8) for C, s in VIT]
 
 
+RES = [(f"DC-AE {C}x{s}x{s}", b, s, 0, C, 0) for b in (1, 8) for C, s in ((128, 512), (256, 256), (512, 128))]
+UP = [(f"DC-AE {C}x{s}x{s}", b, s, 0, C, H) for b in (1, 8) for C, H, s in
+      ((256, 128, 256), (512, 256, 128), (512, 512, 64), (1024, 512, 32), (1024, 1024, 16))]
+
+
+@dataclass
 class Operator:
-    sizes, passes = SIZES, (False, True)  # where it runs; without and with the backward pass
+    """What is measured, at the sizes (where, B, side, heads, C, H); N = B · side² tokens, `size` bytes a value.
 
+    operations, backward: [(bytes, FLOP of matrix products)] of what one pass does in turn; () without a backward pass.
+    """
+    sizes: list
+    inputs: Callable  # (draw, B, side, heads, C, H) -> tensors; draw: shape -> unit-normal values
+    run: Callable  # (backend, side, *tensors)
+    reference: Callable  # (side, *tensors)
+    operations: Callable  # (N, heads, C, H, size)
+    backward: Callable = lambda N, heads, C, H, size: []
 
-class LinearAttention(Operator):
-    """q, k, v: B, N, heads, 32, slices of one projection as the models have them."""
+    def passes(self):
+        """Without and with the backward pass."""
+        return (False, True) if self.backward(1, 1, 1, 1, 1) else (False,)
 
-    @staticmethod
-    def inputs(B, side, heads, C, H, dtype, device):
-        return list(torch.randn(B, side * side, 3, heads, 32, device=device, dtype=dtype).unbind(2))
-
-    @staticmethod
-    def run(backend, side, q, k, v):
-        return kernels.linear_attention(q, k, v, backend=backend)
-
-    @staticmethod
-    def reference(side, q, k, v):
-        return linear_attention_reference(q, k, v)
-
-    @staticmethod
-    def operations(B, side, heads, C, H, size, backward):
-        """[(bytes, FLOP of matrix products)] of the operations that follow each other."""
-        values = B * side * side * heads * 32
-        forward = [(4 * values * size, 2 * 2 * values * 32)]
-        return forward + ([(7 * values * size, 5 * 2 * values * 32)] if backward else [])
-
-
-class DepthwiseGate(Operator):
-    """u: B, N, 2H."""
-
-    @staticmethod
-    def inputs(B, side, heads, C, H, dtype, device):
-        shapes = (B, side * side, 2 * H), (2 * H, 1, 3, 3), (2 * H,)
-        return [torch.randn(s, device=device, dtype=dtype) for s in shapes]
-
-    @staticmethod
-    def run(backend, side, u, weight, bias):
-        return kernels.depthwise_gate(u, side, side, weight, bias, backend=backend)
-
-    @staticmethod
-    def reference(side, u, weight, bias):
-        return depthwise_gate_reference(u, side, side, weight, bias)
-
-    @staticmethod
-    def operations(B, side, heads, C, H, size, backward):
-        values = B * side * side * H
-        return [(3 * values * size, 0)] + ([(11 * values * size, 0)] if backward else [])
-
-
-class MixFFN(Operator):
-    """x: B, N, C, and the five weights."""
-
-    @staticmethod
-    def inputs(B, side, heads, C, H, dtype, device):
-        shapes = (B, side * side, C), (2 * H, C, 1, 1), (2 * H,), (2 * H, 1, 3, 3), (2 * H,), (C, H, 1, 1)
-        scales = 1, C**-0.5, 1, 1, 1, H**-0.5
-        return [torch.randn(s, device=device).mul(f).to(dtype) for s, f in zip(shapes, scales, strict=True)]
-
-    @staticmethod
-    def run(backend, side, x, *weights):
-        return kernels.mix_ffn(x, side, side, *weights, backend=backend)
-
-    @staticmethod
-    def reference(side, x, *weights):
-        return kernels.mix_ffn(x, side, side, *weights, backend="torch")
-
-    @staticmethod
-    def operations(B, side, heads, C, H, size, backward):
+    def counts(self, B, side, heads, C, H, size, backward):
         N = B * side * side
-
-        def product(rows, inner, columns):
-            return (rows * inner + inner * columns + rows * columns) * size, 2 * rows * inner * columns
-
-        expand, project = product(N, C, 2 * H), product(N, H, C)
-        products = [expand, project] * (3 if backward else 1)  # the gradients of a product are two more of its size
-        return products + DepthwiseGate.operations(B, side, heads, C, H, size, backward)
+        found = self.operations(N, heads, C, H, size)
+        return found + (self.backward(N, heads, C, H, size) if backward else [])
 
 
-class AddRMSNorm(Operator):
-    """x and y: B, N, C, and weight and bias. Over x; no backward pass. Its sizes: DC-AE's ResBlocks at 512 px."""
-
-    passes = (False,)
-    sizes = [(f"DC-AE {C}x{s}x{s}", b, s, 0, C, 0) for b in (1, 8) for C, s in ((128, 512), (256, 256), (512, 128))]
-
-    @staticmethod
-    def inputs(B, side, heads, C, H, dtype, device):
-        shapes = (B, side * side, C), (B, side * side, C), (C,), (C,)
-        return [torch.randn(s, device=device, dtype=dtype) for s in shapes]
-
-    @staticmethod
-    def run(backend, side, x, y, weight, bias):
-        return kernels.add_rms_norm_(x, y, weight, bias, 1e-5, backend=backend)
-
-    @staticmethod
-    def reference(side, x, y, weight, bias):
-        return add_rms_norm_reference_(x, y, weight, bias, 1e-5)
-
-    @staticmethod
-    def operations(B, side, heads, C, H, size, backward):
-        return [(3 * B * side * side * C * size, 0)]
+def product(rows, inner, columns, size):
+    return (rows * inner + inner * columns + rows * columns) * size, 2 * rows * inner * columns
 
 
-class BiasSiLU(AddRMSNorm):
-    """h: B, N, C, and bias: C. Over h; no backward pass. Its sizes: DC-AE's ResBlocks at 512 px."""
-
-    @staticmethod
-    def inputs(B, side, heads, C, H, dtype, device):
-        return [torch.randn(s, device=device, dtype=dtype) for s in ((B, side * side, C), (C,))]
-
-    @staticmethod
-    def run(backend, side, h, bias):
-        return kernels.bias_silu_(h, bias, backend=backend)
-
-    @staticmethod
-    def reference(side, h, bias):
-        return bias_silu_reference_(h, bias)
-
-    @staticmethod
-    def operations(B, side, heads, C, H, size, backward):
-        return [(2 * B * side * side * C * size, 0)]
+def ffn_products(N, C, H, size):
+    return [product(N, C, 2 * H, size), product(N, H, C, size)]
 
 
-class JoinUpBlock(Operator):
-    """y: B, side + 1, side + 1, 4, H; x: B, side, side, C; bias: H. No backward pass. Its sizes: DC-AE's decoder."""
-
-    passes = (False,)
-    sizes = [(f"DC-AE {C}x{s}x{s}", b, s, 0, C, H) for b in (1, 8) for C, H, s in
-             ((256, 128, 256), (512, 256, 128), (512, 512, 64), (1024, 512, 32), (1024, 1024, 16))]
-
-    @staticmethod
-    def inputs(B, side, heads, C, H, dtype, device):
-        shapes = (B, side + 1, side + 1, 4, H), (B, side, side, C), (H,)
-        return [torch.randn(s, device=device, dtype=dtype) for s in shapes]
-
-    @staticmethod
-    def repeats(x, bias):
-        return 4 * len(bias) // x.shape[3] if x.shape[3] in (len(bias), 2 * len(bias), 4 * len(bias)) else 0
-
-    @staticmethod
-    def run(backend, side, y, x, bias):
-        return kernels.join_up_block(y, x, bias, JoinUpBlock.repeats(x, bias), backend=backend)
-
-    @staticmethod
-    def reference(side, y, x, bias):
-        return join_up_block_reference(y, x, bias, JoinUpBlock.repeats(x, bias))
-
-    @staticmethod
-    def operations(B, side, heads, C, H, size, backward):
-        return [(B * side * side * (8 * H + C) * size, 0)]
+def repeats(x, bias):
+    """Of join_up_block: no shortcut where the channels do not fit."""
+    fits = x.shape[3] in (len(bias), 2 * len(bias), 4 * len(bias))
+    return 4 * len(bias) // x.shape[3] if fits else 0
 
 
-OPS = {"linear_attention": LinearAttention, "depthwise_gate": DepthwiseGate, "mix_ffn": MixFFN,
-       "add_rms_norm_": AddRMSNorm, "bias_silu_": BiasSiLU, "join_up_block": JoinUpBlock}  # fmt: skip
+OPS = {
+    "linear_attention": Operator(  # q, k, v: slices of one projection, as the models have them
+        SIZES, lambda draw, B, side, heads, C, H: draw(B, side * side, 3, heads, 32).unbind(2),
+        lambda backend, side, *t: kernels.linear_attention(*t, backend=backend),
+        lambda side, *t: linear_attention_reference(*t),
+        lambda N, heads, C, H, size: [(4 * N * heads * 32 * size, 4 * N * heads * 32 * 32)],
+        lambda N, heads, C, H, size: [(7 * N * heads * 32 * size, 10 * N * heads * 32 * 32)]),
+    "depthwise_gate": Operator(
+        SIZES, lambda draw, B, side, heads, C, H: [draw(B, side * side, 2 * H), draw(2 * H, 1, 3, 3), draw(2 * H)],
+        lambda backend, side, u, *t: kernels.depthwise_gate(u, side, side, *t, backend=backend),
+        lambda side, u, *t: depthwise_gate_reference(u, side, side, *t),
+        lambda N, heads, C, H, size: [(3 * N * H * size, 0)],
+        lambda N, heads, C, H, size: [(11 * N * H * size, 0)]),
+    "mix_ffn": Operator(
+        SIZES, lambda draw, B, side, heads, C, H: [
+            draw(B, side * side, C), draw(2 * H, C, 1, 1) * C**-0.5, draw(2 * H), draw(2 * H, 1, 3, 3), draw(2 * H),
+            draw(C, H, 1, 1) * H**-0.5],
+        lambda backend, side, x, *t: kernels.mix_ffn(x, side, side, *t, backend=backend),
+        lambda side, x, *t: kernels.mix_ffn(x, side, side, *t, backend="torch"),
+        lambda N, heads, C, H, size: [*ffn_products(N, C, H, size), (3 * N * H * size, 0)],
+        # the gradients of a product are two more of its size
+        lambda N, heads, C, H, size: [*2 * ffn_products(N, C, H, size), (11 * N * H * size, 0)]),
+    "add_rms_norm_": Operator(
+        RES, lambda draw, B, side, heads, C, H: [*(draw(B, side * side, C) for _ in "xy"), draw(C), draw(C)],
+        lambda backend, side, *t: kernels.add_rms_norm_(*t, 1e-5, backend=backend),
+        lambda side, *t: add_rms_norm_reference_(*t, 1e-5),
+        lambda N, heads, C, H, size: [(3 * N * C * size, 0)]),
+    "bias_silu_": Operator(
+        RES, lambda draw, B, side, heads, C, H: [draw(B, side * side, C), draw(C)],
+        lambda backend, side, *t: kernels.bias_silu_(*t, backend=backend),
+        lambda side, *t: bias_silu_reference_(*t),
+        lambda N, heads, C, H, size: [(2 * N * C * size, 0)]),
+    "join_up_block": Operator(
+        UP, lambda draw, B, side, heads, C, H: [draw(B, side + 1, side + 1, 4, H), draw(B, side, side, C), draw(H)],
+        lambda backend, side, y, x, bias: kernels.join_up_block(y, x, bias, repeats(x, bias), backend=backend),
+        lambda side, y, x, bias: join_up_block_reference(y, x, bias, repeats(x, bias)),
+        lambda N, heads, C, H, size: [(N * (8 * H + C) * size, 0)]),
+}
+
+
+def drawn(op, dtype, device, *case):
+    """Inputs of a case; slices stay slices."""
+    return list(op.inputs(lambda *shape: torch.randn(shape, device=device, dtype=dtype), *case))
 
 
 def step(function, inputs, gradient=None):
@@ -224,9 +158,9 @@ def check(names, dtype, device, backend):
         op, worst = OPS[name], 0.0
         for B, side in cases:
             torch.manual_seed(0)
-            inputs = op.inputs(B, side, 2, 64, 160, dtype, device)
+            inputs = drawn(op, dtype, device, B, side, 2, 64, 160)
             double = [t.double() for t in inputs]
-            gradient = torch.randn_like(op.reference(side, *inputs)) if True in op.passes else None
+            gradient = torch.randn_like(op.reference(side, *inputs)) if True in op.passes() else None
             got = step(lambda *t: op.run(backend, side, *t), inputs, gradient)()  # noqa: B023
             gradient = None if gradient is None else gradient.double()
             expected = step(lambda *t: op.reference(side, *t), double, gradient)()  # noqa: B023
@@ -282,21 +216,21 @@ def card_rates(dtype, sizes):
 def cases(names):
     """(op, size, with the backward pass or without): batch 1 first, every operator before the second size of any."""
     found = [(size[1], i, back, name, size) for name in names for i, size in enumerate(OPS[name].sizes)
-             for back in OPS[name].passes]
+             for back in OPS[name].passes()]
     return [(name, size, back) for _, _, back, name, size in sorted(found, key=lambda case: case[:3])]
 
 
 def row_of(name, size, backward, dtype, device, backends, tokens):
     """What the counts say of a case, and what was measured."""
     op, (where, B, side, heads, C, H) = OPS[name], size
-    operations = op.operations(B, side, heads, C, H, dtype.itemsize, backward)
+    operations = op.counts(B, side, heads, C, H, dtype.itemsize, backward)
     moved, flop = (sum(x) for x in zip(*operations, strict=True))
     floors = {card: 1e3 * sum(max(b / rate, f / peak) for b, f in operations) for card, (rate, peak) in CARDS.items()}
     row = {"op": name, "where": where, "batch": B, "pass": "fwd+bwd" if backward else "fwd", "bytes": moved,
            "flop": flop, "floor_ms": floors, "ms": {}, "peak_mb": {}}
     if side * side > tokens or (device == "cpu" and B > 1):
         return row
-    inputs = op.inputs(B, side, heads, C, H, dtype, device)
+    inputs = drawn(op, dtype, device, B, side, heads, C, H)
     gradient = torch.randn_like(op.run("auto", side, *inputs)) if backward else None
     for label, backend in backends.items():
         function = partial(op.run, backend, side)
@@ -363,7 +297,7 @@ def main(argv=None):
     labels = ["eager", "compiled", "Triton"]
     copies, matmul, todo = {}, None, cases(names)
     if device == "cuda":
-        counts = [OPS[name].operations(*size[1:], dtype.itemsize, back) for name, size, back in todo]
+        counts = [OPS[name].counts(*size[1:], dtype.itemsize, back) for name, size, back in todo]
         copies, matmul = card_rates(dtype, {sum(moved for moved, _ in count) for count in counts})
         print(f"copy {max(copies.values()) / 1e9:.0f} GB/s at best, matrix product {matmul / 1e12:.0f} TFLOP/s")
     content |= {"copy_rate": copies, "matmul_rate": matmul}

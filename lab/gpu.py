@@ -73,6 +73,7 @@ def make_model(folder, rehearse):
     for i in range(8):
         small = Image.fromarray(rng.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8))
         small.resize((side, side), Image.Resampling.BICUBIC).save(folder.parent / "photos" / f"{i}.png")
+    print(f"{sum(f.stat().st_size for f in folder.rglob('*') if f.is_file()) / 1e9:.3f} GB of seeded weights")
 
 
 def lines_of(what, scratch, rehearse):
