@@ -1,7 +1,7 @@
 """CUDA graphs, for inference and for training: all kernels of a function as one launch.
 
     encoder = Graphed(encoder)             encoder(x): a graph for each shape of x that comes twice in a row
-    step = Graphed(step, at_once=True)     forward and backward, captured at the first call; writes the same gradients
+    backward = Backward(loss, parameters)  forward and backward of a training, captured at the first call
 
 Traps: f must not wait for the GPU. What f reads besides its arguments (weights) must keep its memory: no `.to(…)` after
 the first call. What f writes besides its result (gradients) holds until any graph of the process is replayed.
@@ -41,7 +41,8 @@ class Graph:
     """One captured call: replay() reads the buffers and writes `result`."""
     recorded: object  # a torch.cuda.CUDAGraph
     buffers: list
-    result: torch.Tensor
+    result: torch.Tensor | dict
+    device: torch.device
 
 
 def record(f, inputs, clear=None):
@@ -49,8 +50,8 @@ def record(f, inputs, clear=None):
 
     clear: is called between warm-up and capture, to give back memory that the warm-up has left.
     """
-    device = next(x.device for x in inputs if x is not None)
-    pool = next((graph.recorded.pool() for graph in ALIVE if graph.result.device == device), None)
+    device = next((x.device for x in inputs if x is not None), None)
+    pool = next((graph.recorded.pool() for graph in ALIVE if graph.device == device), None)
     with torch.cuda.device(device):
         graph, now, side = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(now)
@@ -66,17 +67,17 @@ def record(f, inputs, clear=None):
 
 
 class Graphed(nn.Module):
-    """f(*inputs, *fixed) -> a tensor, as CUDA graphs. f returns one tensor; its arguments are tensors or None.
+    """f(*inputs, *fixed) as CUDA graphs. f's arguments are tensors or None; it returns a tensor, or a dict of tensors.
 
     A graph serves one shape of the arguments. A shape that comes up once runs as it is, since capturing takes as long
-    as three calls; the second call in a row is captured. The KEEP graphs used last are kept. Where one cannot be
+    as three calls; the second call in a row is captured. The `keep` graphs used last are kept. Where one cannot be
     captured, a line on stderr says why, and all calls run as they are.
-    at_once: capture at the first call. clear: see `record`.
+    at_once: capture at the first call. clear: see `record`. keep: KEEP by default.
     """
 
-    def __init__(self, f, at_once=False, clear=None):
+    def __init__(self, f, at_once=False, clear=None, keep=None):
         super().__init__()
-        self.f, self.at_once, self.clear, self.possible, self.last = f, at_once, clear, True, None
+        self.f, self.at_once, self.clear, self.keep, self.possible, self.last = f, at_once, clear, keep, True, None
         self.graphs, self.buffers = OrderedDict(), weakref.WeakValueDictionary()  # a buffer lives as long as its graphs
 
     def forward(self, *inputs, fixed=()):
@@ -100,10 +101,11 @@ class Graphed(nn.Module):
             if x is not None:
                 buffer.fill(x, fixed=i >= len(inputs))
         graph.recorded.replay()
-        return graph.result.clone()  # the next replay overwrites it
+        y = graph.result  # the next replay overwrites it
+        return {name: x.clone() for name, x in y.items()} if isinstance(y, dict) else y.clone()
 
     def capture(self, key, arguments):
-        if len(self.graphs) == KEEP:
+        if len(self.graphs) == (self.keep or KEEP):
             self.graphs.popitem(last=False)
         buffers = []
         for place, x in zip(enumerate(key), arguments, strict=True):
@@ -113,5 +115,33 @@ class Graphed(nn.Module):
                 self.buffers[place] = buffer
             buffers.append(buffer)
         recorded, result = record(self.f, [b and b.memory for b in buffers], self.clear)
-        self.graphs[key] = graph = Graph(recorded, buffers, result)
+        device = next(b.memory.device for b in buffers if b)
+        self.graphs[key] = graph = Graph(recorded, buffers, result, device)
         ALIVE.add(graph)
+
+
+class Backward:
+    """Forward and backward of a training as one CUDA graph: backward(batch) -> {name: value} of loss(batch), detached.
+
+    loss: a dict whose tensors are the graph's inputs -> {"loss": a scalar, …}. The first batch is captured; one of other
+    shapes takes its place. The gradients lie where the graph writes them: leave them there, do not set them to None.
+    """
+
+    def __init__(self, loss, parameters):
+        self.loss, self.parameters, self.names = loss, list(parameters), ()
+        self.step = Graphed(self.eager, at_once=True, clear=self.forget, keep=1)  # one graph: one place for gradients
+
+    def __call__(self, batch):
+        inputs = {name: x for name, x in batch.items() if torch.is_tensor(x)}
+        self.names = tuple(inputs)
+        return self.step(*inputs.values())
+
+    def eager(self, *inputs):
+        self.forget()
+        values = self.loss(dict(zip(self.names, inputs, strict=True)))
+        values["loss"].backward()
+        return {name: value.detach() for name, value in values.items()}
+
+    def forget(self):
+        for p in self.parameters:
+            p.grad = None
