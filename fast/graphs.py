@@ -91,8 +91,9 @@ class Graphed(nn.Module):
             except Exception as error:  # whatever the driver, Triton or a kernel raises
                 self.possible = False
                 self.graphs.clear()
-                print(f"no CUDA graph, so kernels are launched one by one, which is slower: {one_line(error)[:300]}",
-                      file=sys.stderr, flush=True)
+                why = one_line(error.__context__ or error)[:300]  # the end of a failed capture raises again
+                print(f"no CUDA graph, so kernels are launched one by one, which is slower: {why}", file=sys.stderr,
+                      flush=True)
         if key not in self.graphs:
             return self.f(*arguments)
         self.graphs.move_to_end(key)
@@ -123,8 +124,8 @@ class Graphed(nn.Module):
 class Backward:
     """Forward and backward of a training as one CUDA graph: backward(batch) -> {name: value} of loss(batch), detached.
 
-    loss: a dict whose tensors are the graph's inputs -> {"loss": a scalar, …}. The first batch is captured; one of other
-    shapes takes its place. The gradients lie where the graph writes them: leave them there, do not set them to None.
+    loss: a dict whose tensors are the graph's inputs -> {"loss": a scalar, …}. The first batch is captured; other shapes
+    are captured in its place. The gradients lie where the graph writes them: leave them there, do not set them to None.
     """
 
     def __init__(self, loss, parameters):
