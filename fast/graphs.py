@@ -1,7 +1,7 @@
 """CUDA graphs, for inference and for training: all kernels of a function as one launch.
 
-    encoder = Graphed(encoder)             encoder(x): a graph for each shape of x that comes twice in a row
-    backward = Backward(loss, parameters)  forward and backward of a training, captured at the first call
+    encoder = Graphed(encoder)      encoder(x): a graph for each shape of x that comes twice in a row
+    backward = graphed_backward(loss, parameters)     of a training, forward and backward, captured at the first call
 
 Traps: f must not wait for the GPU. What f reads besides its arguments (weights) must keep its memory: no `.to(…)` after
 the first call. What f writes besides its result (gradients) holds until any graph of the process is replayed.
@@ -121,28 +121,27 @@ class Graphed(nn.Module):
         ALIVE.add(graph)
 
 
-class Backward:
-    """Forward and backward of a training as one CUDA graph: backward(batch) -> {name: value} of loss(batch), detached.
+def graphed_backward(loss, parameters):
+    """Forward and backward of a training as one CUDA graph: a function batch -> {name: value} of loss(batch), detached.
 
-    loss: a dict whose tensors are the graph's inputs -> {"loss": a scalar, …}. The first batch is captured; other shapes
-    are captured in its place. The gradients lie where the graph writes them: leave them there, do not set them to None.
+    loss: a dict whose tensors are the graph's inputs -> {"loss": a scalar, …}. The first batch is captured, and one of
+    other shapes in its place. The gradients lie where the graph writes them: leave them there, do not set them to None.
     """
+    names, parameters = [], list(parameters)
 
-    def __init__(self, loss, parameters):
-        self.loss, self.parameters, self.names = loss, list(parameters), ()
-        self.step = Graphed(self.eager, at_once=True, clear=self.forget, keep=1)  # one graph: one place for gradients
+    def forget():
+        for p in parameters:
+            p.grad = None
 
-    def __call__(self, batch):
-        inputs = {name: x for name, x in batch.items() if torch.is_tensor(x)}
-        self.names = tuple(inputs)
-        return self.step(*inputs.values())
-
-    def eager(self, *inputs):
-        self.forget()
-        values = self.loss(dict(zip(self.names, inputs, strict=True)))
+    def step(*inputs):
+        forget()
+        values = loss(dict(zip(names, inputs, strict=True)))
         values["loss"].backward()
         return {name: value.detach() for name, value in values.items()}
+    graphed = Graphed(step, at_once=True, clear=forget, keep=1)  # one graph, so one place for the gradients
 
-    def forget(self):
-        for p in self.parameters:
-            p.grad = None
+    def backward(batch):
+        inputs = {name: x for name, x in batch.items() if torch.is_tensor(x)}
+        names[:] = inputs
+        return graphed(*inputs.values())
+    return backward

@@ -227,7 +227,7 @@ def test_a_training_whose_step_is_a_graph_is_the_same(monkeypatch):
         torch.manual_seed(0)
         network, values = torch.nn.Linear(3, 2), []
         optimizer = torch.optim.SGD(network.parameters(), 0.1)
-        backward = fast.graphs.Backward(loss, network.parameters())
+        backward = fast.graphs.graphed_backward(loss, network.parameters())
         for i, n in enumerate((4, 4, 4, 2, 4)):
             batch = {"x": seeded_input(f"x{i}", (n, 3)), "y": seeded_input(f"y{i}", (n, 2)), "names": ["a"]}
             if graph:
