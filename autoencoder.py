@@ -32,7 +32,7 @@ from photos.degrade import SCALE, enlarge, to_image, to_tensor
 from photos.kinds import KINDS, PAIRS_VERSION, SIDE, write_pairs
 from photos.pairs import digest, scan, split
 from photos.pictures import read
-from runs import DTYPES, UserError, batches, outlive_signals, ranks
+from runs import DTYPES, UserError, batches, outlive_signals, ranks, set_flags
 from sanasr import DCAE, save_module
 from trainer import Trainer, holding
 
@@ -199,6 +199,7 @@ def prepare_pairs(args):
 
 def train(args):
     """The whole run, as the module's docstring says. Returns the exit code."""
+    set_flags(repeatable=True, tf32=True)
     device, rank, world = args.device, *ranks()
     torch.manual_seed(args.seed)
     net = DCAE.from_pretrained(args.init or weights.folder(args.model) / "vae", torch.float32, device)

@@ -221,7 +221,7 @@ def parse(argv=None):
     add("--model", default="embedded", metavar="NAME|FOLDER", help="see `python -m weights` (default: embedded)")
     add_device_options(parser.add_argument)
     add("--fast", choices=["auto", "on", "off"], default="auto", help="the rewrites of fast/: the same result up to "
-        "rounding, sooner; on a GPU with CUDA graphs (auto: on a CPU only)")
+        "rounding, sooner; on a GPU with CUDA graphs (auto: on a CPU or an NVIDIA GPU)")
     add("--tile", type=int, metavar="N", help="largest side, in pixels of the result, that the networks see at once "
         "(default: 1408; 0: no limit)")
     add_method_options(parser)

@@ -74,6 +74,17 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return choose_dtypes(device, DTYPES.get(name))[0]
 
 
+def set_flags(repeatable=False, one_shape=False, tf32=False):
+    """PyTorch's global switches for GPUs. Each command sets them here, first of all, and nowhere else.
+
+    repeatable: a resumed run repeats an uninterrupted one: for trainings.
+    one_shape: cuDNN searches its fastest algorithm at each new shape: where all batches have one, not for pictures.
+    tf32: float32 matrix products and convolutions with 10 bits of mantissa, several times as fast: for trainings.
+    """
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = repeatable, one_shape and not repeatable
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """fp32, bf16 or fp16."""
     return next(name for name, d in DTYPES.items() if d == dtype)

@@ -58,6 +58,7 @@ from runs import (
     process_group,
     ranks,
     resolve_device,
+    set_flags,
     write_atomically,
     write_csv,
 )
@@ -173,7 +174,7 @@ def start_adapter(args, model):
 
 def train(args):
     """The whole run, as the module's docstring says. Returns the exit code."""
-    torch.backends.cudnn.deterministic = True  # a resumed run repeats the uninterrupted one bit for bit on a CPU
+    set_flags(repeatable=True, tf32=True)
     device, world = args.device, ranks()[1]
     batch = args.batch * args.accumulate * world
 

@@ -8,16 +8,16 @@ bfloat16 by its own rounding (tests/test_fast.py). What each rewrite gains: `pyt
 
     winograd     3×3 convolutions with a quarter of the multiplications, in bfloat16 four ninths (on a CPU, where there
                  are many channels), see fast/winograd.py
-    up           nearest ×2 and 3×3: nine products per small pixel, of differences, instead of 36; for 3×3 and
-                 channel-to-space, the shortcut becomes a tap of the 3×3
+    up           nearest ×2 and 3×3: nine products per small pixel, of differences, instead of 36 (on a GPU 16, in one
+                 convolution); for 3×3 and channel-to-space, the shortcut becomes a tap of the 3×3
     down         the space-to-channel shortcut becomes a tap of the strided convolution
-    norm         RMSNorm, gain, bias and residual in one pass over memory, strip by strip (on a GPU in one kernel)
+    norm         RMSNorm, gain, bias and residual in one pass over memory, strip by strip (on a GPU in one kernel, of
+                 all blocks; bias and SiLU in another)
     dit          text keys and values and the timestep's modulation are kept between calls; AdaLN is one layer_norm
 
-With graphs=True, on CUDA only, encoder, transformer and decoder also become one CUDA graph each. For errors below 1e-4
-on a GPU set torch.backends.cudnn.allow_tf32 = False.
+With graphs=True, on CUDA only, encoder, transformer and decoder are also replayed as CUDA graphs, see fast/graphs.py.
 
-The blocks of the low resolutions are not rewritten: three attempts there gained 1 % of the whole together.
+On a CPU the blocks of the low resolutions are not rewritten: three attempts there gained 1 % of the whole together.
 
 Trap: the modules work in place on their own intermediates. There are no gradients. Adapters must be merged first.
 """
@@ -26,6 +26,7 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -38,10 +39,13 @@ import linearsr
 import sanasr
 import weights
 from fast import winograd
+from fast.graphs import Graphed
+from kernels.dcae import fold
 from kernels.rms_norm import add_rms_norm_reference_, rms_norm_
 from sanasr import to_picture, to_tokens
 
 STRIP = 64 * 1024  # values in a strip of elementwise work: 256 KB in float32, within a core's L2 cache
+TEXT = 304  # text tokens with CUDA graphs: MAX_TOKENS up to a multiple of 8, as attention on a GPU wants its bias
 TOKENS = 2048  # tokens in a strip of an up block: many rows, so that the one extra row it needs costs little
 
 
@@ -81,7 +85,7 @@ def strips(y):
 
 def add_norm_(x, parts, norm):
     """x + norm(y), written over x (B,C,H,W). parts: y as `strips` yields it; on a GPU one strip, for one kernel."""
-    x_rows, add = rows_of(x), kernels.add_rms_norm_ if x.is_cuda else add_rms_norm_reference_
+    x_rows, add = rows_of(x), add_rms_norm_reference_ if x.device.type == "cpu" else kernels.add_rms_norm_
     for at, y in parts:
         add(x_rows[at], y, norm.weight, norm.bias, norm.eps)
     return x
@@ -135,9 +139,45 @@ class ResBlock(nn.Module):
 
     def forward(self, x):  # B,C,H,W
         x, silu = x.contiguous(memory_format=torch.channels_last), partial(F.silu, inplace=True)
-        h = self.conv1(x, silu) if isinstance(self.conv1, Winograd) else silu(self.conv1(x))
+        if isinstance(self.conv1, Winograd):
+            h = self.conv1(x, silu)
+        elif x.device.type == "cpu":
+            h = silu(self.conv1(x))
+        else:  # bias and SiLU in one pass
+            h = F.conv2d(x, self.conv1.weight, padding=1).contiguous(memory_format=torch.channels_last)
+            kernels.bias_silu_(rows_of(h), self.conv1.bias)
         parts = self.conv2.strips(h) if isinstance(self.conv2, Winograd) else strips(self.conv2(h))
         return add_norm_(x, parts, self.norm)
+
+
+class MultiscaleAttention(nn.Module):
+    """sanasr.MultiscaleLinearAttention, written over x: one QKV product, norm and residual in one kernel. For a GPU."""
+
+    def __init__(self, plain):
+        super().__init__()
+        self.to_qkv, self.head_dim = merged(plain.to_q, plain.to_k, plain.to_v), plain.head_dim
+        self.scales, self.to_out, self.norm = plain.to_qkv_multiscale, plain.to_out, plain.norm_out
+
+    def forward(self, x):  # B,C,H,W
+        x = x.contiguous(memory_format=torch.channels_last)
+        qkv = self.to_qkv(to_tokens(x))  # B,N,3C
+        scales = [qkv] + [to_tokens(m(to_picture(qkv, *x.shape[2:]))) for m in self.scales]
+        qkv = torch.cat(scales, dim=2).unflatten(2, (-1, 3 * self.head_dim))  # B,N,n,3d
+        h = kernels.linear_attention(*qkv.chunk(3, dim=3), eps=1e-15).flatten(2)  # B,N,n·d
+        return add_norm_(x, [(slice(None), self.to_out(h).flatten(0, 1))], self.norm)
+
+
+class GatedConv(sanasr.GLUMBConv):
+    """sanasr.GatedConv, written over x: norm and residual in one kernel. For a GPU."""
+
+    def __init__(self, plain):
+        nn.Module.__init__(self)
+        self.conv_inverted, self.conv_depth = plain.conv_inverted, plain.conv_depth
+        self.conv_point, self.norm = plain.conv_point, plain.norm
+
+    def forward(self, x):  # B,C,H,W
+        x = x.contiguous(memory_format=torch.channels_last)
+        return add_norm_(x, [(slice(None), super().forward(to_tokens(x), *x.shape[2:]).flatten(0, 1))], self.norm)
 
 
 def down_block(plain):
@@ -158,7 +198,7 @@ def down_block(plain):
 
 
 class UpBlock(nn.Module):
-    """Nearest ×2, 3×3 convolution and the shortcut, with nine products per small pixel instead of 36.
+    """Nearest ×2, 3×3 convolution and the shortcut, with nine products per small pixel instead of 36. For a CPU.
 
     In one direction, with taps w0, w1, w2 and S = w0 + w1 + w2, and the differences D[i] = x[i] − x[i−1]:
         y[2i]   = w0·x[i−1] + (w1 + w2)·x[i] = S·x[i] − w0·D[i]
@@ -180,7 +220,7 @@ class UpBlock(nn.Module):
     def forward(self, x):  # B,C,H,W -> B,C',2H,2W
         (batch, _, height, width), out = x.shape, len(self.plane)
         y = torch.empty(batch, 2 * height, 2 * width, out, dtype=x.dtype, device=x.device)
-        count = max(1, TOKENS // width) if x.device.type == "cpu" else height
+        count = max(1, TOKENS // width)
         for b, picture in enumerate(x.permute(0, 2, 3, 1)):
             for r in range(0, height, count):
                 self.strip(picture, r, min(count, height - r), y[b])
@@ -205,6 +245,20 @@ class UpBlock(nn.Module):
                 torch.add(column, part, out=y[2 * start + dy:2 * (start + count):2, dx::2])
 
 
+class FoldedUpBlock(nn.Module):
+    """The same as one 2×2 convolution and one kernel, see kernels/dcae.py. For a GPU."""
+
+    def __init__(self, plain):
+        super().__init__()
+        self.repeats, self.bias = plain.repeats, plain.conv.bias
+        self.weight = frozen(fold(plain.conv.weight).contiguous(memory_format=torch.channels_last))  # 4C',C,2,2
+
+    def forward(self, x):  # B,C,H,W -> B,C',2H,2W
+        x = x.contiguous(memory_format=torch.channels_last)
+        y = F.conv2d(x, self.weight, padding=1).permute(0, 2, 3, 1).contiguous().unflatten(3, (4, -1))
+        return kernels.join_up_block(y, x.permute(0, 2, 3, 1), self.bias, self.repeats).permute(0, 3, 1, 2)
+
+
 def differences(x):
     """H,W,C -> H,W + 1,C: every column minus the one before it, with zeros around the picture."""
     return F.pad(x, (0, 0, 0, 1)) - F.pad(x, (0, 0, 1, 0))
@@ -225,10 +279,19 @@ def norm(plain):
     return Norm(plain) if plain.weight.device.type == "cpu" else plain
 
 
+def attention(plain):
+    return plain if plain.to_q.weight.device.type == "cpu" else MultiscaleAttention(plain)
+
+
+def gated_conv(plain):
+    return plain if plain.norm.weight.device.type == "cpu" else GatedConv(plain)
+
+
 def up_block(plain):
     """A fast UpBlock; for 3×3 + channel-to-space, that convolution with the shortcut added to its middle tap."""
     if plain.nearest:
-        return UpBlock(plain) if plain.repeats in (0, 1, 2, 4) else plain
+        fast_block = UpBlock if plain.conv.weight.device.type == "cpu" else FoldedUpBlock
+        return fast_block(plain) if plain.repeats in (0, 1, 2, 4) else plain
     conv = plain.conv
     if plain.repeats:
         weight = conv.weight.float().clone()  # 4C',C,3,3
@@ -242,7 +305,8 @@ REWRITES = {  # name -> the rules (class, its replacement) that make it up
     "winograd": [(nn.Conv2d, fast_convolution)],
     "up": [(sanasr.UpBlock, up_block)],
     "down": [(sanasr.DownBlock, down_block)],
-    "norm": [(sanasr.ResBlock, ResBlock), (sanasr.RMSNorm, norm)],
+    "norm": [(sanasr.ResBlock, ResBlock), (sanasr.RMSNorm, norm), (sanasr.MultiscaleLinearAttention, attention),
+             (sanasr.GatedConv, gated_conv)],
 }
 
 
@@ -266,7 +330,7 @@ def optimise_vae(vae, rewrites=tuple(REWRITES), graphs=False):
 
     walk(vae)
     if graphs:
-        vae.encode, vae.decode = Graphed(vae.encode), Graphed(vae.decode)
+        vae.encoder, vae.decoder = Graphed(vae.encoder), Graphed(vae.decoder)
     return vae.requires_grad_(False)
 
 
@@ -276,67 +340,87 @@ def optimise_vae(vae, rewrites=tuple(REWRITES), graphs=False):
 
 
 class FastDiT(nn.Module):
-    """sanasr.LinearDiT, called in the same way, which keeps what depends on the prompt and the timestep alone.
+    """sanasr.LinearDiT, called in the same way, which keeps what depends on the text alone or the timestep alone.
 
-    For the last (t, c, mask), compared by value, it keeps for each block the keys and values of the text (B,n,T,d each)
-    and the six modulation vectors (B,1,D).
+    Kept are keys and values for the last two texts (classifier-free guidance alternates between two) and the modulation
+    for the last timestep, all compared by value. `made` counts how often each was computed.
     """
 
     def __init__(self, plain, graphs=False):
         super().__init__()
         if sanasr.lora_modules(plain):
             raise ValueError("fast.optimise: the adapters are not merged; call sanasr.merge_lora first")
-        self.plain, self.config, self.kept = plain, plain.config, None
-        self.graph = Graphed(self.prediction) if graphs else None
+        self.plain, self.config, self.texts, self.times, self.made = plain, plain.config, [], [], Counter()
+        self.multiple = TEXT if graphs else 8 if plain.scale_shift_table.is_cuda else 1
+        self.prediction = Graphed(partial(prediction, plain)) if graphs else None
         for block in plain.transformer_blocks:
             a = block.attn1
             a.to_qkv = merged(a.to_q, a.to_k, a.to_v)
             del a.to_q, a.to_k, a.to_v
 
-    def prepare(self, t, c, mask):
-        """Keep what does not depend on the picture: text bias, (k, v, modulation) of each block, output modulation."""
-        if self.kept is not None and all(a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-                                         for a, b in zip(self.kept[0], (t, c, mask), strict=True)):
-            return
-        plain, blocks = self.plain, []
-        modulation, e = plain.time_embed(t)
-        text = plain.caption_norm(plain.caption_projection(c))  # B,T,D
-        for block in plain.transformer_blocks:
-            k, v = (y.unflatten(2, (block.attn2.heads, -1)).transpose(1, 2)  # B,n,T,d
-                    for y in (block.attn2.to_k(text), block.attn2.to_v(text)))
-            shift1, scale1, gate1, shift2, scale2, gate2 = (block.scale_shift_table + modulation).chunk(6, dim=1)
-            blocks.append((k, v, 1 + scale1, shift1, gate1, 1 + scale2, shift2, gate2))
-        shift, scale = (plain.scale_shift_table + e[:, None]).chunk(2, dim=1)
-        bias = ((1 - mask.to(c.dtype)) * -10000)[:, None, None]  # B,1,1,T
-        self.kept = [x.clone() for x in (t, c, mask)], (bias, blocks, (1 + scale, shift))
-        if self.graph:
-            self.graph.forget()  # the graph reads the old tensors
+    def text(self, c, mask):
+        """Keys and values of all L blocks (L,2,B,T',n·d) and the bias (B,1,1,T') of a text c: B,T,Dt, mask: B,T.
+
+        T' is T up to the next multiple of `multiple`: with graphs one length for all prompts, and on a GPU one that
+        attention needs no padding for. The bias hides what was added, even from a text that is masked as a whole.
+        """
+        self.made["text"] += 1
+        plain, more = self.plain, -c.shape[1] % self.multiple
+        y = F.pad(plain.caption_norm(plain.caption_projection(c)), (0, 0, 0, more))  # B,T',D
+        keys_values = [part(y) for block in plain.transformer_blocks for part in (block.attn2.to_k, block.attn2.to_v)]
+        bias = F.pad((1 - mask.to(c.dtype)) * -10000, (0, more), value=-math.inf)
+        return torch.stack(keys_values).unflatten(0, (-1, 2)), bias[:, None, None]
+
+    def time(self, t):
+        """The modulation of the blocks (L,6,B,1,D) and of the output (2,B,1,D) at t: B; scales are 1 + scale."""
+        self.made["time"] += 1
+        modulation, e = self.plain.time_embed(t)
+        tables = torch.stack([block.scale_shift_table for block in self.plain.transformer_blocks])  # L,6,D
+        blocks = (tables[:, None] + modulation).transpose(1, 2).unsqueeze(3)
+        blocks[:, [1, 4]] += 1
+        output = (self.plain.scale_shift_table + e[:, None]).transpose(0, 1).unsqueeze(2)
+        output[1] += 1
+        return blocks, output
 
     def forward(self, z, t, c, mask, condition=None):
         """z: B,C,h,w; t: B; c: B,T,Dt; mask: B,T; condition: B,D,h,w -> B,C,h,w, as sanasr.LinearDiT.forward."""
-        self.prepare(t, c, mask)
-        if condition is not None:
-            return self.prediction(z, condition)
-        return (self.graph or self.prediction)(z)
+        kept = *recall(self.texts, 2, self.text, c, mask), *recall(self.times, 1, self.time, t)
+        if self.prediction:
+            return self.prediction(z, condition, fixed=kept)
+        return prediction(self.plain, z, condition, *kept)
 
-    def prediction(self, z, condition=None):
-        plain, (height, width) = self.plain, z.shape[2:]
-        bias, blocks, (gain, shift) = self.kept[1]
-        x = plain.patch_embed["proj"](to_tokens(z))  # B,N,D
-        if condition is not None:
-            x = x + to_tokens(condition)
-        for block, (k, v, gain1, shift1, gate1, gain2, shift2, gate2) in zip(plain.transformer_blocks, blocks,
-                                                                            strict=True):
-            a = block.attn1
-            q1, k1, v1 = a.to_qkv(modulated(x, gain1, shift1, block.eps)).unflatten(2, (3, a.heads, -1)).unbind(2)
-            y = a.to_out[0](kernels.linear_attention(q1, k1, v1, eps=1e-15).flatten(2))
-            x = torch.addcmul(x, gate1, y.clip_(-65504, 65504) if y.dtype == torch.float16 else y)
-            a = block.attn2
-            q = a.to_q(x).unflatten(2, (a.heads, -1)).transpose(1, 2)  # B,n,N,d
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
-            x = x.add_(a.to_out[0](y))
-            x = torch.addcmul(x, gate2, block.ff(modulated(x, gain2, shift2, block.eps), height, width))
-        return to_picture(plain.proj_out(modulated(x, gain, shift, 1e-6)), height, width)
+
+def recall(kept, limit, make, *inputs):
+    """make(*inputs), or what it returned for equal inputs. kept: a list of the last `limit` (inputs, result)."""
+    for i, (before, result) in enumerate(kept):
+        if all(a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+               for a, b in zip(before, inputs, strict=True)):
+            kept.insert(0, kept.pop(i))
+            return result
+    kept.insert(0, ([x.clone() for x in inputs], make(*inputs)))
+    del kept[limit:]
+    return kept[0][1]
+
+
+def prediction(plain, z, condition, keys_values, bias, blocks, output):
+    """LinearDiT.forward of z and condition, from what FastDiT's `text` and `time` return."""
+    height, width = z.shape[2:]
+    x = plain.patch_embed["proj"](to_tokens(z))  # B,N,D
+    if condition is not None:
+        x = x + to_tokens(condition)
+    for block, (k, v), modulation in zip(plain.transformer_blocks, keys_values, blocks, strict=True):
+        shift1, gain1, gate1, shift2, gain2, gate2 = modulation  # B,1,D each
+        a = block.attn1
+        q1, k1, v1 = a.to_qkv(modulated(x, gain1, shift1, block.eps)).unflatten(2, (3, a.heads, -1)).unbind(2)
+        y = a.to_out[0](kernels.linear_attention(q1, k1, v1, eps=1e-15).flatten(2))
+        x = torch.addcmul(x, gate1, y.clip_(-65504, 65504) if y.dtype == torch.float16 else y)
+        a = block.attn2
+        q, k, v = (y.unflatten(2, (a.heads, -1)).transpose(1, 2) for y in (a.to_q(x), k, v))  # B,n,N,d; B,n,T,d
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+        x = x.add_(a.to_out[0](y))
+        x = torch.addcmul(x, gate2, block.ff(modulated(x, gain2, shift2, block.eps), height, width))
+    shift, gain = output
+    return to_picture(plain.proj_out(modulated(x, gain, shift, 1e-6)), height, width)
 
 
 def modulated(x, gain, shift, eps):
@@ -349,47 +433,10 @@ def modulated(x, gain, shift, eps):
 def optimise_dit(dit, graphs=False):
     """A FastDiT of a sanasr.LinearDiT, which is changed and must not be used again.
 
-    graphs: CUDA graphs, see `Graphed`. A new prompt captures a new graph, which takes about three calls' time.
+    graphs: CUDA graphs, see `Graphed`. They serve all prompts and timesteps: what is kept of those is copied to them.
     Raises ValueError where the transformer carries unmerged adapters.
     """
     return FastDiT(dit, graphs).requires_grad_(False)
-
-
-class Graphed:
-    """f(x) as one CUDA graph: one launch for all kernels. It is captured for the first x and for every new shape.
-
-    Trap: f must not synchronise with the GPU. Tensors that f reads besides x must keep their memory; otherwise call
-    `forget`.
-    """
-
-    def __init__(self, f):
-        self.f = f
-        self.forget()
-
-    def forget(self):
-        """Give the graph and its memory back; the next call captures anew."""
-        self.graph = self.x = self.y = None
-
-    def __call__(self, x):
-        if self.graph is None or x.shape != self.x.shape:
-            self.forget()
-            self.capture(x)
-        self.x.copy_(x)
-        self.graph.replay()
-        return self.y.clone()  # the next replay overwrites y
-
-    def capture(self, x):
-        x, graph = x.clone(), torch.cuda.CUDAGraph()
-        with torch.cuda.device(x.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # warm up first, so that one-time initialisation is not captured
-                for _ in range(2):
-                    self.f(x)
-            torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(graph):
-                y = self.f(x)
-        self.graph, self.x, self.y = graph, x, y
 
 
 def keep_memory():
@@ -406,11 +453,11 @@ def keep_memory():
 def optimise(model: sanasr.SanaSR, graphs: bool = False) -> sanasr.SanaSR:
     """Rewrite a SanaSR or LinearSR in place, and return it. Raises ValueError where its adapter is not merged.
 
-    graphs: one CUDA graph each for encoder, transformer and decoder, for the last picture size and prompt. LinearSR's
-    transformers have none: what they keep changes with every step.
+    graphs: CUDA graphs for encoder, transformer and decoder, see `Graphed`. Transformers that LinearSR moves to the
+    device and back (offload) have none.
     """
     if hasattr(model, "experts"):
-        model.experts = [optimise_dit(expert) for expert in model.experts]
+        model.experts = [optimise_dit(expert, graphs and not model.offload) for expert in model.experts]
     else:
         model.dit = optimise_dit(model.dit, graphs)
     model.vae = optimise_vae(model.vae, graphs=graphs)
@@ -421,7 +468,8 @@ def load_model(name, device, dtype=None, adapter=None, fast="off", offload=False
     """SanaSR or LinearSR of a name or folder.
 
     adapter: of a SanaSR: a file, None for the model's own, False or "none" for the bare prior.
-    fast: "on" applies these rewrites (on a GPU with CUDA graphs), "auto" on a CPU only.
+    fast: "on" applies these rewrites (on a GPU with CUDA graphs), "auto" where they are known to work: on a CPU or an
+    NVIDIA GPU.
     offload: of a LinearSR: only the expert in use lies on the device.
     Raises OSError or ValueError that names the file, weights.Unavailable where a known model is unavailable.
     """
@@ -435,7 +483,7 @@ def load_model(name, device, dtype=None, adapter=None, fast="off", offload=False
         if adapter and not Path(adapter).is_file():
             raise ValueError(f"--adapter {adapter}: no such file")
         model = sanasr.SanaSR.from_pretrained(name, device, dtype, adapter)
-    if fast == "on" or (fast == "auto" and device.type == "cpu"):
+    if fast == "on" or (fast == "auto" and device.type in ("cpu", "cuda")):
         if device.type == "cpu":
             keep_memory()
         optimise(model, graphs=device.type == "cuda")

@@ -1,8 +1,8 @@
 """Check the kernels against float64, then measure them at this project's sizes.
 
-    python -m kernels.bench [--op NAME] [--dtype bf16|fp16|fp32] [--json FILE]
+    python -m kernels.bench [--op NAME] [--dtype bf16|fp16|fp32] [--check] [--no-compile] [--json FILE]
 
-NAME: linear_attention, depthwise_gate, mix_ffn or add_rms_norm_; all without it.
+NAME: one of OPS; all without it.
 
 On a GPU: milliseconds at the 20th, 50th and 80th percentile for eager PyTorch, torch.compile and Triton, each replayed
 from a CUDA graph with inputs as warm as the L2 cache keeps them; the rates, and what part they are of this card's own
@@ -15,23 +15,29 @@ once, and for each operation the longer of its bytes and its matrix products at 
 
 import argparse
 import json
+import math
 import sys
-import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from statistics import quantiles
 
 import torch
 
 import kernels
+from fast.graphs import record
+from kernels.dcae import bias_silu_reference_, join_up_block_reference
 from kernels.dispatch import device_obstacle, triton
 from kernels.linear_attention import linear_attention_reference
 from kernels.mix_ffn import depthwise_gate_reference
 from kernels.rms_norm import add_rms_norm_reference_
+from kernels.timer import timed
 from photos.pictures import write_bytes
 from runs import DTYPES, command, cpu_name
 
-CARDS = {"H200": (4.3e12, 790e12), "4090": (1.0e12, 165e12)}  # bytes/s and bf16 FLOP/s, for the floors
+# bytes/s and bf16 FLOP/s, for the floors
+CARDS = {"H200": (4.3e12, 790e12), "H100": (3.35e12, 790e12), "4090": (1.0e12, 165e12)}
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
-CPU_TOKENS = 4096  # the largest case that is timed on a CPU
 
 # (where, batch, height = width in tokens, heads, C, H). SANA's LinearDiT at 512 to 4096 px; the DC-AE's EfficientViT
 # blocks at 512 px, whose multi-scale attention has twice the heads of C / 32.
@@ -40,110 +46,91 @@ VIT = ((512, 64), (1024, 32), (1024, 16))
 SIZES += [(f"DC-AE {C}x{s}x{s}", b, s, C // 16, C, 4 * C) for b in (1, 8) for C, s in VIT]
 
 
+RES = [(f"DC-AE {C}x{s}x{s}", b, s, 0, C, 0) for b in (1, 8) for C, s in ((128, 512), (256, 256), (512, 128))]
+UP = [(f"DC-AE {C}x{s}x{s}", b, s, 0, C, H) for b in (1, 8) for C, H, s in
+      ((256, 128, 256), (512, 256, 128), (512, 512, 64), (1024, 512, 32), (1024, 1024, 16))]
+
+
+@dataclass
 class Operator:
-    sizes, passes = SIZES, (False, True)  # where it runs; without and with the backward pass
+    """What is measured, at the sizes (where, B, side, heads, C, H); N = B · side² tokens, `size` bytes a value.
 
+    operations, backward: [(bytes, FLOP of matrix products)] of what one pass does in turn; () without a backward pass.
+    """
+    sizes: list
+    inputs: Callable  # (draw, B, side, heads, C, H) -> tensors; draw: shape -> unit-normal values
+    run: Callable  # (backend, side, *tensors)
+    reference: Callable  # (side, *tensors)
+    operations: Callable  # (N, heads, C, H, size)
+    backward: Callable = lambda N, heads, C, H, size: []
 
-class LinearAttention(Operator):
-    """q, k, v: B, N, heads, 32, slices of one projection as the models have them."""
+    def passes(self):
+        """Without and with the backward pass."""
+        return (False, True) if self.backward(1, 1, 1, 1, 1) else (False,)
 
-    @staticmethod
-    def inputs(B, side, heads, C, H, dtype, device):
-        return list(torch.randn(B, side * side, 3, heads, 32, device=device, dtype=dtype).unbind(2))
-
-    @staticmethod
-    def run(backend, side, q, k, v):
-        return kernels.linear_attention(q, k, v, backend=backend)
-
-    @staticmethod
-    def reference(side, q, k, v):
-        return linear_attention_reference(q, k, v)
-
-    @staticmethod
-    def operations(B, side, heads, C, H, size, backward):
-        """[(bytes, FLOP of matrix products)] of the operations that follow each other."""
-        values = B * side * side * heads * 32
-        forward = [(4 * values * size, 2 * 2 * values * 32)]
-        return forward + ([(7 * values * size, 5 * 2 * values * 32)] if backward else [])
-
-
-class DepthwiseGate(Operator):
-    """u: B, N, 2H."""
-
-    @staticmethod
-    def inputs(B, side, heads, C, H, dtype, device):
-        shapes = (B, side * side, 2 * H), (2 * H, 1, 3, 3), (2 * H,)
-        return [torch.randn(s, device=device, dtype=dtype) for s in shapes]
-
-    @staticmethod
-    def run(backend, side, u, weight, bias):
-        return kernels.depthwise_gate(u, side, side, weight, bias, backend=backend)
-
-    @staticmethod
-    def reference(side, u, weight, bias):
-        return depthwise_gate_reference(u, side, side, weight, bias)
-
-    @staticmethod
-    def operations(B, side, heads, C, H, size, backward):
-        values = B * side * side * H
-        return [(3 * values * size, 0)] + ([(11 * values * size, 0)] if backward else [])
-
-
-class MixFFN(Operator):
-    """x: B, N, C, and the five weights."""
-
-    @staticmethod
-    def inputs(B, side, heads, C, H, dtype, device):
-        shapes = (B, side * side, C), (2 * H, C, 1, 1), (2 * H,), (2 * H, 1, 3, 3), (2 * H,), (C, H, 1, 1)
-        scales = 1, C**-0.5, 1, 1, 1, H**-0.5
-        return [torch.randn(s, device=device).mul(f).to(dtype) for s, f in zip(shapes, scales, strict=True)]
-
-    @staticmethod
-    def run(backend, side, x, *weights):
-        return kernels.mix_ffn(x, side, side, *weights, backend=backend)
-
-    @staticmethod
-    def reference(side, x, *weights):
-        return kernels.mix_ffn(x, side, side, *weights, backend="torch")
-
-    @staticmethod
-    def operations(B, side, heads, C, H, size, backward):
+    def counts(self, B, side, heads, C, H, size, backward):
         N = B * side * side
-
-        def product(rows, inner, columns):
-            return (rows * inner + inner * columns + rows * columns) * size, 2 * rows * inner * columns
-
-        expand, project = product(N, C, 2 * H), product(N, H, C)
-        products = [expand, project] * (3 if backward else 1)  # the gradients of a product are two more of its size
-        return products + DepthwiseGate.operations(B, side, heads, C, H, size, backward)
+        found = self.operations(N, heads, C, H, size)
+        return found + (self.backward(N, heads, C, H, size) if backward else [])
 
 
-class AddRMSNorm(Operator):
-    """x and y: B, N, C, and weight and bias. Over x; no backward pass. Its sizes: DC-AE's ResBlocks at 512 px."""
-
-    passes = (False,)
-    sizes = [(f"DC-AE {C}x{s}x{s}", b, s, 0, C, 0) for b in (1, 8) for C, s in ((128, 512), (256, 256), (512, 128))]
-
-    @staticmethod
-    def inputs(B, side, heads, C, H, dtype, device):
-        shapes = (B, side * side, C), (B, side * side, C), (C,), (C,)
-        return [torch.randn(s, device=device, dtype=dtype) for s in shapes]
-
-    @staticmethod
-    def run(backend, side, x, y, weight, bias):
-        return kernels.add_rms_norm_(x, y, weight, bias, 1e-5, backend=backend)
-
-    @staticmethod
-    def reference(side, x, y, weight, bias):
-        return add_rms_norm_reference_(x, y, weight, bias, 1e-5)
-
-    @staticmethod
-    def operations(B, side, heads, C, H, size, backward):
-        return [(3 * B * side * side * C * size, 0)]
+def product(rows, inner, columns, size):
+    return (rows * inner + inner * columns + rows * columns) * size, 2 * rows * inner * columns
 
 
-OPS = {"linear_attention": LinearAttention, "depthwise_gate": DepthwiseGate, "mix_ffn": MixFFN,
-       "add_rms_norm_": AddRMSNorm}  # fmt: skip
+def ffn_products(N, C, H, size):
+    return [product(N, C, 2 * H, size), product(N, H, C, size)]
+
+
+def repeats(x, bias):
+    """Of join_up_block: no shortcut where the channels do not fit."""
+    fits = x.shape[3] in (len(bias), 2 * len(bias), 4 * len(bias))
+    return 4 * len(bias) // x.shape[3] if fits else 0
+
+
+OPS = {
+    "linear_attention": Operator(  # q, k, v: slices of one projection, as the models have them
+        SIZES, lambda draw, B, side, heads, C, H: draw(B, side * side, 3, heads, 32).unbind(2),
+        lambda backend, side, *t: kernels.linear_attention(*t, backend=backend),
+        lambda side, *t: linear_attention_reference(*t),
+        lambda N, heads, C, H, size: [(4 * N * heads * 32 * size, 4 * N * heads * 32 * 32)],
+        lambda N, heads, C, H, size: [(7 * N * heads * 32 * size, 10 * N * heads * 32 * 32)]),
+    "depthwise_gate": Operator(
+        SIZES, lambda draw, B, side, heads, C, H: [draw(B, side * side, 2 * H), draw(2 * H, 1, 3, 3), draw(2 * H)],
+        lambda backend, side, u, *t: kernels.depthwise_gate(u, side, side, *t, backend=backend),
+        lambda side, u, *t: depthwise_gate_reference(u, side, side, *t),
+        lambda N, heads, C, H, size: [(3 * N * H * size, 0)],
+        lambda N, heads, C, H, size: [(11 * N * H * size, 0)]),
+    "mix_ffn": Operator(
+        SIZES, lambda draw, B, side, heads, C, H: [
+            draw(B, side * side, C), draw(2 * H, C, 1, 1) * C**-0.5, draw(2 * H), draw(2 * H, 1, 3, 3), draw(2 * H),
+            draw(C, H, 1, 1) * H**-0.5],
+        lambda backend, side, x, *t: kernels.mix_ffn(x, side, side, *t, backend=backend),
+        lambda side, x, *t: kernels.mix_ffn(x, side, side, *t, backend="torch"),
+        lambda N, heads, C, H, size: [*ffn_products(N, C, H, size), (3 * N * H * size, 0)],
+        # the gradients of a product are two more of its size
+        lambda N, heads, C, H, size: [*2 * ffn_products(N, C, H, size), (11 * N * H * size, 0)]),
+    "add_rms_norm_": Operator(
+        RES, lambda draw, B, side, heads, C, H: [*(draw(B, side * side, C) for _ in "xy"), draw(C), draw(C)],
+        lambda backend, side, *t: kernels.add_rms_norm_(*t, 1e-5, backend=backend),
+        lambda side, *t: add_rms_norm_reference_(*t, 1e-5),
+        lambda N, heads, C, H, size: [(3 * N * C * size, 0)]),
+    "bias_silu_": Operator(
+        RES, lambda draw, B, side, heads, C, H: [draw(B, side * side, C), draw(C)],
+        lambda backend, side, *t: kernels.bias_silu_(*t, backend=backend),
+        lambda side, *t: bias_silu_reference_(*t),
+        lambda N, heads, C, H, size: [(2 * N * C * size, 0)]),
+    "join_up_block": Operator(
+        UP, lambda draw, B, side, heads, C, H: [draw(B, side + 1, side + 1, 4, H), draw(B, side, side, C), draw(H)],
+        lambda backend, side, y, x, bias: kernels.join_up_block(y, x, bias, repeats(x, bias), backend=backend),
+        lambda side, y, x, bias: join_up_block_reference(y, x, bias, repeats(x, bias)),
+        lambda N, heads, C, H, size: [(N * (8 * H + C) * size, 0)]),
+}
+
+
+def drawn(op, dtype, device, *case):
+    """Inputs of a case; slices stay slices."""
+    return list(op.inputs(lambda *shape: torch.randn(shape, device=device, dtype=dtype), *case))
 
 
 def step(function, inputs, gradient=None):
@@ -165,14 +152,15 @@ def step(function, inputs, gradient=None):
 
 
 def check(names, dtype, device, backend):
-    """Largest relative error of any output or gradient against float64, by op. Ends the program if one is too large."""
+    """{op: largest relative error of any output or gradient against float64}. Ends the program if one is too large."""
+    errors, cases = {}, [(1, 1), (2, 5), (1, 17)] + ([(1, 25), (1, 128)] if device == "cuda" else [])
     for name in names:
         op, worst = OPS[name], 0.0
-        for B, side in ((1, 1), (2, 5), (1, 17)):
+        for B, side in cases:
             torch.manual_seed(0)
-            inputs = op.inputs(B, side, 2, 64, 160, dtype, device)
+            inputs = drawn(op, dtype, device, B, side, 2, 64, 160)
             double = [t.double() for t in inputs]
-            gradient = torch.randn_like(op.reference(side, *inputs)) if True in op.passes else None
+            gradient = torch.randn_like(op.reference(side, *inputs)) if True in op.passes() else None
             got = step(lambda *t: op.run(backend, side, *t), inputs, gradient)()  # noqa: B023
             gradient = None if gradient is None else gradient.double()
             expected = step(lambda *t: op.reference(side, *t), double, gradient)()  # noqa: B023
@@ -183,46 +171,34 @@ def check(names, dtype, device, backend):
         print(f"check {name:17} {backend:6} outputs and gradients: relative error {worst:.1e}  {verdict}")
         if worst > TOLERANCE[dtype]:
             sys.exit(1)
+        errors[name] = worst
+    return errors
 
 
-def time_gpu(call, repeats=50):
-    """Milliseconds at the percentiles 20, 50, 80 of one call in a CUDA graph, and the peak of its memory in MB."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):  # warm up: compile, choose algorithms, fill the allocator
-        for _ in range(3):
-            call()
-    side.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    peak = (torch.cuda.max_memory_allocated() - before) / 1e6
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+def measure(call, device):
+    """([ms] of a call at the percentiles 20, 50, 80, and the peak of its memory beyond the inputs in MB, on a GPU).
+
+    On a GPU a graph of up to 20 calls is timed, and divided: launching a graph takes as long as a small kernel.
+    """
+    call()  # the first call compiles, and chooses algorithms
+    if device == "cpu":
+        _, (first,), _ = timed(call, device)
+        seconds, peak = timed(call, device, repeats=max(3, min(20, int(0.3 / first))))[1], None
+    else:
         call()
-    graph.replay()
-    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for start, end in marks:
-        start.record()
+        before = torch.cuda.memory_allocated()
+        _, (first,), peak = timed(call, device)
+        peak, calls = (peak - before) / 1e6, max(1, min(20, int(2e-3 / first)))
+
+        def several():
+            for _ in range(calls):
+                result = call()
+            return result
+        graph, _ = record(several, [])
         graph.replay()
-        end.record()
-    torch.cuda.synchronize()
-    return percentiles([start.elapsed_time(end) for start, end in marks]), peak
-
-
-def time_cpu(call):
-    call()
-    spent = []
-    while len(spent) < 3 or (sum(spent) < 300 and len(spent) < 20):
-        start = time.perf_counter()
-        call()
-        spent.append(1e3 * (time.perf_counter() - start))
-    return percentiles(spent), None
-
-
-def percentiles(values):
-    cuts = quantiles(values, n=10, method="inclusive")
-    return [cuts[1], cuts[4], cuts[7]]
+        seconds = [s / calls for s in timed(graph.replay, device, repeats=50)[1]]
+    cuts = quantiles(seconds, n=10, method="inclusive")
+    return [1e3 * cuts[i] for i in (1, 4, 7)], peak
 
 
 def card_rates(dtype, sizes):
@@ -232,40 +208,40 @@ def card_rates(dtype, sizes):
         size, a, b = min(max(2, n), 4 << 30), None, None  # the rate grows no more; the former pair's memory is free
         a = torch.empty(size // 2, dtype=torch.uint8, device="cuda")
         b = torch.empty_like(a)
-        copies[n] = size / (time_gpu(lambda: b.copy_(a))[0][1] / 1e3)  # noqa: B023
+        copies[n] = size / (measure(lambda: b.copy_(a), "cuda")[0][1] / 1e3)  # noqa: B023
     m = torch.randn(8192, 8192, device="cuda", dtype=dtype)
-    return copies, 2 * 8192**3 / (time_gpu(lambda: m @ m)[0][1] / 1e3)
+    return copies, 2 * 8192**3 / (measure(lambda: m @ m, "cuda")[0][1] / 1e3)
 
 
-def rows(names, dtype, device, backends):
-    for name in names:
-        op = OPS[name]
-        for where, B, side, heads, C, H in op.sizes:
-            for backward in op.passes:
-                operations = op.operations(B, side, heads, C, H, dtype.itemsize, backward)
-                row = {"op": name, "where": where, "batch": B, "pass": "fwd+bwd" if backward else "fwd"}
-                row["bytes"], row["flop"] = (sum(x) for x in zip(*operations, strict=True))
-                row["floor_ms"] = {
-                    card: 1e3 * sum(max(moved / rate, flop / peak) for moved, flop in operations)
-                    for card, (rate, peak) in CARDS.items()
-                }
-                row["ms"], row["peak_mb"] = {}, {}
-                if device == "cuda" or (B == 1 and side * side <= CPU_TOKENS):
-                    inputs = op.inputs(B, side, heads, C, H, dtype, device)
-                    gradient = torch.randn_like(op.run("auto", side, *inputs)) if backward else None
-                    for label, backend in backends.items():
-                        function = lambda *t, backend=backend: op.run(backend, side, *t)  # noqa: B023, E731
-                        if label == "compiled":
-                            torch.compiler.reset()
-                            function = torch.compile(function)
-                        call = step(function, inputs, gradient)
-                        try:
-                            measured = (time_gpu if device == "cuda" else time_cpu)(call)
-                        except torch.OutOfMemoryError:
-                            print(f"{name}, {where}, batch {B}: not enough memory for {label}", file=sys.stderr)
-                            continue
-                        row["ms"][label], row["peak_mb"][label] = measured
-                yield row
+def cases(names):
+    """(op, size, with the backward pass or without): batch 1 first, every operator before the second size of any."""
+    found = [(size[1], i, back, name, size) for name in names for i, size in enumerate(OPS[name].sizes)
+             for back in OPS[name].passes()]
+    return [(name, size, back) for _, _, back, name, size in sorted(found, key=lambda case: case[:3])]
+
+
+def row_of(name, size, backward, dtype, device, backends, tokens):
+    """What the counts say of a case, and what was measured."""
+    op, (where, B, side, heads, C, H) = OPS[name], size
+    operations = op.counts(B, side, heads, C, H, dtype.itemsize, backward)
+    moved, flop = (sum(x) for x in zip(*operations, strict=True))
+    floors = {card: 1e3 * sum(max(b / rate, f / peak) for b, f in operations) for card, (rate, peak) in CARDS.items()}
+    row = {"op": name, "where": where, "batch": B, "pass": "fwd+bwd" if backward else "fwd", "bytes": moved,
+           "flop": flop, "floor_ms": floors, "ms": {}, "peak_mb": {}}
+    if side * side > tokens or (device == "cpu" and B > 1):
+        return row
+    inputs = drawn(op, dtype, device, B, side, heads, C, H)
+    gradient = torch.randn_like(op.run("auto", side, *inputs)) if backward else None
+    for label, backend in backends.items():
+        function = partial(op.run, backend, side)
+        if label == "compiled":
+            torch.compiler.reset()
+            function = torch.compile(function)
+        try:
+            row["ms"][label], row["peak_mb"][label] = measure(step(function, inputs, gradient), device)
+        except torch.OutOfMemoryError:
+            print(f"{name}, {where}, batch {B}: not enough memory for {label}", file=sys.stderr)
+    return row
 
 
 def show(row, labels, copies, matmul):
@@ -291,15 +267,20 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", choices=OPS, help="this one only")
     parser.add_argument("--dtype", choices=DTYPES, help="bf16 on a GPU and fp32 on a CPU, if not given")
+    parser.add_argument("--check", action="store_true", help="correctness only")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes most of the time")
+    parser.add_argument("--tokens", type=int, metavar="N", help="measure cases of up to N tokens, count the others "
+                        "(on a CPU 4096, if not given)")
     parser.add_argument("--json", metavar="FILE", help="also write every number there")
     args = parser.parse_args(argv)
     names = [args.op] if args.op else list(OPS)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES[args.dtype or ("bf16" if device == "cuda" else "fp32")]
+    tokens = args.tokens or (math.inf if device == "cuda" else 4096)
     obstacle = device_obstacle(device, 0)
     backends = {"eager": "torch"}
     if device == "cuda":
-        backends["compiled"] = "torch"
+        backends.update({} if args.no_compile else {"compiled": "torch"})
         backends.update({} if obstacle else {"Triton": "triton"})
     about = {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(), "dtype": str(dtype),
@@ -308,24 +289,27 @@ def main(argv=None):
     print("  ".join(f"{k} {v}" for k, v in about.items()))
     if obstacle:
         print(f"No Triton here, since {obstacle}: what is measured is the PyTorch fallback, the rest stays empty.")
-    check(names, dtype, device, "torch" if obstacle else "triton")
+    content = {"about": about, "errors": check(names, dtype, device, "torch" if obstacle else "triton"), "rows": []}
+    if args.json:
+        write_bytes(args.json, json.dumps(content, indent=1))
+    if args.check:
+        return
     labels = ["eager", "compiled", "Triton"]
-    copies, matmul, results = {}, None, []
+    copies, matmul, todo = {}, None, cases(names)
     if device == "cuda":
-        ops = [OPS[n] for n in names]
-        cases = [op.operations(*s[1:], dtype.itemsize, back) for op in ops for s in op.sizes for back in op.passes]
-        copies, matmul = card_rates(dtype, {sum(moved for moved, _ in case) for case in cases})
+        counts = [OPS[name].counts(*size[1:], dtype.itemsize, back) for name, size, back in todo]
+        copies, matmul = card_rates(dtype, {sum(moved for moved, _ in count) for count in counts})
         print(f"copy {max(copies.values()) / 1e9:.0f} GB/s at best, matrix product {matmul / 1e12:.0f} TFLOP/s")
+    content |= {"copy_rate": copies, "matmul_rate": matmul}
     print(f"{'':44}{'MB':>8}{'GFLOP':>8}" + "".join(f"{'floor':>9}" for _ in CARDS), end="")
     print("".join(f" |{label + ' ms: p20, p50, p80':29}{'peak MB':>8}" for label in labels), end="")
     print(f" |{'GB/s':>8}{'TFLOP/s':>8}{'% copy':>8}{'% mm':>8}   (of the last one measured)")
     print(f"{'':60}" + "".join(f"{card:>9}" for card in CARDS))
-    for row in rows(names, dtype, device, backends):
-        show(row, labels, copies, matmul)
-        results.append(row)
-    if args.json:
-        content = {"about": about, "copy_rate": copies, "matmul_rate": matmul, "rows": results}
-        write_bytes(args.json, json.dumps(content, indent=1))
+    for name, size, back in todo:
+        content["rows"].append(row_of(name, size, back, dtype, device, backends, tokens))
+        show(content["rows"][-1], labels, copies, matmul)
+        if args.json:  # after every row: a run that is cut short keeps what it has
+            write_bytes(args.json, json.dumps(content, indent=1))
 
 
 if __name__ == "__main__":

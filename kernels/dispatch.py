@@ -9,16 +9,21 @@ try:
     import triton
     import triton.language as tl
 
-    jit = triton.jit
 except ImportError:  # PyTorch for macOS comes without it. The kernel files must still import, for their references.
     triton = tl = None
 
-    def jit(function):
-        return function
-
-
 BACKENDS = ("auto", "torch", "triton")
 INTERPRET = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"  # Triton decides at import, so do we
+
+# Sizes that change from picture to picture. Triton compiles a kernel anew where an integer is 1 or starts or ceases to
+# be a multiple of 16, unless it is named here; strides, hidden and channels stay, for their alignment makes loads wide.
+SIZES = ["N", "tokens", "S", "B", "heads", "height", "width", "rows", "across", "tiles", "n"]
+
+
+def jit(function):
+    """triton.jit, where Triton is installed, without variants for the integers in SIZES."""
+    return triton.jit(function, do_not_specialize=SIZES) if triton else function
+
 
 _wish = os.environ.get("SANASR_KERNELS", "auto")
 _said = set()

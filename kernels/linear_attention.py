@@ -14,8 +14,8 @@ Counts for each token and head, in elements: forward 4d, backward 7d, the least 
 10d^2 + O(d), at d = 32 in bf16 16 and 23 FLOP a byte, far below the ~200 where a GPU stops being bound by its memory.
 
 Splitting over tokens, not only over B and heads, fills a large GPU from one image: 36 heads would be 36 programs. The
-partial states are added in a fixed order, so results are the same from run to run: no atomics, and no autotuning, which
-could pick another order of summation each time.
+partial states are added in a fixed order, so a card repeats its results bit for bit: no atomics, and no autotuning,
+which could pick another order of summation each time. torch.sum of many states splits them by device: cards may differ.
 
 fp32, fp16, bf16, d = 16, 32 or 64; other sizes and float64 run the reference. Sums, state and division are float32.
 Check and measure: python -m kernels.bench --op linear_attention
@@ -53,7 +53,7 @@ SIZES = (16, 32, 64)
 # on sm_80, 89 or 90 (but a few of _backward_query at d = 64 in half precision, on sm_80 and 89 with some Tritons).
 # _backward_query holds twice what the others do: it takes half a tile and two stages of loads.
 CONFIG = {(16, 2): (64, 4), (32, 2): (64, 4), (64, 2): (32, 4), (16, 4): (32, 4), (32, 4): (64, 8), (64, 4): (32, 8)}
-PROGRAMS = 384  # aimed at: one wave of three on each SM of a large GPU. A constant: all cards sum in the same order
+PROGRAMS = 384  # aimed at: one wave of three on each SM of a large GPU. A constant: the spans do not depend on the card
 MAX_STATES = 4  # more partial states than this are added once, by torch, rather than by each program that reads them
 
 

@@ -22,7 +22,7 @@ own time on an H200, nothing on an RTX 4090, and loses more where it runs at und
 belongs to the LayerNorm's pass, which has to write its result anyway; the gated residual after is one torch.addcmul,
 7 KB a token beside the 39 KB of the whole.
 
-fp32, fp16, bf16; float64 runs the reference. Arithmetic is float32, gradients of weights are added in a fixed order.
+fp32, fp16, bf16; float64 runs the reference. Arithmetic is float32, a card adds gradients of weights in one order.
 Check and measure: python -m kernels.bench --op mix_ffn
 """
 
@@ -52,7 +52,7 @@ BLOCK_C = 128  # channels in a tile; two to a thread, so a warp reads 128 bytes 
 WARPS = 2
 COLS = 4  # columns of a strip
 MIN_ROWS, MAX_ROWS = 4, 32  # rows of a strip: few where the picture is small, to have programs for all SMs
-PROGRAMS = 1024  # aimed at: eight on each SM of a large GPU. A constant, so that all cards sum in the same order
+PROGRAMS = 1024  # aimed at: eight on each SM of a large GPU. A constant: the strips do not depend on the card
 
 
 def strips(B, height, width, channels):

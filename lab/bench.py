@@ -32,9 +32,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fast
-from photos.pictures import write_bytes
-from runs import DTYPES, UserError, command, cpu_name
-from sanasr import DCAE, LinearDiT, SanaSR, one_step, tiled
+from kernels.timer import timed
+from photos.pictures import one_line, write_bytes
+from runs import DTYPES, UserError, command, cpu_name, set_flags
+from sanasr import DCAE, DiTBlock, EfficientViTBlock, LinearDiT, ResBlock, SanaSR, one_step, tiled
 
 CONFIGS = Path(__file__).parent.parent / "tests" / "data" / "official_configs"
 
@@ -43,9 +44,9 @@ def seeded(cls, config, dtype, device):
     """`cls` with random weights that keep activations near 1, the same at every call."""
     with torch.device("meta"):
         module = cls(config)
-    generator, state = torch.Generator().manual_seed(0), {}
+    generator, state = torch.Generator(device).manual_seed(0), {}  # on a GPU other values, within a second
     for key, p in module.state_dict().items():
-        x = torch.randn(p.shape, generator=generator)
+        x = torch.randn(p.shape, generator=generator, device=device)
         x = x / math.sqrt(math.prod(p.shape[1:])) if p.ndim > 1 else 1 + x / 10 if key.endswith("weight") else x / 50
         state[key] = x.to(device, dtype)
     module.load_state_dict(state, assign=True)
@@ -78,7 +79,8 @@ class Ours:
 class Diffusers(Ours):
     """diffusers' AutoencoderDC and SanaTransformer2DModel with the weights of `ours`, as they come, or compiled."""
 
-    def __init__(self, ours, compiled=False):
+    def __init__(self, ours, mode=None):
+        """mode: of torch.compile, None for eager."""
         try:
             from diffusers import AutoencoderDC, SanaTransformer2DModel
         except ImportError as error:
@@ -89,9 +91,9 @@ class Diffusers(Ours):
         for theirs, mine in ((vae, ours.vae), (dit, ours.dit)):
             theirs.load_state_dict(mine.state_dict(), strict=True, assign=True)
             theirs.eval().requires_grad_(False)
-        if compiled:
+        if mode:
             torch._inductor.config.freezing = True  # weights as constants: prepacked on a CPU
-            vae.encode, vae.decode, dit = (torch.compile(f) for f in (vae.encode, vae.decode, dit))
+            vae.encode, vae.decode, dit = (torch.compile(f, mode=mode) for f in (vae.encode, vae.decode, dit))
         super().__init__(vae, dit, ours.text, ours.timestep, ours.scale)
 
     def encode(self, x):
@@ -107,209 +109,221 @@ class Diffusers(Ours):
         return self.vae.decode(z / self.scale, return_dict=False)[0]
 
 
-def synchronize(device):
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).synchronize()
-
-
-def timed(f, x, clock, device):
-    """(f(x), its seconds, the peak of memory in bytes while it ran: of the process on Linux, of the GPU on CUDA)."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    elif sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    synchronize(device)
-    start = clock()
-    y = f(x)
-    synchronize(device)
-    seconds = clock() - start
-    if device.type == "cuda":
-        return y, seconds, torch.cuda.max_memory_allocated()
-    if sys.platform == "linux":
-        status = Path("/proc/self/status").read_text()
-        return y, seconds, 1024 * int(status.split("VmHWM:")[1].split()[0])
-    return y, seconds, None
-
-
-def matmul_peak(dtype, device, clock):
-    """Multiply-accumulates a second of a product of two large square matrices, the best of five."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
-    return n**3 / min(timed(a.matmul, b, clock, device)[1] for _ in range(5))
-
-
 def relative(a, b):
     return ((a.float() - b.float()).norm() / b.float().norm()).item()
 
 
 def quantile(values, q):
-    values = sorted(values)
-    return values[min(len(values) - 1, math.ceil(q * len(values)) - 1)]
+    return sorted(values)[math.ceil(q * len(values)) - 1]
 
 
 STAGES = dict(encode=dict(down=32), transform={}, decode=dict(up=32))  # and how the sides of a tile change
 
 
-def stages(variant, tile):
-    """(name, function of one tensor) of each stage, in tiles where the picture is larger than `tile` (of latents)."""
+def through(variant, x, tile, measure):
+    """Yields (stage, its result, what `measure` says of it), in tiles where the picture is larger than `tile` latents.
+
+    measure: a function without arguments -> (its result, …).
+    """
+    dtype = x.dtype
     for stage, sides in STAGES.items():
-        yield stage, partial(tiled, getattr(variant, stage), tile=tile, overlap=min(SanaSR.OVERLAP, tile // 4), **sides)
+        overlap = min(SanaSR.OVERLAP, tile // 4)
+        x, *found = measure(partial(tiled, getattr(variant, stage), x.to(dtype), tile=tile, overlap=overlap, **sides))
+        yield stage, x, found  # blended tiles are in float32
 
 
 def multiplications(variant, x, tile=math.inf):
     """{stage: multiply-accumulates of the variant for x, "sum": of all}."""
-    counts, y = {}, x
-    for stage, f in stages(variant, tile):
+    def counted(call):
         with FlopCounterMode(display=False) as counter:
-            y = f(y.to(x.dtype))
-        counts[stage] = counter.get_total_flops() / 2
+            y = call()
+        return y, counter.get_total_flops() / 2
+    counts = {stage: count for stage, _, (count,) in through(variant, x, tile, counted)}
     return counts | dict(sum=sum(counts.values()))
 
 
-def measure(variants, x, runs, tile, clock, device):
-    """[{variant, stage, p50, p95, peak, error}], the variants taking turns; `error` is relative to the first."""
-    times, peaks, errors, results = {}, {}, {}, {}
-    for _ in range(runs):
-        for name, variant in variants.items():
-            total, y = 0.0, x
-            for stage, f in stages(variant, tile):
-                y, seconds, peak = timed(f, y.to(x.dtype), clock, device)  # blended tiles are in float32
-                first = results.setdefault(stage, y)
-                times.setdefault((name, stage), []).append(seconds)
-                peaks[name, stage] = max(peak or 0, peaks.get((name, stage), 0)) or None
-                errors[name, stage] = errors[name, "sum"] = relative(y, first)
-                total += seconds
-            times.setdefault((name, "sum"), []).append(total)
-    return [dict(variant=name, stage=stage, p50=quantile(t, 0.5), p95=quantile(t, 0.95), runs=len(t),
-                 peak=peaks.get((name, stage)), error=errors[name, stage]) for (name, stage), t in times.items()]
+def measure(variants, x, runs, tile, clock, warm=0):
+    """[{variant, stage, p50, p95, peak, error}], the variants taking turns; `error` is relative to the first.
+
+    warm: turns before those that are timed. A variant that fails is taken out of `variants`, and a line says why.
+    """
+    rows, results, timer = {}, {}, partial(timed, device=x.device, clock=clock)
+    for turn in range(-warm, runs):
+        for name, variant in list(variants.items()):
+            spent = []
+            try:
+                for stage, y, ((seconds,), peak) in through(variant, x, tile, timer):
+                    row = rows.setdefault((name, stage), dict(variant=name, stage=stage, times=[], peak=None))
+                    row["error"] = relative(y, results.setdefault(stage, y))
+                    row["peak"] = peak and max(peak, row["peak"] or 0)  # a graph takes its memory at first
+                    row["times"] += [seconds] * (turn >= 0)
+                    spent.append(seconds)
+            except Exception as error:  # a rival that does not run must not cost the others' rows
+                print(f"{name}: left out, {type(error).__name__}: {one_line(error)[:300]}", file=sys.stderr)
+                del variants[name]
+                continue
+            whole = rows.setdefault((name, "sum"), dict(row, stage="sum", times=[], peak=None))
+            whole["times"] += [sum(spent)] * (turn >= 0)
+            if turn == -warm < 0:
+                print(f"{name}: first call {sum(spent):.1f} s", flush=True)
+    for row in rows.values():
+        row["p50"], row["p95"] = (quantile(row["times"], q) if row["times"] else 0.0 for q in (0.5, 0.95))
+    return [row for row in rows.values() if row["variant"] in variants]
 
 
-def show(rows, variants):
-    first = next(iter(variants))
-    base = {row["stage"]: row["p50"] for row in rows if row["variant"] == first}
-    print(f"{'variant':12}{'stage':11}{'p50 s':>9}{'p95 s':>9}{first + ' / it':>16}{'share':>8}"
+def profiled(variant, x, tile):
+    """One line: kernels, launches, and the share of the time in which the GPU has work."""
+    kinds = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profile:
+        list(through(variant, x, tile, lambda call: (call(),)))
+        torch.cuda.synchronize()
+    events = profile.events()
+    on_gpu = [e.time_range for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+    launches = sum("LaunchKernel" in e.name or "GraphLaunch" in e.name for e in events)
+    busy, whole = sum(t.elapsed_us() for t in on_gpu), max(t.end for t in on_gpu) - min(t.start for t in on_gpu)
+    return f"{len(on_gpu)} kernels in {launches} launches, {busy / 1e3:.2f} ms of {whole / 1e3:.2f} ms busy"
+
+
+def show(rows):
+    base = {row["stage"]: row["p50"] for row in rows if row["variant"] == rows[0]["variant"]}
+    print(f"{'variant':16}{'stage':11}{'p50 s':>9}{'p95 s':>9}{rows[0]['variant'] + ' / it':>16}{'share':>8}"
           f"{'own':>6}{'peak GB':>9}{'error':>9}")
     for row in rows:
-        stage = row["stage"]
         own = f"{row['own']:6.0%}" if row["own"] else f"{'':6}"
         peak_gb = f"{row['peak'] / 1e9:9.2f}" if row["peak"] else f"{'':9}"
-        print(f"{row['variant']:12}{stage:11}{row['p50']:9.3f}{row['p95']:9.3f}{base[stage] / row['p50']:15.2f}×"
-              f"{row['share']:8.0%}{own}{peak_gb}{row['error']:9.1e}")
+        print(f"{row['variant']:16}{row['stage']:11}{row['p50']:9.4f}{row['p95']:9.4f}"
+              f"{base[row['stage']] / row['p50']:15.2f}×{row['share']:8.0%}{own}{peak_gb}{row['error']:9.1e}")
+
+
+def parse(argv):
+    """-> arguments. Raises UserError."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", help="a folder or a name of `python -m weights` (default: official configs, seeded weights)")
+    add("--size", type=int, default=512, help="side of the result in pixels, a multiple of 32")
+    add("--tile", type=int, default=32 * SanaSR.TILE, metavar="PX", help="the largest side that the networks see at "
+        "once, as in eval.py; 0: no limit (default: %(default)s)")
+    add("--batch", type=int, default=1, help="pictures at a time (default: %(default)s)")
+    add("--runs", type=int, default=3, help="timed calls of each variant (default: %(default)s)")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: %(default)s)")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32")
+    add("--threads", type=int, default=1, help="on a CPU")
+    add("--blocks", type=int, metavar="N", help="keep N blocks of the transformer, as pruning does")
+    add("--variants", default="plain,fast", metavar="LIST", help="of ours: plain, fast, inductor (plain under "
+        "torch.compile), regional (its blocks are), and on CUDA graphs, which is fast with CUDA graphs (default: "
+        "%(default)s)")
+    add("--vs", choices=["diffusers", "compiled"], help="diffusers eager, or that and compiled, on CUDA also with "
+        'graphs (mode="reduce-overhead")')
+    add("--rewrites", nargs="?", const=",".join([*fast.REWRITES, "dit"]), metavar="LIST", help="the fast path, then "
+        "the same without each of these (default: all)")
+    add("--keep-memory", action="store_true", help="as eval.py does on a CPU (Linux): memory that a tensor leaves "
+        "stays with the process; for all variants")
+    add("--floor", action="store_true", help="count every variant's own multiplications, by one more call")
+    add("--profile", action="store_true", help="on CUDA: kernels, launches and idle time of each variant")
+    add("--json", type=Path, metavar="FILE", help="write every number there, too")
+    args = parser.parse_args(argv)
+    args.device, args.variants = torch.device(args.device), args.variants.split(",")
+    if args.rewrites:
+        args.variants = ["fast"]
+    args.rewrites = args.rewrites.split(",") if args.rewrites else []
+    if args.size < 32 or args.size % 32:
+        raise UserError(f"--size {args.size} is not a multiple of 32")
+    if args.tile < 0:
+        raise UserError(f"--tile {args.tile} is negative")
+    if unknown := set(args.variants) - {"plain", "fast", "graphs", "inductor", "regional"}:
+        raise UserError(f"--variants: no variant is called {', '.join(sorted(unknown))!r}")
+    if unknown := set(args.rewrites) - {*fast.REWRITES, "dit"}:
+        raise UserError(f"--rewrites: no rewrite is called {', '.join(sorted(unknown))!r}")
+    if args.device.type != "cuda" and ("graphs" in args.variants or args.profile):
+        raise UserError("--variants graphs and --profile need --device cuda")
+    return args
+
+
+def build(args, dtype):
+    """{name: variant} of what the arguments ask for, and the plain one on the meta device, for counting."""
+    if args.model:
+        model = SanaSR.from_pretrained(args.model, args.device, dtype)
+        vae, dit, timestep = model.vae, model.dit, model.timestep
+    else:
+        vae, dit = (seeded(cls, json.loads((CONFIGS / f"{part}.config.json").read_text()), dtype, args.device)
+                    for cls, part in ((DCAE, "vae"), (LinearDiT, "transformer")))
+        timestep = 900.0
+    c = torch.randn(1, 300, dit.config["caption_channels"], generator=torch.Generator().manual_seed(1))
+    text = c.to(args.device, dtype), torch.ones(1, 300, device=args.device, dtype=torch.long)
+    if args.blocks:
+        dit.transformer_blocks = dit.transformer_blocks[:args.blocks]
+        dit.config["num_layers"] = len(dit.transformer_blocks)
+    scale, variants = vae.config["scaling_factor"], {}
+    ours = partial(Ours, text=text, timestep=timestep, scale=scale)
+    plain = ours(vae, dit)
+    if args.vs:
+        variants["diffusers"] = Diffusers(plain)
+    if args.vs == "compiled":
+        variants["compiled"] = Diffusers(plain, "default")
+        if args.device.type == "cuda":
+            variants["compiled graphs"] = Diffusers(plain, "reduce-overhead")
+    if "plain" in args.variants:
+        variants["plain"] = plain
+    if "inductor" in args.variants:
+        variants["inductor"] = compiled = ours(shared(vae), shared(dit))
+        for stage in STAGES:
+            setattr(compiled, stage, torch.compile(getattr(compiled, stage)))
+    if "regional" in args.variants:
+        variants["regional"] = regional = ours(shared(vae), shared(dit))
+        for module in (*regional.vae.modules(), *regional.dit.modules()):
+            if isinstance(module, ResBlock | EfficientViTBlock | DiTBlock):
+                module.compile()
+    for name, graphs in (("fast", False), ("graphs", True)):
+        if name in args.variants:
+            quick = fast.optimise_vae(shared(vae), graphs=graphs), fast.optimise_dit(shared(dit), graphs)
+            variants[name] = ours(*quick)
+    for name in args.rewrites:
+        others = [other for other in fast.REWRITES if other != name]
+        variants[f"no {name}"] = ours(fast.optimise_vae(shared(vae), others),
+                                      dit if name == "dit" else variants["fast"].dit)
+    return variants, Ours(shared(vae).to("meta"), shared(dit).to("meta"), [v.to("meta") for v in text], timestep, scale)
 
 
 @torch.inference_mode()
 @command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a folder or a name of `python -m weights`; by default the official configs "
-                                        "under seeded weights")
-    parser.add_argument("--size", type=int, default=512, help="side of the result in pixels, a multiple of 32")
-    parser.add_argument("--tile", type=int, default=32 * SanaSR.TILE, metavar="PX", help="the largest side that the "
-                        "networks see at once, as in eval.py; 0: no limit (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=1, help="pictures at a time (default: %(default)s)")
-    parser.add_argument("--runs", type=int, default=3, help="timed calls of each variant (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: %(default)s)")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--threads", type=int, default=1, help="on a CPU")
-    parser.add_argument("--blocks", type=int, metavar="N", help="keep N blocks of the transformer, as pruning does")
-    parser.add_argument("--variants", default="plain,fast", metavar="LIST", help="of ours: plain, fast, inductor, "
-                        "which is plain under torch.compile, and on CUDA graphs, which is fast with CUDA graphs "
-                        "(default: plain,fast)")
-    parser.add_argument("--vs", choices=["diffusers", "compiled"], help="diffusers eager, or that and compiled")
-    parser.add_argument("--rewrites", nargs="?", const=",".join([*fast.REWRITES, "dit"]), metavar="LIST",
-                        help="the fast path, then the same without each of these (default: all)")
-    parser.add_argument("--keep-memory", action="store_true", help="as eval.py does on a CPU (Linux): memory that a "
-                        "tensor leaves stays with the process; for all variants")
-    parser.add_argument("--floor", action="store_true", help="count every variant's own multiplications, by one more "
-                        "call")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there, too")
-    args = parser.parse_args(argv)
-    device, dtype, names = torch.device(args.device), DTYPES[args.dtype], args.variants.split(",")
-    if args.size < 32 or args.size % 32:
-        raise UserError(f"--size {args.size} is not a multiple of 32")
-    if args.tile < 0:
-        raise UserError(f"--tile {args.tile} is negative")
-    if unknown := set(names) - {"plain", "fast", "graphs", "inductor"}:
-        raise UserError(f"--variants {args.variants}: no variant is called {', '.join(sorted(unknown))!r}")
-    if "graphs" in names and device.type != "cuda":
-        raise UserError("--variants graphs needs --device cuda")
-    if args.rewrites:
-        names = ["fast"]
-        if unknown := set(args.rewrites.split(",")) - {*fast.REWRITES, "dit"}:
-            raise UserError(f"--rewrites {args.rewrites}: no rewrite is called {', '.join(sorted(unknown))!r}")
-
+    args = parse(argv)
+    device, dtype, tile = args.device, DTYPES[args.dtype], math.ceil(args.tile / 32) or math.inf
     torch.set_num_threads(args.threads)
     if args.keep_memory:
         fast.keep_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
-        torch.backends.cudnn.allow_tf32 = False  # fp32 as in a matrix product's default
+    set_flags()
     clock = time.process_time if device.type == "cpu" and args.threads == 1 else time.perf_counter
-    if args.model:
-        model = SanaSR.from_pretrained(args.model, device, dtype)
-        vae, dit, timestep = model.vae, model.dit, model.timestep
-    else:
-        vae, dit = (seeded(cls, json.loads((CONFIGS / f"{part}.config.json").read_text()), dtype, device)
-                    for cls, part in ((DCAE, "vae"), (LinearDiT, "transformer")))
-        timestep = 900.0
-    generator = torch.Generator().manual_seed(1)
-    c = torch.randn(1, 300, dit.config["caption_channels"], generator=generator).to(device, dtype)
-    text = c, torch.ones(1, 300, device=device, dtype=torch.long)
+    variants, plain = build(args, dtype)
+    generator = torch.Generator().manual_seed(2)
     x = (torch.rand(args.batch, 3, args.size, args.size, generator=generator) * 2 - 1).to(device, dtype)
-
-    scale = vae.config["scaling_factor"]
-    if args.blocks:
-        dit.transformer_blocks = dit.transformer_blocks[:args.blocks]
-        dit.config["num_layers"] = len(dit.transformer_blocks)
-    plain, variants = Ours(vae, dit, text, timestep, scale), {}
-    if args.vs:
-        variants["diffusers"] = Diffusers(plain)
-    if args.vs == "compiled":
-        variants["compiled"] = Diffusers(plain, compiled=True)
-    if "plain" in names:
-        variants["plain"] = plain
-    if "inductor" in names:
-        variants["inductor"] = compiled = Ours(shared(vae), shared(dit), text, timestep, scale)
-        for stage in STAGES:
-            setattr(compiled, stage, torch.compile(getattr(compiled, stage)))
-    for name, graphs in (("fast", False), ("graphs", True)):
-        if name in names:
-            variants[name] = Ours(fast.optimise_vae(shared(vae), graphs=graphs),
-                                  fast.optimise_dit(shared(dit), graphs), text, timestep, scale)
-    for name in filter(None, (args.rewrites or "").split(",")):
-        others = [other for other in fast.REWRITES if other != name]
-        variants[f"no {name}"] = Ours(fast.optimise_vae(shared(vae), others),
-                                      dit if name == "dit" else variants["fast"].dit, text, timestep, scale)
-    tile = math.ceil(args.tile / 32) or math.inf
-    counted = Ours(shared(vae).to("meta"), shared(dit).to("meta"), [v.to("meta") for v in text], timestep, scale)
-    del plain, vae, dit  # the memory of a variant that is not measured would count, too
-
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     setup = dict(device=name, threads=args.threads if device.type == "cpu" else None, torch=torch.__version__,
                  dtype=args.dtype, size=args.size, batch=args.batch, model=args.model or "official configs, seeded",
-                 clock="process CPU seconds" if clock is time.process_time else "wall seconds")
+                 clock="process CPU seconds" if clock is time.process_time else "seconds")
     print(", ".join(f"{key} {value}" for key, value in setup.items()), flush=True)
-    first = []
-    for name, variant in variants.items():  # first calls cost more: of an operator, and on a GPU or compiled of a size
-        small = device.type == "cpu" and name not in ("compiled", "inductor")
-        start = time.perf_counter()
-        first += measure({name: variant}, x[:, :, :64, :64] if small else x, 1, tile, clock, device)
-        if name in ("compiled", "inductor"):
-            print(f"{name}: first call {time.perf_counter() - start:.0f} s of wall time")
-    macs = multiplications(counted, x.to("meta"))
+    if device.type == "cpu":  # the first call of an operator costs more
+        measure(variants, x[:, :, :64, :64], 1, tile, clock)
+    macs = multiplications(plain, x.to("meta"))
     own = {name: multiplications(variant, x, tile) for name, variant in variants.items()} if args.floor else {}
-    peak = matmul_peak(dtype, device, clock)
-    rows = measure(variants, x, args.runs, tile, clock, device)
-    for row, before in zip(rows, first, strict=True):
-        if row["peak"]:
-            row["peak"] = max(row["peak"], before["peak"])  # a graph takes its memory at the first call
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    peak = n**3 / min(timed(partial(a.matmul, b), device, 5, clock)[1])
+    compiled = {"inductor", "regional"} & {*args.variants} or args.vs == "compiled"
+    rows = measure(variants, x, args.runs, tile, clock, 3 if device.type == "cuda" else int(bool(compiled)))
+    if not rows:
+        raise UserError("no variant could run")
     for row in rows:
         row["share"] = macs[row["stage"]] / row["p50"] / peak
         row["own"] = own[row["variant"]][row["stage"]] / row["p50"] / peak if own else None
     print(f"one large matrix product: {peak / 1e9:.1f} GMAC/s")
-    show(rows, variants)
+    show(rows)
     if args.json:
         write_bytes(args.json, json.dumps(setup | dict(peak_gmac_per_s=peak / 1e9, rows=rows), indent=1) + "\n")
+    for name, variant in variants.items() if args.profile else ():
+        print(f"{name}: {profiled(variant, x, tile)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,26 +4,23 @@ import json
 import subprocess
 import sys
 from copy import deepcopy
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DATA
+from conftest import DATA, ROOT, relative
 from PIL import Image
 from seeded import seeded_input, seeded_state_dict
 from tiny import tiny_model
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import eval as command
 import fast
+import fast.graphs
 import sanasr
 from lab.bench import CONFIGS, seeded
 from photos import restorer
 from sanasr import DCAE, LinearDiT, SanaSR, inject_lora
-
-
-def relative(a, b):
-    return ((a.float() - b.float()).norm() / b.float().norm()).item()
-
 
 CHANNELS_TO_SPACE = dict(  # the other kinds of block, and no block at all at full resolution
     latent_channels=32, attention_head_dim=32, upsample_block_type="pixel_shuffle",
@@ -74,6 +71,16 @@ def test_up_block(out, monkeypatch):
     plain = sanasr.UpBlock(64, out, nearest=True)
     x = seeded_input("x", (2, 64, 7, 6)).contiguous(memory_format=torch.channels_last)
     assert relative(fast.UpBlock(plain)(x), plain(x)) < 1e-6
+    assert relative(fast.FoldedUpBlock(plain)(x), plain(x)) < 1e-6  # on a GPU, where its last step is a kernel
+
+
+@torch.inference_mode()
+def test_the_low_resolutions_blocks_as_on_a_gpu():
+    """With the kernels' references."""
+    plain = seeded(lambda config: sanasr.EfficientViTBlock(64, 32, config), [3, 5], torch.float32, "cpu")
+    x = seeded_input("x", (2, 64, 7, 6))
+    quick = fast.GatedConv(plain.conv_out)(fast.MultiscaleAttention(plain.attn)(x.clone()))
+    assert relative(quick, plain(x)) < 1e-5
 
 
 @torch.inference_mode()
@@ -115,44 +122,125 @@ def test_dit(batch):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """CUDA graphs, or where there is no GPU what they do to the caller: fixed tensors, and a prompt as it was."""
-    if torch.cuda.is_available():
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-        return "cuda"
+    """(device, calls that were captured). Without a GPU a graph is the trace of one call's operators: like a CUDA graph
+    it knows nothing but the memory that they read and wrote."""
+    captured, really = [], fast.graphs.record
 
-    class Stub:
-        def __init__(self, graphed):
-            self.graphed, self.owner = graphed, graphed.f.__self__
-            self.kept = getattr(self.owner, "kept", None)
+    def record(f, inputs, clear=None):
+        captured.append(f)
+        if torch.cuda.is_available():
+            return really(f, inputs, clear)
+        present = [x for x in inputs if x is not None]
 
-        def replay(self):
-            now, self.owner.kept = getattr(self.owner, "kept", None), self.kept
-            self.graphed.y.copy_(self.graphed.f(self.graphed.x))
-            self.owner.kept = now
+        def call(*tensors):
+            tensors = iter(tensors)
+            return f(*[None if x is None else next(tensors) for x in inputs])
+        traced, result = make_fx(call)(*present), f(*inputs)
+        return SimpleNamespace(replay=lambda: result.copy_(traced(*present))), result
 
-    def capture(self, x):
-        self.x, self.y, self.graph = x.clone(), self.f(x), Stub(self)
-
-    monkeypatch.setattr(fast.Graphed, "capture", capture)
-    return "cpu"
+    monkeypatch.setattr(fast.graphs, "record", record)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    return "cuda" if torch.cuda.is_available() else "cpu", captured
 
 
 @torch.inference_mode()
-def test_graphs(graphs):
-    vae, dit = load(DCAE, "dcae_small").to(graphs), load(LinearDiT, "dit_small").to(graphs)
-    quick_vae, quick_dit = fast.optimise_vae(deepcopy(vae), graphs=True), fast.optimise_dit(deepcopy(dit), graphs=True)
-    x = [seeded_input(name, shape).to(graphs) for name, shape in dict(
-        a=(1, 3, 64, 64), b=(1, 3, 64, 64), c=(1, 3, 32, 64), d=(1, 3, 64, 64)).items()]
+def test_graphs_of_the_autoencoder(graphs):
+    device, captured = graphs
+    vae = load(DCAE, "dcae_small").to(device)
+    quick = fast.optimise_vae(deepcopy(vae), graphs=True)
+    shapes = (64, 64), (64, 64), (32, 64), (64, 64), (64, 64), (32, 64), (32, 64)
+    x = [seeded_input(str(i), (1, 3, *shape)).to(device) for i, shape in enumerate(shapes)]
     z = [vae.encode(part) for part in x]
-    for ours, plain in zip([quick_vae.encode(part) for part in x], z, strict=True):  # all first: no result is lost
+    for ours, plain in zip([quick.encode(part) for part in x], z, strict=True):  # all first: no result is lost
         assert relative(ours, plain) < 1e-5
-    for ours, part in zip([quick_vae.decode(part) for part in z], z, strict=True):
+    for ours, part in zip([quick.decode(part) for part in z], z, strict=True):
         assert relative(ours, vae.decode(part)) < 1e-5
-    a, b = (seeded_input(name, (1, 7, dit.config["caption_channels"])).to(graphs) for name in ("tree", "house"))
-    t, mask = torch.full((1,), 900.0, device=graphs), torch.ones(1, 7, device=graphs)
-    for prompt, width in ((a, 6), (b, 6), (b, 5), (a, 5)):  # another prompt, another graph
-        part = seeded_input("z", (1, dit.config["in_channels"], 4, width)).to(graphs)
-        assert relative(quick_dit(part, t, prompt, mask), dit(part, t, prompt, mask)) < 1e-5
+    assert len(captured) == 4  # encoder and decoder, each for both shapes
+
+
+@torch.inference_mode()
+def test_graphs_of_the_transformer_serve_all_prompts_and_timesteps(graphs):
+    device, captured = graphs
+    dit = load(LinearDiT, "dit_small").to(device)
+    quick, channels = fast.optimise_dit(deepcopy(dit), graphs=True), dit.config["caption_channels"]
+    texts = [(seeded_input(name, (1, n, channels)).to(device), torch.ones(1, n, device=device))
+             for name, n in (("tree", 7), ("house", 9), ("", 2))]
+    texts[2][1].zero_()  # masked as a whole: attention is uniform, over its own two tokens
+    z, e = (seeded_input(name, (1, n, 4, 6)).to(device) for name, n in (("z", dit.config["in_channels"]), ("e", 64)))
+    for width, condition, prompts, times in ((6, False, "0122", [900]), (5, True, "010101", [900, 300, 300]),
+                                             (6, False, "2", [100])):
+        for t in times:
+            for i in prompts:
+                x = z[..., :width], torch.full((1,), t, device=device), *texts[int(i)]
+                x = *x, e[..., :width] if condition else None
+                assert relative(quick(*x), dit(*x)) < 1e-5
+    assert len(captured) == 2  # two sizes, one with a condition
+    assert quick.made == {"text": 6, "time": 3}  # 0, 1, 2, then 0 and 1 alternate, then 2; 900, 300, 100
+
+
+@torch.inference_mode()
+def test_graphs_that_were_not_used_of_late_are_dropped(graphs, monkeypatch):
+    monkeypatch.setattr(fast.graphs, "KEEP", 2)
+    device, captured = graphs
+    double = fast.Graphed(lambda x: 2 * x)
+    for n in (1, 1, 2, 2, 1, 3, 3, 2, 1, 1, 2, 2):  # 3 takes the place of 2
+        assert torch.equal(double(torch.full((n,), n, device=device)), torch.full((n,), 2 * n, device=device))
+    assert len(captured) == 4 and len(double.graphs) == len(double.buffers) == 2
+
+
+@torch.inference_mode()
+def test_where_no_graph_can_be_captured_it_says_so_once(monkeypatch, capsys):
+    def record(f, inputs, clear=None):
+        raise RuntimeError("operation not\npermitted")
+    monkeypatch.setattr(fast.graphs, "record", record)
+    double = fast.Graphed(lambda x: 2 * x, at_once=True)
+    assert all(torch.equal(double(torch.ones(n)), 2 * torch.ones(n)) for n in (1, 1, 2, 2))
+    assert capsys.readouterr().err.count("no CUDA graph, so kernels are launched one by one, which is slower: "
+                                         "operation not permitted\n") == 1
+
+
+def test_a_training_whose_step_is_a_graph_is_the_same(monkeypatch):
+    """A graph as it behaves towards its caller: it reads and writes the memory of its capture."""
+    captured = []
+
+    def record(f, inputs, clear=None):
+        f(*inputs)
+        clear()
+        assert all(p.grad is None for p in network.parameters())
+        values, gradients = f(*inputs), [p.grad for p in network.parameters()]
+        captured.append(f)
+
+        def replay():
+            found = f(*inputs)
+            for name in values:
+                values[name].copy_(found[name])
+            for p, memory in zip(network.parameters(), gradients, strict=True):
+                memory.copy_(p.grad)
+                p.grad = memory
+        return SimpleNamespace(replay=replay), values
+
+    def loss(batch):
+        error = (network(batch["x"]) - batch["y"]).square().mean()
+        return {"loss": error, "twice": 2 * error}
+    monkeypatch.setattr(fast.graphs, "record", record)
+    found = []
+    for graph in (True, False):
+        torch.manual_seed(0)
+        network, values = torch.nn.Linear(3, 2), []
+        optimizer = torch.optim.SGD(network.parameters(), 0.1)
+        backward = fast.graphs.graphed_backward(loss, network.parameters())
+        for i, n in enumerate((4, 4, 4, 2, 4)):
+            batch = {"x": seeded_input(f"x{i}", (n, 3)), "y": seeded_input(f"y{i}", (n, 2)), "names": ["a"]}
+            if graph:
+                values.append(backward(batch))
+            else:
+                optimizer.zero_grad()
+                values.append(loss(batch))
+                values[-1]["loss"].backward()
+            optimizer.step()
+        found.append([[v[name].item() for v in values] for name in ("loss", "twice")] + [network.weight.detach()])
+    assert found[0][:2] == found[1][:2] and torch.equal(found[0][2], found[1][2])
+    assert len(captured) == 3  # another shape takes the graph's place
 
 
 def test_adapters_must_be_merged():
@@ -187,6 +275,17 @@ def test_eval_restores_by_the_rewrites_unless_told_otherwise(tmp_path, monkeypat
     assert max(abs(a - b) for a, b in zip(*pictures, strict=True)) <= 1
 
 
+def test_auto_means_graphs_on_a_gpu(monkeypatch):
+    found = []
+    monkeypatch.setattr(fast, "is_linearsr", lambda *args: False)
+    monkeypatch.setattr(SanaSR, "from_pretrained", lambda *args: "model")
+    monkeypatch.setattr(fast, "keep_memory", lambda: None)
+    monkeypatch.setattr(fast, "optimise", lambda model, graphs: found.append(graphs))
+    for device, choice in (("cpu", "auto"), ("cuda", "auto"), ("cuda", "on"), ("cuda", "off"), ("mps", "auto")):
+        fast.load_model("model", device, fast=choice)
+    assert found == [False, True, True]
+
+
 @pytest.mark.slow
 @torch.inference_mode()
 def test_official_size():
@@ -219,6 +318,6 @@ for i in range(12):  # 64 MB each
     if i == 4: before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(1 << 24)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
-    faults = [int(subprocess.run([sys.executable, "-c", code.format(keep=keep)], cwd=Path(fast.__file__).parent,
+    faults = [int(subprocess.run([sys.executable, "-c", code.format(keep=keep)], cwd=ROOT,
                                  check=True, capture_output=True).stdout) for keep in (False, True)]
     assert faults[1] < faults[0] / 2, "pages that the kernel had to provide for the last eight tensors"

@@ -1,46 +1,81 @@
-"""The rehearsal of lab.gpu: every part on a CPU, tiny, so that a mistake does not cost the run on a real GPU."""
-import importlib.util
+"""lab.gpu: a rehearsal on a CPU, tiny, so that a mistake does not cost the run on a real GPU; and the goldens there."""
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import DATA, ROOT, relative
+from safetensors.torch import load_file
+from seeded import seeded_state_dict
 
-ROOT = Path(__file__).resolve().parent.parent
-# what a CPU cannot do is a row that says so
-EXPECTED = {("bench", "graphs"), ("bench", "diffusers")}
+from lab import gpu
+from sanasr import DCAE, Gemma2, LinearDiT
 
 
-def test_rehearsal(tmp_path):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "lab.gpu", "--out", tmp_path, "--rehearse"]
-    if importlib.util.find_spec("triton") is None:
-        command += ["--parts", "goldens,bench,train,prune,carried"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+@pytest.mark.parametrize("what, names, env", [
+    ("correctness", ["linear_attention fp32", "pictures fp32, fast on"], {}),
+    ("timings", ["card", "stages 512", "kernels"], {}),
+    ("training", ["model", "train", "prune"], {"OMP_NUM_THREADS": "1"})])
+def test_rehearsal(what, names, env, tmp_path):
+    command = [sys.executable, "-m", "lab.gpu", what, "--out", tmp_path, "--rehearse", "--only", *names]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    content, text = json.loads((tmp_path / "gpu.json").read_text()), (tmp_path / "gpu.md").read_text()
-    assert content["about"]["device"] == "no GPU" and text.startswith("# A rehearsal on a CPU")
-    problems = {(name, row["what"]): row["problem"] for name, part in content["parts"].items() for row in part["rows"]
-                if "problem" in row}
-    assert set(problems) <= EXPECTED, problems
-    assert "needs --device cuda" in problems["bench", "graphs"]
-    for name, part in content["parts"].items():
-        assert any("problem" not in row for row in part["rows"]) and f"## {name}" in text
-    assert not (tmp_path / "work").exists()
+    lines, text = json.loads((tmp_path / "gpu.json").read_text())["lines"], (tmp_path / "gpu.md").read_text()
+    assert text.startswith("# A rehearsal on a CPU") and all(f"## {name}" in text for name in names)
+    for name in set(names) - {"card"}:
+        assert lines[name]["printed"] and not lines[name]["problem"], lines[name]
+    assert set(lines) == set(names) and set(tmp_path.iterdir()) == {tmp_path / "gpu.json", tmp_path / "gpu.md"}
 
 
-def test_an_unknown_part_is_named(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "lab.gpu", "--out", tmp_path, "--parts", "nothing"], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr == "error: --parts nothing: no part is called 'nothing'\n"
+def test_a_good_result_outlives_a_failure_and_each_line_is_ended_at_its_time(tmp_path, monkeypatch):
+    def lines_of(what, scratch, rehearse):
+        return [gpu.Line(name, 1, [["-c", c]]) for name, c in (("a", code), ("b", "print(5)"))]
+    monkeypatch.setattr(gpu, "lines_of", lines_of)
+    for code, shown, since in (("print(7)", "7", None), ("raise ValueError(8)", "7", "exit code 1"),
+                              ("import time; time.sleep(99)", "7", "its time was up"), ("print(9)", "9", None)):
+        monkeypatch.setitem(gpu.SECONDS, "timings", 0.2 if "sleep" in code else 9)
+        assert gpu.main(["timings", "--out", str(tmp_path), "--rehearse"]) == 0
+        lines = json.loads((tmp_path / "gpu.json").read_text())["lines"]
+        assert lines["a"]["printed"] == [shown] and (lines["a"].get("since") or "").startswith(since or "")
+        assert bool(lines["a"].get("since")) == bool(since) and lines["b"]["printed"] == ["5"]
+
+
+def test_an_unknown_line_is_named(tmp_path):
+    with pytest.raises(SystemExit, match="error: --only nothing: no such line; there are card, stages 512,"):
+        gpu.main(["timings", "--out", str(tmp_path), "--rehearse", "--only", "nothing"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 def test_without_a_gpu_it_says_so(tmp_path):
-    command = [sys.executable, "-m", "lab.gpu", "--out", tmp_path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "finds no NVIDIA GPU here; --rehearse" in done.stderr
+    with pytest.raises(SystemExit, match="finds no NVIDIA GPU here; --rehearse"):
+        gpu.main(["timings", "--out", str(tmp_path)])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif("SANASR_GOLDENS" not in os.environ, reason="`python -m lab.gpu correctness` runs it, on a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cls, name", [(DCAE, "dcae_small"), (LinearDiT, "dit_small"), (Gemma2, "gemma2_small")])
+@torch.inference_mode()
+def test_goldens(cls, name, dtype, monkeypatch):
+    """Allowed are in bf16 twice the official code's own error, in fp32 ten times the CPU's."""
+    allowed = {DCAE: (1e-4, 2.3e-2, None), LinearDiT: (1e-4, 1.7e-2, 5e-3), Gemma2: (1e-3, 7.4e-2, None)}[cls]
+    allowed = allowed[[torch.float32, torch.bfloat16, torch.float16].index(dtype)]
+    if allowed is None:
+        pytest.skip("not in float16")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    device, manifest = os.environ["SANASR_GOLDENS"], json.loads((DATA / "model" / f"{name}.json").read_text())
+    model = cls(manifest["config"])
+    model.load_state_dict(seeded_state_dict(manifest["tensors"]), strict=True)
+    model = model.to(device, dtype).eval()
+    data = {key: value.to(device, dtype if key[0] in "xzc" else None)
+            for key, value in load_file(DATA / "model" / f"{name}.safetensors").items()}
+    if cls is DCAE:
+        pairs = [(model.encode(data["x0"]), data["z0"]), (model.decode(data["z0"]), data["y0"])]
+    elif cls is LinearDiT:
+        pairs = [(model(data["z0"], data["t0"], data["c0"], data["mask0"]), data["y0"])]
+    else:
+        kept = data["mask0"].bool()
+        pairs = [(model(data["ids0"], data["mask0"])[kept], data["y0"][kept])]
+    assert all(relative(ours, golden) <= allowed for ours, golden in pairs)

@@ -5,22 +5,16 @@ import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, relative
 from torch.torch_version import TorchVersion as Version
 
 import kernels
 from kernels.dispatch import INTERPRET, device_obstacle
-
-ROOT = Path(__file__).parent.parent
-
-
-def relative(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 def ffn_weights(C, H, dtype=torch.float32):
@@ -153,6 +147,11 @@ W = torch.zeros(4)
         (lambda: kernels.add_rms_norm_(X, X, W, W.int(), 1e-5), "bias must have a floating dtype, got torch.int32"),
         (lambda: kernels.add_rms_norm_(X, X, W.to("meta"), W, 1e-5), "weight is on meta"),
         (lambda: kernels.add_rms_norm_(X, X, W, W.clone().requires_grad_(), 1e-5), "add_rms_norm_ has no gradient"),
+        (lambda: kernels.bias_silu_(X, W[:3]), r"bias is \(3,\), h \(1, 6, 4\)"),
+        (lambda: kernels.bias_silu_(X, W.half()), "bias is torch.float16"),
+        (lambda: kernels.bias_silu_(X.clone().requires_grad_(), W), "bias_silu_ has no gradient"),
+        (lambda: kernels.join_up_block(X, X[None], W, 1), r"y is \(1, 6, 4\), x \(1, 1, 6, 4\)"),
+        (lambda: kernels.join_up_block(torch.zeros(1, 2, 7, 4, 4), X[None], W, 2), "repeats = 2 does not make 4"),
     ],
 )
 def test_bad_input(call, words):
@@ -179,10 +178,10 @@ def test_the_reason_is_said_once_and_only_where_it_matters(choice, lines):
 def test_bench_counts_and_checks(capsys, monkeypatch):
     from kernels import bench
 
-    ((moved, flop),) = bench.LinearAttention.operations(2, 4, 3, 0, 0, 2, backward=False)
+    ((moved, flop),) = bench.OPS["linear_attention"].counts(2, 4, 3, 0, 0, 2, backward=False)
     assert moved == 4 * 2 * 16 * 3 * 32 * 2 and flop == 2 * 2 * (2 * 16 * 3 * 32 * 32)
     bench.check(bench.OPS, torch.float32, "cpu", "torch")
-    assert capsys.readouterr().out.count(" ok") == 4
+    assert capsys.readouterr().out.count(" ok") == len(bench.OPS)
     monkeypatch.setitem(bench.TOLERANCE, torch.float32, 1e-9)
     with pytest.raises(SystemExit):
         bench.check(["linear_attention"], torch.float32, "cpu", "torch")

@@ -1,19 +1,30 @@
 """Every Triton kernel in every configuration, compiled for sm_80, sm_89 and sm_90 without a GPU: no register may spill,
 and shared memory must fit the card."""
 
+import json
 import re
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia import compiler as nvidia  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from triton.compiler import ASTSource, make_backend  # noqa: E402
+from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 
+import fast  # noqa: E402
+import kernels  # noqa: E402
+from kernels import dispatch  # noqa: E402
+from kernels.dcae import BLOCK_C as TILE_C  # noqa: E402
+from kernels.dcae import PIXELS, _bias_silu, _join_up_block  # noqa: E402
+from kernels.dcae import WARPS as DCAE_WARPS  # noqa: E402
 from kernels.dispatch import INTERPRET  # noqa: E402
 from kernels.linear_attention import (  # noqa: E402
     SIZES,
@@ -27,6 +38,8 @@ from kernels.linear_attention import (  # noqa: E402
 from kernels.mix_ffn import BLOCK_C, COLS, WARPS, _backward_input, _gate  # noqa: E402
 from kernels.rms_norm import MAX_C, _add_rms_norm, tile  # noqa: E402
 from kernels.rms_norm import WARPS as NORM_WARPS  # noqa: E402
+from lab.bench import CONFIGS  # noqa: E402
+from sanasr import DCAE, LinearDiT  # noqa: E402
 
 CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
 pytestmark = [
@@ -39,7 +52,7 @@ POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf1
 DOT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 GATE = {"BLOCK_C": BLOCK_C, "COLS": COLS, "num_warps": WARPS}
 FLOAT32 = ("state", "dstate", "dweight")  # pointers to float32 whatever the inputs are
-POINTERS = {"q", "k", "v", "g", "out", "dq", "dk", "dv", "u", "weight", "bias", "dy", "dp", "du", "x", "y", *FLOAT32}
+POINTERS = {*FLOAT32, *"q k v g out dq dk dv u weight bias dy dp du x y h".split()}
 
 
 def resources(kernel, dtype, arch, constants, strided=False):
@@ -132,6 +145,86 @@ def test_add_rms_norm_fits(arch, dtype):
         rows, channels = tile(C)
         constants = {"ROWS": rows, "BLOCK_C": channels, "num_warps": NORM_WARPS}
         assert faults(_add_rms_norm, dtype, arch, constants) == []
+
+
+@pytest.mark.parametrize("arch", SHARED)
+@pytest.mark.parametrize("dtype", POINTER)
+def test_dcae_fits(arch, dtype):
+    constants = {"PIXELS": PIXELS, "BLOCK_C": TILE_C, "num_warps": DCAE_WARPS}
+    assert faults(_bias_silu, dtype, arch, constants) == []
+    for repeats in (0, 1, 2, 4):
+        assert faults(_join_up_block, dtype, arch, {"REPEATS": repeats, **constants}) == []
+
+
+def test_another_picture_size_compiles_nothing(monkeypatch):
+    """What the launchers would have Triton compile, by its own key, for batches and pictures of many sizes."""
+    variants, backend = set(), make_backend(GPUTarget("cuda", 90, 32))
+
+    def run(kernel, *args, grid, warmup, **options):
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        _, specialization, options = bind(*args, **options)
+        variants.add((kernel.fn.__name__, str(specialization), str(options)))
+    monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(dispatch, "device_obstacle", lambda kind, index=None: None)
+    for B, height, width in ((1, 1, 1), (1, 16, 16), (1, 17, 23), (2, 32, 1), (3, 44, 44), (16, 8, 25), (1, 128, 64)):
+        for dtype in POINTER:
+            def tensor(*shape, dtype=dtype):
+                return torch.zeros(shape, dtype=dtype, requires_grad=True)
+            out = kernels.linear_attention(*tensor(B, height * width, 3, 2, 32).unbind(2))
+            out.backward(torch.zeros_like(out))
+            out = kernels.depthwise_gate(tensor(B, height * width, 96), height, width, tensor(96, 1, 3, 3), tensor(96))
+            out.backward(torch.zeros_like(out))
+            with torch.no_grad():
+                x, w = tensor(B, height, width, 32), tensor(32)
+                kernels.add_rms_norm_(x, tensor(B, height, width, 32), w, w, 1e-5)
+                kernels.bias_silu_(x, w)
+                kernels.join_up_block(tensor(B, height + 1, width + 1, 4, 32), x, w, 4)
+    assert len(variants) == 10 * len(POINTER)  # four of attention, three of the gate, three of DC-AE
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that start a kernel: all but views and allocations; two for a convolution with a bias."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if not (function.is_view or "empty" in name or name in ("_unsafe_view", "detach")):
+            self.count += 2 if name == "convolution" and args[2] is not None else 1
+        return function(*args, **kwargs or {})
+
+
+def test_launches_at_512(monkeypatch):
+    """Kernels that encoder, transformer and decoder of official size start on a GPU, counted on the meta device."""
+    def single(x, *args, **kwargs):  # one kernel on a GPU, several operators on the meta device
+        mode.count += 1
+        return torch.empty_like(x)
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **options: setattr(mode, "count", mode.count + 1))
+    monkeypatch.setattr(dispatch, "device_obstacle", lambda kind, index=None: None)
+    monkeypatch.setattr(F, "rms_norm", single)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", single)
+    found, mode = {}, Launches()
+    for name, rewrite in (("plain", False), ("fast", True)):
+        vae, dit = (seeded_meta(cls, part) for cls, part in ((DCAE, "vae"), (LinearDiT, "transformer")))
+        if rewrite:
+            vae, dit = fast.optimise_vae(vae), fast.optimise_dit(dit)
+            monkeypatch.setattr(torch, "equal", lambda a, b: True)
+        x, z, t, c, mask = (torch.empty(1, *shape, device="meta", dtype=torch.bfloat16)
+                            for shape in ((3, 512, 512), (32, 16, 16), (), (300, 2304), (300,)))
+        calls = partial(vae.encode, x), partial(dit, z, t, c, mask), partial(vae.decode, z)
+        found[name] = []
+        for call in calls:
+            with torch.inference_mode():
+                call()  # keeps what depends on text and timestep
+                mode = Launches()
+                with mode:
+                    call()
+            found[name].append(mode.count)
+    assert found == {"plain": [237, 809, 263], "fast": [147, 423, 167]}
+
+
+def seeded_meta(cls, part):
+    with torch.device("meta"):
+        return cls(json.loads((CONFIGS / f"{part}.config.json").read_text())).to(torch.bfloat16).requires_grad_(False)
 
 
 def test_the_check_can_fail():

@@ -8,10 +8,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [  # each module may import, at the top or within a function, what stands in a line above its own
-    ["kernels.dispatch", "weights", "photos", "photos.pictures"],
+    ["kernels.dispatch", "kernels.timer", "weights", "photos", "photos.pictures"],
     ["weights.configs", "weights.dtypes", "weights.files", "photos.restorer"],
     ["runs"],
-    ["kernels.linear_attention", "kernels.mix_ffn", "kernels.rms_norm", "fast.winograd"],
+    ["kernels.dcae", "kernels.linear_attention", "kernels.mix_ffn", "kernels.rms_norm", "fast.winograd", "fast.graphs"],
     ["kernels"],
     ["sanasr", "photos.degrade", "photos.swin"],
     ["photos.tagger", "linearsr"],

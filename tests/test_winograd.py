@@ -3,16 +3,12 @@ from copy import deepcopy
 
 import pytest
 import torch
+from conftest import relative
 from seeded import seeded_input
 
 import fast
 from fast import winograd
 from fast.winograd import winograd_conv3x3
-
-
-def relative(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
-
 
 SHAPES = [(1, 64, 1, 1), (1, 64, 6, 7), (3, 64, 8, 16), (2, 64, 40, 24), (1, 64, 4, 1100)]
 
