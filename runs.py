@@ -46,7 +46,9 @@ def command(main):
         try:
             return main(argv)
         except (UserError, OSError, ValueError, weights.Unavailable) as error:
-            raise UserError(f"{one_line(error).rpartition(' OSError: ')[2]}")  # of a loader's traceback the last line
+            sys.exit(f"error: {one_line(error).rpartition(' OSError: ')[2]}")  # of a loader's traceback the last line
+        except KeyboardInterrupt:
+            sys.exit(130)
     return run
 
 
@@ -312,8 +314,9 @@ class Signals:
     A second signal raises KeyboardInterrupt at once.
     """
 
+    caught = 0
+
     def __enter__(self):
-        self.caught = 0
         self.before = {s: signal.signal(s, self) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 

@@ -7,8 +7,10 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
@@ -25,6 +27,36 @@ def external(variable, *parts):
     if not path.exists():
         pytest.skip(f"needs {'/'.join(parts) or 'data'} in the folder named by {variable}")
     return path
+
+
+def noise(*shape, seed=0, dtype=torch.float64):
+    """Unit-normal values, the same ones for the same seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def relative(a, b):
+    """‖a − b‖ / ‖b‖"""
+    return ((a - b).norm() / b.norm()).item()
+
+
+def save_photo(path, width, height, seed):
+    """A smooth random picture of any size, written in the format of its suffix."""
+    rgb = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rgb).resize((width, height), Image.BICUBIC).save(path)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """Five photos in nested folders, a duplicate, a small one, a broken one and a text."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i, name in enumerate(["a.png", "b.webp", "deep/er/c.jpg", "deep/d.png", "e.PNG"]):
+        save_photo(folder / name, 128 + 8 * i, 112, i)
+    (folder / "copy.png").write_bytes((folder / "a.png").read_bytes())
+    save_photo(folder / "small.png", 95, 300, 9)
+    (folder / "broken.jpg").write_bytes(b"not a picture")
+    (folder / "notes.txt").write_text("no picture at all")
+    return folder
 
 
 @pytest.fixture(scope="session")
