@@ -176,7 +176,7 @@ def room(dit, keep=None, budget=None):
     assert len(set(sizes)) == 1, f"blocks of different sizes, {sorted(set(sizes))}: greedy would not be exact"
     count, size, total = len(sizes), sizes[0], sum(p.numel() for p in dit.parameters())
     if budget is not None:
-        keep = count - math.ceil((total - min(total, budget)) / size)
+        keep = max(0, count - math.ceil((total - min(total, budget)) / size))
     keep = max(2, round(KEPT * count)) if keep is None else keep
     if not 2 <= keep < count:
         raise ValueError(f"{keep} of {count} blocks: the first and the last are kept, and one is dropped at least: "
