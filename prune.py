@@ -16,7 +16,6 @@ saliency.csv and saliency.png, calibration.pt (F: with --resume another score, �
 --compare adds compare.csv and oracle.csv, --validate adds validation.csv, --heal the model healed/ beside the pruned.
 """
 import argparse
-import math
 import os
 import shutil
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import train
@@ -43,7 +43,6 @@ from runs import (
     check_ranges,
     claimed,
     command,
-    curves,
     load_state,
     resolve_device,
     save_state,
@@ -68,11 +67,10 @@ class Fisher:
     """Accumulates Σ_k ω(t_k)·(∂L_cal/∂w)² for every parameter of the blocks, in float32.
 
     A gradient is squared and freed as soon as the backward pass has it: no more than one block's are in memory.
-    `sums`: {key: tensor}; `weight`: ω(t_k) of the current sample.
     """
 
     def __init__(self, dit):
-        self.weight, self.sums = 0.0, {}
+        self.weight, self.sums = 0.0, {}  # ω(t_k) of the current sample; {key: tensor}
         for key, p in dit.transformer_blocks.requires_grad_(True).named_parameters():
             self.sums[key] = torch.zeros_like(p, dtype=torch.float32, memory_format=torch.contiguous_format)
             p.register_post_accumulate_grad_hook(partial(self.add, self.sums[key]))
@@ -83,10 +81,9 @@ class Fisher:
 
 
 class Calibration:
-    """The samples, and all that L_cal of one needs but the network that is pruned."""
+    """The samples, and all that L_cal of one needs but the network that is pruned. Fills in args.lpips."""
 
     def __init__(self, args, model, data):
-        """model: SanaSR, whose autoencoder and prompts are used; data: `TrainingData`. Fills in args.lpips."""
         prior = LinearDiT.from_pretrained(model.folder / "transformer", model.dtype, args.device)
         model.vae.decoder.checkpointing = args.checkpointing != "none"
         model.dit.checkpointing = prior.checkpointing = args.checkpointing == "all"
@@ -107,10 +104,9 @@ class Calibration:
 
 
 def calibrate(args, dit, calibration, settings, every=50):
-    """F over `args.steps` samples, {key within transformer_blocks: tensor}.
+    """F over `args.steps` samples, {key within transformer_blocks: tensor}; its sums are kept in calibration.pt.
 
-    Resumes from calibration.pt, which is saved every `every` steps. Ends the command where a signal interrupts it.
-    Raises UserError where calibration.pt is damaged, or of other settings.
+    Raises UserError where those do not fit. A signal saves them and ends the command.
     """
     path, step, fisher, f = args.out / "calibration.pt", 0, Fisher(dit), in_float32(dit)
     if args.resume and path.exists():
@@ -128,7 +124,7 @@ def calibrate(args, dit, calibration, settings, every=50):
     with Signals() as signals, tqdm(total=args.steps, initial=step, desc="calibrating", dynamic_ncols=True) as bar:
         for batch in calibration.samples(step, args.steps, signals):
             loss, fisher.weight = calibration_loss(calibration.update(f, batch=batch)), omega(batch["t"].item())
-            if not math.isfinite(loss.item()):
+            if not loss.isfinite():
                 raise UserError(f"step {step + 1}: loss {loss.item():g} on {batch['name'][0]}; the last save is whole")
             loss.backward()
             step += 1
@@ -176,7 +172,7 @@ def room(dit, keep=None, budget=None):
     assert len(set(sizes)) == 1, f"blocks of different sizes, {sorted(set(sizes))}: greedy would not be exact"
     count, size, total = len(sizes), sizes[0], sum(p.numel() for p in dit.parameters())
     if budget is not None:
-        keep = max(0, count - math.ceil((total - min(total, budget)) / size))
+        keep = max(0, count + int((min(total, budget) - total) // size))
     keep = max(2, round(KEPT * count)) if keep is None else keep
     if not 2 <= keep < count:
         raise ValueError(f"{keep} of {count} blocks: the first and the last are kept, and one is dropped at least: "
@@ -197,13 +193,23 @@ def with_blocks(dit, kept):
 
 def link_parts(source, out):
     """Put vae/, text_encoder/, tokenizer/ and scheduler/ of `source` into `out`, as hard links or copies."""
-    for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
-        for path in sorted((source / part).glob("*")):
-            with atomically(out / part / path.name) as temporary:
-                try:
-                    os.link(path.resolve(), temporary)  # the Hub's cache holds links into its store
-                except OSError:
-                    shutil.copyfile(path, temporary)
+    for path in [p for part in ("vae", "text_encoder", "tokenizer", "scheduler") for p in (source / part).glob("*")]:
+        with atomically(out / path.parent.name / path.name) as temporary:
+            try:
+                os.link(path.resolve(), temporary)  # the Hub's cache holds links into its store
+            except OSError:
+                shutil.copyfile(path, temporary)
+
+
+def chart(scores, kept):
+    """A bar chart of the scores: kept blocks blue, dropped ones grey."""
+    canvas = Image.new("RGB", (30 * len(scores) + 10, 230), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, score in enumerate(scores):
+        x, top = 30 * i + 10, 210 - 200 * score / max(*scores, 1e-300)
+        draw.rectangle((x, top, x + 20, 210), "#1040c0" if i in kept else "#c0c0c0")
+        draw.text((x + 10, 214), str(i), "black", anchor="ma")
+    return canvas
 
 
 def write_model(args, model, scores, kept, about):
@@ -214,7 +220,7 @@ def write_model(args, model, scores, kept, about):
     save_module(pruned, args.out / "transformer", metadata=about)
     rows = [{"block": i, "score": s, "rank": order.index(i) + 1, "kept": int(i in kept)} for i, s in enumerate(scores)]
     write_csv(args.out / "saliency.csv", list(rows[0]), rows)
-    write_bytes(args.out / "saliency.png", png(curves([r | {"step": r["block"]} for r in rows], ["score", "kept"])))
+    write_bytes(args.out / "saliency.png", png(chart(scores, kept)))
     before, after = (sum(p.numel() for p in dit.parameters()) / 1e6 for dit in (model.dit, pruned))
     print(f"{len(kept)} of {len(scores)} blocks kept: {after:.2f} of {before:.2f} M parameters; dropped "
           f"{', '.join(str(i) for i in range(len(scores)) if i not in kept)}; {args.out}")
@@ -248,21 +254,20 @@ def mean_losses(calibration, networks, first, count, what):
     with tqdm(total=count * len(networks), desc=what, dynamic_ncols=True) as bar:
         for batch in calibration.samples(first, first + count):
             of_prior = calibration.update(calibration.f0, batch=batch)
-            z_l, q_h = of_prior.z_l, of_prior.q_h  # the same for every network
             for name, dit in networks.items():
                 update = calibration.update(in_float32(dit), batch=batch)
-                update.z_l, update.q_h = z_l, q_h
+                update.z_l, update.q_h = of_prior.z_l, of_prior.q_h  # the same for every network
                 totals[name] += calibration_loss(update).item() / count
                 bar.update()
     return totals
 
 
 def compare(args, calibration, dit, fisher, keep):
-    """Compare every score with an oracle: the increase of the loss without each block. Extends the paper's Table 6.
+    """Compare every score with an oracle, the increase of the loss without each block. Extends the paper's Table 6.
 
-    The loss is L_cal on `args.samples` samples that the calibration did not draw. Writes oracle.csv (block by block)
-    and compare.csv (score by score: Spearman's ρ with the oracle over the blocks that may be dropped, the mean loss of
-    the pruned network and the kept set), the paper's score for ε_p from 1e-12 to 1e-2 among them.
+    The loss is L_cal of `args.samples` samples that the calibration did not draw. Writes oracle.csv (block by block)
+    and compare.csv: of every score, and of the paper's for ε_p from 1e-12 to 1e-2, Spearman's ρ with the oracle over
+    the blocks that may be dropped, the blocks that it keeps, and the loss of that network.
     """
     first, every = args.steps, tuple(range(len(dit.transformer_blocks)))
     without = [tuple(k for k in every if k != i) for i in every]
@@ -276,7 +281,6 @@ def compare(args, calibration, dit, fisher, keep):
               [{"block": i, "loss_increase": oracle[i]} | {k: scores[k][i] for k in scores} for i in every])
     scores = {"oracle": oracle} | scores | {
         f"paper, eps_p 1e{k}": block_scores(dit, "paper", fisher, 10.0 ** k) for k in range(-12, -1)}
-
     sets = {name: tuple(choose(values, keep)) for name, values in scores.items()}
     networks = {kept: with_blocks(dit, kept) for kept in sets.values()}
     networks["mask"] = masked(dit, sum(p.numel() for p in networks[sets["oracle"]].parameters()))
@@ -321,9 +325,9 @@ def mean_scores(args, pairs, model, adapter=None):
     tagger = args.tags if args.tags in ("ram", "dape") else "none"
     prompts = find_tags(tagger, [p.name for p in pairs], lambda i: bicubic(read_rgb(pairs[i].lr)), args.device)
     model = load_model(model, args.device, DTYPES[args.dtype], adapter, "auto")
-    row = mean(evaluate(model, pairs, pick(args.metrics, True), device=args.device, prompts=prompts,
-                        suffix=args.suffix, timestep=args.timestep))
-    return {name: value for name, value in row.items() if name != "image"}
+    rows = evaluate(model, pairs, pick(args.metrics, True), device=args.device, prompts=prompts, suffix=args.suffix,
+                    timestep=args.timestep)
+    return {name: value for name, value in mean(rows).items() if name != "image"}
 
 
 def relative_drop(metric, before, after):
@@ -360,7 +364,6 @@ def validate(args):
 def prune(args):
     """The whole run, as the module's docstring says. Returns the exit code."""
     torch.backends.cudnn.deterministic = True
-
     # the network, with its adapter merged
     own = weights.folder(args.model, DTYPES[args.dtype]) / "adapter.safetensors"
     adapter = args.adapter or (own if own.is_file() else "none")
@@ -403,9 +406,8 @@ def prune(args):
 def parser():
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1],
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_options(p.add_argument_group("photos").add_argument)
-    group = p.add_argument_group("the pruned model")
-    add, size = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    add, size = p.add_argument, p.add_mutually_exclusive_group().add_argument
+    add_data_options(add)
     add("--model", default="embedded", metavar="NAME|FOLDER", help="see `python -m weights`")
     add("--adapter", metavar="PATH", help="LoRA weights to merge (default: the model's own, if it has any; none: none)")
     add("--out", type=Path, default=Path("runs/pruned"), metavar="DIR")
@@ -414,14 +416,12 @@ def parser():
     size("--budget", type=float, metavar="N", help="keep what fits into N parameters of the whole transformer")
     add("--saliency", choices=list(SALIENCIES), default="paper")
     add("--eps-p", type=float, default=1e-8, metavar="ε", help="of the paper's score")
-    add = p.add_argument_group("the calibration").add_argument
     add("--steps", type=int, default=400, help="samples of the calibration")
     add("--protocol", choices=["hq", "lq"], help="as in train.py (default: the adapter's, else hq)")
     add("--timestep", type=float, metavar="N", help="τ in (0, 1000] (default: the adapter's, else the protocol's)")
     add("--lpips", choices=["vgg", "alex"], help="network of the LPIPS loss, as in train.py")
     add("--checkpointing", choices=["none", "decoder", "all"], default="none", help="as in train.py")
     add_device_options(add)
-    add = p.add_argument_group("what follows").add_argument
     add("--compare", action="store_true", help="also measure every score, and ε_p, by the loss without each block")
     add("--samples", type=int, default=16, help="that --compare measures the loss on")
     add("--heal", type=int, default=0, metavar="N", help="also train an adapter on it for N steps, merged into healed/")
@@ -434,8 +434,7 @@ def parser():
 
 def parse(argv=None):
     """The arguments. Raises UserError in one line for what does not fit."""
-    p = parser()
-    args = p.parse_args(argv)
+    args = (p := parser()).parse_args(argv)
     args.calibrates = args.saliency != "magnitude" or args.compare
     if not args.data and (args.calibrates or args.heal or (args.validate and not args.pairs)):
         p.error("--data names the folders of photos; only --saliency magnitude does without")
