@@ -18,7 +18,6 @@ import tiny
 import torch
 from conftest import noise, relative, save_photo
 from PIL import Image
-from safetensors.torch import load_file
 from seeded import seeded_state_dict
 
 import metrics
@@ -34,13 +33,12 @@ QUICK = ["--tags", "none", "--lpips", "alex", "--crop", "96", "--workers", "0", 
 BLOCKS = 5
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """Bits depend on the number of threads."""
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(2)  # as in conftest.py
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +46,9 @@ def deep(tiny_model, tmp_path_factory):
     """The tiny model with five blocks, and a trained-looking adapter for τ 999 beside it."""
     folder = tmp_path_factory.mktemp("deep") / "model"
     shutil.copytree(tiny_model, folder)
-    config = tiny.CONFIGS["transformer"][1] | {"num_layers": BLOCKS}
     with torch.device("meta"):
-        dit = LinearDiT(config)
-    manifest = [(key, x.shape) for key, x in dit.state_dict().items()]
-    dit.load_state_dict(seeded_state_dict(manifest, ""), assign=True)
+        dit = LinearDiT(tiny.CONFIGS["transformer"][1] | {"num_layers": BLOCKS})
+    dit.load_state_dict(seeded_state_dict([(key, x.shape) for key, x in dit.state_dict().items()], ""), assign=True)
     save_module(dit, folder / "transformer")
     inject_lora(dit, rank=4, targets="attn+ffn")
     for i, p in enumerate(lora_parameters(dit).values()):
@@ -97,8 +93,6 @@ def table(path, key):
         return {row[key]: row for row in csv.DictReader(f)}
 
 
-# --- merge, F, scores -------------------------------------------------------------------------------------------------
-
 def test_merged_network_answers_as_the_adapted_one(deep):
     apart, merged = (SanaSR.from_pretrained(deep, merge=merge) for merge in (False, True))
     base = SanaSR.from_pretrained(deep, adapter=False)
@@ -110,9 +104,13 @@ def test_merged_network_answers_as_the_adapted_one(deep):
     assert relative(b, a) < 2e-6 < 1e-3 < torch.linalg.norm(a - f0)
 
 
-def test_omega():
+def test_formulas():
     assert omega(0) == 1 and abs(omega(1000)) < 1e-12
     assert omega(100) == pytest.approx(1 - 4.615121 / 6.908755, abs=1e-6)  # ln 101, ln 1001
+    for numbers, rho in (([10, 20, 40, 80], 1), ([4, 3, 2, 1], -1), ([1, 3, 2, 4], 1 - 6 * 2 / (4 * 15))):
+        assert prune.rank_correlation([1, 2, 3, 4], numbers) == pytest.approx(rho)
+    for *scores, drop in (("psnr", 20, 19, 0.05), ("lpips", 0.2, 0.21, 0.05), ("lpips", 0.2, 0.19, -0.05)):
+        assert prune.relative_drop(*scores) == pytest.approx(drop)  # in the worse direction
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "all"])
@@ -140,16 +138,13 @@ def test_scores_by_the_letter(deep):
     dit = LinearDiT.from_pretrained(deep / "transformer")
     fisher = {k: noise(*p.shape, dtype=torch.float32).abs() for k, p in dit.transformer_blocks.named_parameters()}
     w = [torch.cat([p.flatten() for p in block.parameters()]).double() for block in dit.transformer_blocks]
-    f = [torch.cat([fisher[f"{i}.{k}"].flatten() for k, _ in block.named_parameters()]).double()
-         for i, block in enumerate(dit.transformer_blocks)]
+    f = [torch.cat([f.flatten() for k, f in fisher.items() if k.startswith(f"{i}.")]).double() for i in range(BLOCKS)]
     want = {"paper": [(a**2 / (b + 0.01)).sum().item() for a, b in zip(w, f, strict=True)],
             "obd": [(b * a**2).sum().item() / 2 for a, b in zip(w, f, strict=True)],
             "magnitude": [(a**2).sum().item() for a in w]}
     for kind, scores in want.items():
         assert prune.block_scores(dit, kind, fisher, 0.01) == pytest.approx(scores, rel=1e-5)
 
-
-# --- the choice -------------------------------------------------------------------------------------------------------
 
 def test_first_and_last_are_kept_whatever_they_score():
     assert prune.choose([0, 5, 9, 7, 8, 0], 4) == [0, 2, 4, 5]
@@ -196,26 +191,21 @@ def test_memory_of_a_calibration_step_of_official_size(checkpointing, limit):
         batch = {"x_L": torch.zeros(1, 3, 512, 512), "x_H": torch.zeros(1, 3, 512, 512), "t": torch.zeros(1),
                  "c": torch.zeros(1, 300, 2304), "m": torch.zeros(1, 300), "noise": torch.zeros(1, 32, 16, 16)}
     dit.checkpointing = prior.checkpointing = vae.decoder.checkpointing = checkpointing
-    fisher = prune.Fisher(dit)
-    held = [*dit.parameters(), *prior.parameters(), *vae.parameters(), *lpips.parameters(), *fisher.sums.values(),
-            *dit.transformer_blocks[0].state_dict().values()]  # the last ones stand for the gradients
+    held = [*dit.parameters(), *prior.parameters(), *vae.parameters(), *lpips.parameters(),
+            *prune.Fisher(dit).sums.values(), *dit.transformer_blocks[0].state_dict().values()]  # these: the gradients
     total = sum(x.numel() * x.element_size() for x in held)
-    stored = {}
-    known = {x.untyped_storage()._cdata for x in held}
+    stored, known = {}, {x.untyped_storage()._cdata for x in held}
 
     def note(x):
-        if x.untyped_storage()._cdata not in known:
-            stored[x.untyped_storage()._cdata] = x.untyped_storage()
+        stored[x.untyped_storage()._cdata] = x.untyped_storage()
         return x
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         losses(in_float32(dit), in_float32(prior), Latents(vae, 0.41407), batch, 900.0, lambda x, y, _: lpips(x, y),
                REC_AND_ALIGN)
-    activations = sum(s.nbytes() for s in stored.values())
+    activations = sum(x.nbytes() for key, x in stored.items() if key not in known)
     print(f"{total / 1e9:.2f} + {activations / 1e9:.2f} GB")
     assert 5e9 < total and 2e8 < activations and total + activations < limit
 
-
-# --- the folder -------------------------------------------------------------------------------------------------------
 
 def test_pruned_folder_is_a_model_like_any_other(run, deep):
     out = run("pruned", "--keep", 3)
@@ -241,34 +231,13 @@ def test_pruned_folder_is_a_model_like_any_other(run, deep):
     assert not list(out.rglob("*.tmp"))
 
 
-def test_training_goes_on_from_a_pruned_folder(run, photos, tmp_path, monkeypatch):
-    out = run("pruned", "--saliency", "magnitude")
-    assert len(notes_of(out)["kept"]) == 3  # round(5 · 16/28)
-    monkeypatch.chdir(tmp_path)
-    argv = ["--data", photos, "--model", out, "--name", "heal", "--steps", 1, "--tags", "none", "--no-lpips",
-            "--crop", 96, "--batch", 1, "--workers", 0, "--val", 0]
-    assert train.main([str(a) for a in argv]) == 0
-    assert SanaSR.from_pretrained(out, adapter=tmp_path / "runs/heal/adapter.safetensors").timestep == 900
-
-
-# --- the comparison ---------------------------------------------------------------------------------------------------
-
-def test_rank_correlation():
-    assert prune.rank_correlation([1, 2, 3, 4], [10, 20, 40, 80]) == pytest.approx(1)
-    assert prune.rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
-    assert prune.rank_correlation([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(1 - 6 * 2 / (4 * 15))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mask_leaves_the_largest_weights_and_exactly_as_many(deep, dtype):
     dit = LinearDiT.from_pretrained(deep / "transformer", dtype)
     before = {k: p.clone() for k, p in dit.named_parameters()}
-    zeros = sum(int((p == 0).sum()) for p in dit.parameters())
     size = sum(p.numel() for p in dit.transformer_blocks[0].parameters())
-    left = sum(p.numel() for p in dit.parameters()) - 2 * size
-    network = prune.masked(dit, left)
-    dropped = sum(int((p == 0).sum()) for p in network.parameters())
-    assert dropped == 2 * size and zeros == 0
+    network = prune.masked(dit, sum(p.numel() for p in dit.parameters()) - 2 * size)
+    assert [sum(int((p == 0).sum()) for p in x.parameters()) for x in (dit, network)] == [0, 2 * size]
     assert all(torch.equal(before[k], p) for k, p in dit.named_parameters())  # the original is unharmed
     pairs = [(before[k].flatten(), p.flatten()) for k, p in network.named_parameters() if "transformer_blocks" in k]
     a, b = (torch.cat(x).abs() for x in zip(*pairs, strict=True))
@@ -294,29 +263,18 @@ def test_comparison_with_the_oracle(run, deep, photos, tmp_path, capsys):
     assert "ρ(oracle)" in capsys.readouterr().out
 
 
-def test_an_interrupted_comparison_gives_no_numbers(run, monkeypatch, capsys):
-    def stopped(self, first, last, signals=None):
-        if first < last:
-            raise KeyboardInterrupt
-        return iter(())
+def test_an_interrupted_comparison_gives_no_numbers(run, monkeypatch):
     out = run("pruned", "--keep", 3)
-    monkeypatch.setattr(prune.Calibration, "samples", stopped)
+    monkeypatch.setattr(prune.Calibration, "samples", lambda self, first, last, signals=None: (
+        iter(()) if first == last else signal.raise_signal(signal.SIGINT)))
     with pytest.raises(SystemExit) as ended:
         run("pruned", "--keep", 3, "--resume", "--compare")
     assert ended.value.code == 130 and not (out / "compare.csv").exists() and len(notes_of(out)["kept"]) == 3
 
 
-# --- healing and validation -------------------------------------------------------------------------------------------
-
-def test_relative_drop_goes_in_the_worse_direction():
-    assert prune.relative_drop("psnr", 20.0, 19.0) == pytest.approx(0.05)
-    assert prune.relative_drop("lpips", 0.20, 0.21) == pytest.approx(0.05)
-    assert prune.relative_drop("lpips", 0.20, 0.19) == pytest.approx(-0.05)
-
-
 def test_validation_says_which_metric_fails(tmp_path, photos, deep, monkeypatch, capsys):
-    argv = [str(a) for a in ["--data", photos, "--model", deep, "--out", tmp_path / "out", *QUICK, "--saliency",
-                             "magnitude", "--validate", "--metrics", "psnr,lpips"]]
+    argv = [str(a) for a in ("--data", photos, "--model", deep, "--out", tmp_path / "out", *QUICK, "--saliency",
+                             "magnitude", "--validate", "--metrics", "psnr,lpips")]
     real = prune.mean_scores
     monkeypatch.setattr(prune, "mean_scores", lambda args, pairs, model, adapter=None:
                         {"psnr": 20.0, "lpips": 0.2} if model == str(deep) else {"psnr": 19.5, "lpips": 0.2061})
@@ -328,8 +286,7 @@ def test_validation_says_which_metric_fails(tmp_path, photos, deep, monkeypatch,
     monkeypatch.setattr(prune, "mean_scores", real)
     assert prune.main([*argv, "--resume"]) in (0, 1)
     rows = table(tmp_path / "out/validation.csv", "metric")
-    psnr = []  # of the unpruned model, by restoring the held-out pictures here
-    model = SanaSR.from_pretrained(deep)
+    psnr, model = [], SanaSR.from_pretrained(deep)  # of the unpruned model, by restoring the held-out pictures here
     for path in sorted((tmp_path / "out/val/lr").iterdir()):
         x, y = (torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255 for image in (
             model.restore(Image.open(path), "", suffix="main"), Image.open(tmp_path / "out/val/hr" / path.name)))
@@ -338,23 +295,22 @@ def test_validation_says_which_metric_fails(tmp_path, photos, deep, monkeypatch,
     assert float(rows["psnr"]["value"]) != pytest.approx(np.mean(psnr), rel=1e-6)
 
 
-def test_healing_trains_on_the_pruned_model_and_merges(run):
-    out = run("pruned", "--keep", 3, "--saliency", "magnitude", "--heal", 2)
+def test_healing_trains_on_the_pruned_model_and_merges(run, photos, tmp_path, monkeypatch):
+    out = run("pruned", "--saliency", "magnitude", "--heal", 2)
     healed, pruned = (SanaSR.from_pretrained(folder) for folder in (out / "healed", out))
     run_folder, = out.glob("heal-*")
     want = SanaSR.from_pretrained(out, adapter=run_folder / "adapter.safetensors").dit.state_dict()
     assert all(torch.equal(want[k], v) for k, v in healed.dit.state_dict().items())
     assert any(not torch.equal(v, want[k]) for k, v in pruned.dit.state_dict().items())
-    assert healed.timestep == 999 and healed.metadata["healed_steps"] == 2 and healed.metadata["kept"][-1] == 4
-    run("pruned", "--keep", 3, "--saliency", "magnitude", "--heal", 3, "--resume")  # goes on with the same run
+    assert healed.timestep == 999 and healed.metadata["healed_steps"] == 2
+    assert len(healed.metadata["kept"]) == 3 and healed.metadata["kept"][-1] == 4  # round(5 · 16/28)
+    run("pruned", "--saliency", "magnitude", "--heal", 3, "--resume")  # goes on with the same run
     assert SanaSR.from_pretrained(out / "healed").metadata["healed_steps"] == 3
     assert len(list(out.glob("heal-*"))) == 1
-
-
-# --- interrupted runs -------------------------------------------------------------------------------------------------
-
-def weights_of(out):
-    return load_file(out / "transformer/diffusion_pytorch_model.safetensors")
+    monkeypatch.chdir(tmp_path)  # and train.py by itself goes on from the pruned folder
+    argv = ["--data", photos, "--model", out, *QUICK, "--name", "x", "--steps", 1, "--no-lpips", "--batch", 1]
+    assert train.main([str(a) for a in argv]) == 0
+    assert SanaSR.from_pretrained(out, adapter=tmp_path / "runs/x/adapter.safetensors").timestep == 900
 
 
 def test_a_resumed_calibration_is_that_which_was_not_interrupted(run):
@@ -377,23 +333,21 @@ def test_calibrations_on_other_tags_or_lr_pictures_are_not_mixed(run, tmp_path):
     for i in range(4):
         save_photo(hq / f"{i}.png", 128, 112, i)
         save_photo(lq / f"{i}.png", 32, 28, i)
-    run("out", "--data", hq, "--tags", tags, "--lq", lq, steps=1)
-    run("out", "--data", hq, "--tags", tags, "--lq", lq, "--resume", steps=2)
-    for options, message in ((["--tags", "none", "--lq", lq], "settings: the tags changed;"),
-                             (["--tags", tags], "settings: the LR pictures changed;")):
-        with pytest.raises(SystemExit, match=message):
-            run("out", "--data", hq, *options, "--resume", steps=3)
-    tags.write_text("image,tags\n" + "".join(f"{i}.png,cat\n" for i in range(4)))
-    with pytest.raises(SystemExit, match="settings: the tags changed;"):
-        run("out", "--data", hq, "--tags", tags, "--lq", lq, "--resume", steps=3)
+    same = ["--data", hq, "--tags", tags, "--lq", lq]
+    run("out", *same, steps=1)
+    run("out", *same, "--resume", steps=2)
+    for options, changed in (([*same, "--tags", "none"], "tags"), (same[:-2], "LR pictures"), (same, "tags")):
+        if options is same:
+            tags.write_text(tags.read_text().replace("tree", "cat"))
+        with pytest.raises(SystemExit, match=f"settings: the {changed} changed;"):
+            run("out", *options, "--resume", steps=3)
 
 
 def test_ctrl_c_saves_and_resumes(photos, deep, tmp_path):
     out = tmp_path / "out"
     argv = ["--data", photos, "--model", deep, "--out", out, "--steps", 100_000, "--keep", 3, *QUICK]
-    process = subprocess.Popen([sys.executable, ROOT / "prune.py", *map(str, argv)], cwd=tmp_path,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, ROOT / "prune.py", *map(str, argv)], env=os.environ | {
+        "OMP_NUM_THREADS": "1"}, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     seen = ""
     while not re.search(r"[1-9]\d*/100000", seen) and process.poll() is None:  # the bar: the loop runs
         seen = seen[-30:] + process.stderr.read(1)
@@ -433,7 +387,8 @@ def test_errors_are_one_line(run, tiny_model, capsys, options, message):
 
 def test_what_lies_there_is_not_overwritten(run, tmp_path):
     out = run("pruned", "--keep", 3)
-    before = weights_of(out)
+    path = out / "transformer/diffusion_pytorch_model.safetensors"
+    before = path.read_bytes()
     for options, message in ((["--keep", 2], "add --resume"), (["--resume", "--seed", 1], r"--seed 1 \(was 0\)"),
                              (["--resume", "--timestep", 5], r"--timestep 5.0 \(was 999.0\)")):
         with pytest.raises(SystemExit, match=message):
@@ -443,7 +398,7 @@ def test_what_lies_there_is_not_overwritten(run, tmp_path):
     (out / "calibration.pt").write_bytes(b"broken")
     with pytest.raises(SystemExit, match="delete it to calibrate anew"):
         run("pruned", "--resume")
-    assert all(torch.equal(before[k], v) for k, v in weights_of(out).items())
+    assert path.read_bytes() == before
     assert prune.parse(["--out", str(tmp_path / "x"), "--saliency", "magnitude"]).data is None  # needs no photos
     with pytest.raises(SystemExit):
         prune.parse(["--out", str(tmp_path / "x")])
