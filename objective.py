@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,10 +64,13 @@ class Update:
         self.x_h, self.t, self.prompt = batch["x_H"], batch["t"], (batch["c"], batch["m"])
 
     @cached_property
+    @torch.no_grad()
+    def z_l(self):
+        return self.vae.encode(self.batch["x_L"])
+
+    @cached_property
     def z(self):  # ẑ
-        with torch.no_grad():
-            z_l = self.vae.encode(self.batch["x_L"])
-        return one_step(self.f, z_l, torch.full_like(self.t, self.tau), *self.prompt)
+        return one_step(self.f, self.z_l, torch.full_like(self.t, self.tau), *self.prompt)
 
     @cached_property
     def x(self):  # x̂, not clamped
@@ -108,6 +112,16 @@ def losses(f, f0, vae, batch, tau, lpips=None, terms=tuple(TERMS)):
     update = Update(f, f0, vae, batch, tau, lpips)
     values = {name: TERMS[name].function(update) for name in terms}
     return {"loss": sum(TERMS[name].weight * value for name, value in values.items())} | values
+
+
+def omega(t):
+    """ω(t) = 1 − log(t+1)/log(T+1), T = 1000 (Eq. 22): 1 at t = 0, 0 at t = 1000."""
+    return 1 - math.log(t + 1) / math.log(1001)
+
+
+def calibration_loss(update):
+    """L_cal of pruning, ω(t)·(L_rec + L_align), for the `Update` of one sample, a scalar (Eq. 21)."""
+    return omega(update.t.item()) * sum(TERMS[name].weight * TERMS[name].function(update) for name in REC_AND_ALIGN)
 
 
 def lattice(error, period=32):

@@ -325,8 +325,9 @@ class Signals:
     A second signal raises KeyboardInterrupt at once.
     """
 
+    caught = 0
+
     def __enter__(self):
-        self.caught = 0
         self.before = {s: signal.signal(s, self) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 

@@ -7,16 +7,17 @@
 
 Stages: one model, cut open. D(E(x_H)) is the ceiling, since all results pass the decoder; D(E(x_L)) shows what the
 autoencoder does by itself; what the update adds is the prior's without the adapter, and the method's with it.
-Ablations: adapters trained by train.py from the same seed, each with one thing changed, and evaluated with the τ and
-the suffix that it was trained with. Short trainings of one seed: differences as small as those between two seeds mean
-nothing (`--train-args "--seed 1"` and another --out show how large they are).
+Ablations: adapters trained by train.py from nothing and from the same seed, each with one thing changed, and evaluated
+with the τ and the suffix that it was trained with. Short trainings of one seed: differences as small as those between
+two seeds mean nothing (`--train-args "--seed 1"` and another --out show how large they are).
 
 Needs pairs of photos with matching names (RealSR's layout), and for the ablations a folder of photos. Every row is
-eval.py's: the same code, one CSV image by image. --out keeps stages/NAME.csv, ablations/NAME.csv and NAME/ (the run),
-stages.csv and ablations.csv (the tables). Rows that have their CSV are not made again; Ctrl-C saves, the same line goes
-on. A row of 128² pairs takes 4 s of CPU time a pair, most of it the metrics, and an ablation its steps besides.
+eval.py's, one CSV image by image. --out keeps stages/NAME.csv, ablations/NAME.csv and NAME/ (the run), stages.csv and
+ablations.csv (the tables). Rows that have their CSV are not made again; after Ctrl-C, rerun to resume. A row of 128²
+pairs takes 4 s of CPU time a pair, most of it the metrics, and an ablation its steps besides.
 """
 import argparse
+import copy
 import csv
 import json
 import shlex
@@ -27,7 +28,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import ImageFilter
 from tqdm import tqdm
 
@@ -36,11 +36,10 @@ import train
 import weights
 from fast import load_model
 from metrics.score import evaluate, folder_pairs, load_all, pick, shown, write_scores
-from photos.degrade import to_image, to_tensor
 from photos.pairs import find_tags
-from photos.pictures import bicubic, one_line, write_bytes
-from runs import UserError, command, pick_device, pick_dtype, write_csv
-from sanasr import conditioning, fingerprint, open_weights, tiled
+from photos.pictures import bicubic, write_bytes
+from runs import UserError, check_ranges, command, pick_device, pick_dtype, write_csv
+from sanasr import conditioning, fingerprint, open_weights
 
 STAGES = {
     "bicubic": "bicubic enlargement, x_L",
@@ -66,33 +65,6 @@ VARIANTS = {  # name: (what, options of train.py)
 }
 
 
-@torch.inference_mode()
-def reconstruct(model, image):
-    """D(E(x)) of an RGB picture x, padded and tiled as `SanaSR.restore` does it."""
-    x = (to_tensor(image)[None] * 2 - 1).to(model.device, model.vae_dtype)  # 1,3,H,W
-    x = F.pad(x, (0, -image.width % model.vae.factor, 0, -image.height % model.vae.factor), mode="replicate")
-    z = tiled(model.vae.encode, x, model.TILE, model.OVERLAP, down=model.vae.factor)
-    x = tiled(model.vae.decode, z.to(model.vae_dtype), model.TILE, model.OVERLAP, up=model.vae.factor)
-    return to_image(x[0, :, :image.height, :image.width].float().cpu() / 2 + 0.5)
-
-
-class Reconstruction:
-    """In the place of a model, its autoencoder alone: restore() gives D(E(x_L))."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def restore(self, image, prompt, scale):
-        return reconstruct(self.model, bicubic(image, scale))
-
-
-class Ceiling(Reconstruction):
-    """restore() gives D(E(x)) of the picture itself: x_H, where the pairs name it as the input."""
-
-    def restore(self, image, prompt, scale):
-        return reconstruct(self.model, image)
-
-
 class Bicubic:
     """In the place of a model: x_L."""
 
@@ -100,22 +72,25 @@ class Bicubic:
         return bicubic(image, scale)
 
 
-class Unsharp:
+class Unsharp(Bicubic):
     """In the place of a model: x_L + 3 (x_L − blurred x_L), the filter that a trained model must beat."""
 
     def restore(self, image, prompt, scale):
-        return bicubic(image, scale).filter(ImageFilter.UnsharpMask(radius=1.5, percent=300, threshold=0))
+        return super().restore(image, prompt, scale).filter(ImageFilter.UnsharpMask(1.5, percent=300, threshold=0))
+
+
+def without_update(model):
+    """The SanaSR with z_L in the place of ẑ: it restores a picture to D(E(x_L))."""
+    model = copy.copy(model)
+    model.dit = lambda z, t, c, m: torch.zeros_like(z)
+    return model
 
 
 def score(model, pairs, path, args, tags=None, **options):
     """Restore and score `pairs` with `model`, and write the rows to `path`. tags: a file, or None for no tags."""
     prompts = find_tags(tags or "none", [pair.name for pair in pairs], None)
-    try:
-        rows = evaluate(model, pairs, args.metrics, device=args.device, prompts=prompts, **options,
-                        progress=lambda x: tqdm(x, path.stem, unit="img", leave=False, disable=None))
-    except (ValueError, weights.Unavailable) as error:
-        raise UserError(f"{path.stem}: {one_line(error)}")
-    write_scores(rows, path)
+    write_scores(evaluate(model, pairs, args.metrics, device=args.device, prompts=prompts, **options,
+                          progress=lambda x: tqdm(x, path.stem, unit="img", leave=False, disable=None)), path)
 
 
 def restorer(args, adapter):
@@ -128,9 +103,9 @@ def stage(name, path, args, model):
     if name in ("bicubic", "unsharp"):
         return score(Bicubic() if name == "bicubic" else Unsharp(), args.pairs, path, args)
     if name == "autoencoder":
-        return score(Reconstruction(model), args.pairs, path, args)
+        return score(without_update(model), args.pairs, path, args)
     if name == "ceiling":
-        return score(Ceiling(model), [replace(pair, lr=pair.hr) for pair in args.pairs], path, args)
+        return score(without_update(model), [replace(pair, lr=pair.hr) for pair in args.pairs], path, args, scale=1)
     score(restorer(args, "none" if name == "prior" else args.adapter), args.pairs, path, args,
           args.tags if name == "full-tags" else None, timestep=model.timestep,
           suffix="none" if name == "full-no-suffix" else conditioning(model.metadata)["suffix"])
@@ -140,13 +115,11 @@ def variant(name, path, args, model):
     """Make one row of the table of ablations: train an adapter, or go on with it, and evaluate it."""
     folder = path.with_suffix("").resolve()
     options = [args.tags if option == "FILE" else option for option in VARIANTS[name][1]]
-    resume = ["--resume"] if (folder / "state.pt").exists() else []
+    argv = ["--data", *args.data, "--model", args.model, "--init", "none", "--tags", "none", "--steps", args.steps,
+            "--name", folder, "--device", args.device.type, *shlex.split(args.train_args), *options]
     with open(f"{folder}.log", "a", encoding="utf-8") as log, redirect_stdout(log):
-        code = train.main([str(a) for a in (
-            "--data", *args.data, "--model", args.model, "--steps", args.steps, "--name", folder,
-            "--device", args.device.type, *shlex.split(args.train_args), *options, *resume)])
-    if code:
-        raise KeyboardInterrupt
+        if train.main([str(a) for a in argv] + ["--resume"] * (folder / "state.pt").exists()):
+            raise KeyboardInterrupt
     adapter = folder / "adapter.safetensors"
     with open_weights(adapter) as file:
         trained = file.metadata()
@@ -205,13 +178,11 @@ def parse(argv=None):
     add("--hr", required=True, metavar="DIR", help="their references, four times the size, matched by file name")
     add("--model", default="embedded", metavar="NAME|FOLDER", help="see `python -m weights`")
     add("--adapter", metavar="FILE", help="of the stages (default: the model's own)")
-    add("--tags", metavar="FILE.csv", help="tags of the low-quality photos and of --data, columns image and tags (see "
-        "`python -m lab.pretrain tags`); without it the rows with tags are left out")
+    add("--tags", metavar="FILE.csv", help="of --lr and --data, columns image and tags; without it no rows with tags")
     add("--data", nargs="+", metavar="DIR", help="photos to train on; without them no ablations")
     add("--steps", type=int, default=300, help="of each training")
     add("--train-args", default="", metavar="OPTIONS", help="of train.py, for every training")
-    add("--only", nargs="+", metavar="NAME", choices=[*STAGES, *VARIANTS],
-        help=f"make only these rows: {', '.join([*STAGES, *VARIANTS])}")
+    add("--only", nargs="+", metavar="NAME", choices=[*STAGES, *VARIANTS], help="make only these rows: %(choices)s")
     add("--limit", type=int, metavar="N", help="use the first N pairs")
     add("--metrics", default="psnr,ssim,lpips,dists,niqe")
     add("--out", type=Path, default=Path("runs/ablation"), metavar="DIR")
@@ -221,6 +192,7 @@ def parse(argv=None):
     for path in filter(None, (args.lr, args.hr, args.adapter, args.tags, *(args.data or ()))):
         if not Path(path).exists():
             parser.error(f"{path}: no such file or folder")
+    check_ranges(parser, args)
     args.pairs = folder_pairs(args.lr, args.hr)[:args.limit]
     args.metrics = available(args.metrics, args.device)
     return args
@@ -237,27 +209,27 @@ def main(argv=None):
               "metrics": ",".join(args.metrics),
               "model": [fingerprint(model.folder / part) for part in ("vae", "transformer")],
               "tags": args.tags and weights.sha256(Path(args.tags))}
-    tables = [("stages", STAGES, stage, {"adapter": weights.sha256(Path(own)) if Path(own).exists() else "none"})]
+    tables = {"stages": (STAGES, stage, {"adapter": weights.sha256(Path(own)) if Path(own).exists() else "none"})}
     if args.data:
-        tables.append(("ablations", {name: what for name, (what, _) in VARIANTS.items()}, variant,
-                       {"data": args.data, "steps": args.steps, "train-args": args.train_args}))
-    todo = []
-    for title, words, make, settings in tables:
+        tables["ablations"] = ({name: what for name, (what, _) in VARIANTS.items()}, variant,
+                               {"data": args.data, "steps": args.steps, "train-args": args.train_args})
+    for title, (_, _, settings) in tables.items():
         keep_settings(args.out / title, common | settings)
-        todo += [(make, name, args.out / title, words) for name in words if name in (args.only or words)
-                 and (args.tags or name not in ("tags", "full-tags"))]
+    todo = [(title, name) for title, (words, _, _) in tables.items() for name in words
+            if name in (args.only or words) and (args.tags or name not in ("tags", "full-tags"))]
     try:
         bar = tqdm(todo, unit="row")
-        for make, name, folder, words in bar:
+        for title, name in bar:
             bar.set_postfix_str(name)
-            if not (folder / f"{name}.csv").exists():
-                make(name, folder / f"{name}.csv", args, model)
-                tabulate(folder, words)
+            (words, make, _), path = tables[title], args.out / title / f"{name}.csv"
+            if not path.exists():
+                make(name, path, args, model)
+                tabulate(args.out / title, words)
     except KeyboardInterrupt:
-        print("interrupted; the same line goes on", file=sys.stderr)
+        print("interrupted; rerun to resume", file=sys.stderr)
         return 130
     print(f"\n{args.model}, {len(args.pairs)} pairs" + (f"; ablations of {args.steps} steps" if args.data else ""))
-    for title, words, *_ in tables:
+    for title, (words, *_) in tables.items():
         if any((args.out / title).glob("*.csv")):
             print("\n" + tabulate(args.out / title, words))
     return 0
