@@ -44,7 +44,7 @@ def command(main):
         try:
             return main(argv)
         except (UserError, OSError, ValueError, weights.Unavailable) as error:
-            raise UserError(f"{one_line(error).rpartition(' OSError: ')[2]}")  # of a loader's traceback the last line
+            sys.exit(f"error: {one_line(error).rpartition(' OSError: ')[2]}")  # of a loader's traceback the last line
     return run
 
 
