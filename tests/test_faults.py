@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import runs
 import sanasr
 import train
-from lab.fault_inputs import Mark
+from lab.faults import Mark
 from photos import pairs, tagger
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +48,8 @@ def model(tiny_model, tmp_path):
     (sanasr.DCAE, "vae", "decoder_layers_per_block", [["1"] * 6, [10 ** 9] * 6]),
     (sanasr.DCAE, "vae", "encoder_qkv_multiscales", [5]), (sanasr.DCAE, "vae", "scaling_factor", [0.0]),
     (sanasr.LinearDiT, "transformer", "num_layers", [10 ** 9, 1.5, True]),
-    (sanasr.LinearDiT, "transformer", "mlp_ratio", [float("inf")]), (sanasr.LinearDiT, "transformer", "in_channels", [0]),
+    (sanasr.LinearDiT, "transformer", "mlp_ratio", [float("inf")]),
+    (sanasr.LinearDiT, "transformer", "in_channels", [0]),
     (sanasr.Gemma2, "text_encoder", "num_hidden_layers", [10 ** 9]),
     (sanasr.Gemma2, "text_encoder", "query_pre_attn_scalar", [0]),
     (sanasr.Gemma2, "text_encoder", "layer_types", [["sliding_attention"], ["x", "y"]])])
