@@ -239,8 +239,7 @@ def pictures(rng):
                        "x.gif": gif[:6] + struct.pack("<HH", 65535, 65535) + gif[10:],
                        "x.ppm": b"P6 60000 60000 255\n" + bytes(99), "x.pgm": b"P5 1 4000000000 255\n"}.items():
         yield "decompression bombs", file, data, "error"
-    for suffix in FORMATS:
-        yield "wrong suffix", "x.png", photo(suffix=suffix), "result"
+    yield from (("wrong suffix", "x.png", photo(suffix=suffix), "result") for suffix in FORMATS)
     for data in (rng.randbytes(600), b"x", bytes(4000), bytes(300_000)):
         for suffix in ("png", "jpg", "webp"):
             yield "ICC", f"x.{suffix}", photo(suffix=suffix, icc_profile=data), "result"
@@ -349,7 +348,7 @@ def start(name, argv, folder, shared, env=(), memory=None):
         os._exit(code if isinstance(code, int) else 0)
 
 
-def watch(allowed, noted, memory):
+def watch(allowed, noted, memory, opener=safe_open):
     """From here on the address space is limited, and what a command may not do is written to the file `noted`."""
     allowed += [sys.prefix, sys.base_prefix, "/usr", "/lib", "/proc", "/sys", "/dev", "/etc"]
     allowed = [f"{path}/" for a in allowed for path in (a, os.path.realpath(a))]
@@ -364,8 +363,8 @@ def watch(allowed, noted, memory):
                 os.write(noted, f"opened {path}\n".encode())
         elif event in ("socket.connect", "pickle.find_class", "os.system", "subprocess.Popen", "os.exec"):
             os.write(noted, f"{event} {str(args)[:80]}\n".encode())
-    for module in [m for m in sys.modules.values() if getattr(m, "safe_open", None) is safe_open]:  # Rust calls no hook
-        module.safe_open = lambda path, *args, real=safe_open, **more: (hook("open", (path,)), real(path, *args, **more))[1]
+    for module in [m for m in sys.modules.values() if getattr(m, "safe_open", None) is opener]:  # it calls no hook
+        module.safe_open = lambda path, *args, **more: (hook("open", (path,)), opener(path, *args, **more))[1]
     sys.addaudithook(hook)
 
 
@@ -568,10 +567,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the cases' address space is limited, and runs are compared bit for bit
     torch.set_num_threads(1)
-    began, work, rows, tried, failed = time.monotonic(), (args.out / "work").resolve(), [], Counter(), Counter()
+    began, work, rows = time.monotonic(), (args.out / "work").resolve(), []
+    tried, failed, seen = Counter(), Counter(), Counter()
     shutil.rmtree(work, ignore_errors=True)
-    shared = work / "shared"
-    make_shared(shared)
+    make_shared(shared := work / "shared")
 
     def note(kind, name, label, wrong):
         rows.append({"kind": kind, "command": name, "name": label, "wrong": wrong})
@@ -582,7 +581,6 @@ def main(argv=None):
         for name in (RUNS if args.sample <= 50 else sample) if args.only in part else ():
             for kind, label, wrong in tries(Run(name, work / f"{part} {name}", shared), args):
                 note(kind, name, label, wrong)
-    seen = Counter()
     for n, case in enumerate(cases(random.Random(args.seed), shared)):
         seen[case.kind] += 1
         if args.only in f"inputs: {case.kind}" and seen[case.kind] % args.sample == 1 % args.sample:
@@ -590,9 +588,8 @@ def main(argv=None):
             shutil.rmtree(work / f"{n:04d}")
     about = (f"Seed {args.seed}, sample {args.sample}, revision {revision(ROOT)}, {time.strftime('%Y-%m-%d')}, "
              f"{time.monotonic() - began:.0f} s, torch {torch.__version__}.")
-    kinds = sorted(tried, key=lambda kind: (kind == "all", kind))
     lines = [about, "", "| kind | tried | failures |", "| --- | ---: | ---: |"]
-    lines += [f"| {kind} | {tried[kind]} | {failed[kind]} |" for kind in kinds]
+    lines += [f"| {kind} | {tried[kind]} | {failed[kind]} |" for kind in (*sorted(tried.keys() - {"all"}), "all")]
     (args.out / "faults.md").write_text("\n".join(lines) + "\n")
     (args.out / "faults.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     print("\n".join(lines))
