@@ -67,13 +67,12 @@ def test_random_kernels_are_normal_and_of_the_sizes():
         near(kinds[kind], p * (1 - d.SINC), n)
 
 
-@pytest.mark.parametrize("size", [7, 13, 21])
-def test_blur_is_the_reflected_convolution(size):
+def test_blur_is_the_reflected_convolution():
     x = photo(37, 53).double()
-    k = d.gaussian_kernel(size, 2.0, 0.7, 0.5) + 0.01 * torch.rand(size, size, dtype=torch.float64)   # asymmetric
-    p = size // 2
-    want = F.conv2d(F.pad(x[:, None], (p,) * 4, mode="reflect"), k.flip(0, 1)[None, None])[:, 0]
-    assert torch.allclose(d.blur(x, k), want, atol=1e-10)
+    for p in (3, 6, 10):
+        k = d.gaussian_kernel(2 * p + 1, 2.0, 0.7, 0.5) + 0.01 * torch.rand(2 * p + 1, 2 * p + 1)   # asymmetric
+        want = F.conv2d(F.pad(x[:, None], (p,) * 4, mode="reflect"), k.flip(0, 1)[None, None])[:, 0]
+        assert torch.allclose(d.blur(x, k), want, atol=1e-10)
 
 
 def test_gaussian_noise_statistics():
