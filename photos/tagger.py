@@ -284,8 +284,9 @@ def _pick(state, shapes, path):
     """The entries of `state` that `shapes` asks for. Early checkpoints call the tagging head `vision_multi`."""
     state = {k.replace("vision_multi.", "tagging_head."): v for k, v in state.items()}
     missing = [k for k in shapes if k not in state]
-    wrong = [f"{k} is {tuple(state[k].shape)}, not {tuple(shapes[k])}"
-             for k in shapes if k in state and tuple(state[k].shape) != tuple(shapes[k])]
+    found = {k: f"{tuple(state[k].shape)}{'' if state[k].is_floating_point() else ' of integers'}"
+             for k in shapes if k in state}
+    wrong = [f"{k} is {text}, not {tuple(shapes[k])}" for k, text in found.items() if text != str(tuple(shapes[k]))]
     if missing or wrong:
         few = ", ".join((missing + wrong)[:3])
         raise ValueError(f"{path}: {len(missing)} keys missing and {len(wrong)} of another shape: {few}")

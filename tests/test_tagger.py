@@ -230,8 +230,10 @@ def test_shifted_windows_do_not_mix_the_edges():
 
 def test_bad_checkpoints(files, tmp_path):
     without = {k: v for k, v in tiny_state().items() if k != "label_embed"}
-    for content, message in ((without, "1 keys missing.*label_embed"), (Path("x"), "more than tensors"),
-                             (tiny_state() | {"fc.weight": torch.zeros(3)}, r"fc.weight is \(3,\), not \(1, 8\)")):
+    for content, message in (
+            (without, "1 keys missing.*label_embed"), (Path("x"), "more than tensors"),
+            (tiny_state() | {"fc.weight": torch.zeros(3)}, r"fc.weight is \(3,\), not \(1, 8\)"),
+            (tiny_state() | {"fc.weight": torch.ones(1, 8, dtype=torch.long)}, "fc.weight is .* of integers")):
         torch.save({"model": content}, files["ram"])
         with pytest.raises(ValueError, match=f"ram.pth.*{message}"):
             small(files)
