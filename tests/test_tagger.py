@@ -20,6 +20,8 @@ from photos import tagger
 
 DATA = ROOT / "tests" / "data" / "ram"
 MANIFEST = json.loads((DATA / "manifest.json").read_text())
+PHOTO = Image.open(DATA / "kodak05.webp")
+RANDN = torch.randn(1, 3, 384, 384, generator=torch.Generator().manual_seed(0))
 TINY = tagger.Config(size=96, width=8, depths=(2, 2, 2, 2), heads=(1, 2, 4, 8), window=3, embed=8, hidden=8)
 
 
@@ -70,17 +72,9 @@ def taps(net, x):
     return out | {name: found[name][:, ::64, ::16] for name in ("tag_layer0", "tagging_head")}
 
 
-def photo():
-    return Image.open(DATA / "kodak05.webp")
-
-
-def randn():
-    return torch.randn(1, 3, 384, 384, generator=torch.Generator().manual_seed(0))
-
-
 @pytest.fixture(scope="module")
 def dape_taps(dape):
-    return taps(dape, tagger.preprocess(photo()))
+    return taps(dape, tagger.preprocess(PHOTO))
 
 
 def golden(prefix, path=DATA / "golden.safetensors"):
@@ -96,7 +90,7 @@ def check(wanted, got, tolerance):
 
 
 def test_goldens(seeded_ram, dape_taps):
-    check(golden("ram.randn0."), taps(tagger.RAM.from_state(seeded_ram), randn()), 1e-5)
+    check(golden("ram.randn0."), taps(tagger.RAM.from_state(seeded_ram), RANDN), 1e-5)
     check(golden("dape.kodak05."), dape_taps, 1e-5)
 
 
@@ -115,7 +109,7 @@ def test_dape_golden_with_many_tags(dape, dape_taps):
 def test_other_goldens(name, picture, seeded_ram, dape):
     wanted = golden(f"{picture}.", external("SANASR_ORACLE", "ram", f"golden_{name}.safetensors"))
     net = dape if name == "dape" else tagger.RAM.from_state(seeded_ram)
-    check(wanted, taps(net, tagger.preprocess(photo()) if picture == "kodak05" else randn()), 1e-5)
+    check(wanted, taps(net, tagger.preprocess(PHOTO) if picture == "kodak05" else RANDN), 1e-5)
 
 
 def test_selection():
@@ -152,30 +146,26 @@ def test_key_names():
     assert dict(manifest()) == dict(MANIFEST["ram"])
 
 
-def tiny_state():
-    state = seeded_state_dict(manifest(TINY))
+def tiny_weights():
+    """(RAM's, DAPE's LoRA), for the tiny network."""
+    state, shapes = seeded_state_dict(manifest(TINY)), {}
     state["fc.weight"] *= 30  # far enough apart for tags to fire
-    return state
-
-
-def tiny_lora(state):
-    shapes = {}
     for key in (k for k in state if k.endswith(("qkv.weight", "query.weight", "key.weight"))):
         (rows, columns), fused = state[key].shape, "qkv" in key
         shapes[key.replace("weight", "lora_A")] = (16 if fused else 8, columns)
         shapes[key.replace("weight", "lora_B")] = (rows * 2 // 3 if fused else rows, 8)
-    return seeded_state_dict(shapes.items())
+    return state, seeded_state_dict(shapes.items())
 
 
 @pytest.fixture
 def files(tmp_path):
     """ram.pth and dape.pth, as the official ones are laid out: parts that tagging does not need included."""
-    state = tiny_state()
+    state, lora = tiny_weights()
     model = {k.replace("tagging_head.", "vision_multi."): v for k, v in state.items()}
     model |= {"visual_encoder.layers.0.blocks.1.attn_mask": torch.zeros(1), "text_decoder.x": torch.zeros(2),
               "visual_encoder.layers.0.blocks.0.attn.relative_position_index": torch.zeros(9, 9, dtype=torch.long)}
     torch.save({"model": model, "optimizer": {"state": {0: torch.zeros(3)}}, "epoch": 3}, tmp_path / "ram.pth")
-    torch.save(tiny_lora(state) | {"tag_encoder.x.lora_A": torch.zeros(1)}, tmp_path / "dape.pth")
+    torch.save(lora | {"tag_encoder.x.lora_A": torch.zeros(1)}, tmp_path / "dape.pth")
     return {"ram": tmp_path / "ram.pth", "dape": tmp_path / "dape.pth"}
 
 
@@ -185,10 +175,9 @@ def small(files, name="dape", **kwargs):
 
 def test_checkpoints(files):
     """The files give the same network as the tensors; LoRA is W + BA/8 on q, v and the head's query and key."""
-    state, merged = tiny_state(), small(files).net.state_dict()
-    lora = tiny_lora(state)
+    (state, lora), merged = tiny_weights(), small(files).net.state_dict()
     direct = tagger.Tagger(tagger.RAM.from_state(state, config=TINY))
-    assert small(files, "ram").logits(photo()).equal(direct.logits(photo()))
+    assert small(files, "ram").logits(PHOTO).equal(direct.logits(PHOTO))
     name = "visual_encoder.layers.1.blocks.0.attn.qkv."
     a, b = lora[name + "lora_A"], lora[name + "lora_B"]
     q, k, v = (merged[name + "weight"] - state[name + "weight"]).chunk(3)
@@ -203,24 +192,24 @@ def test_conversion(files, tmp_path, monkeypatch):
     out = tagger.convert(tagger.cache_dir() / tagger.LEAN, files["ram"], TINY)
     assert {v.dtype for v in load_file(out).values()} == {torch.float16}
     assert [p.name for p in out.parent.iterdir()] == [tagger.LEAN]  # no temporary left behind
-    want = small(files).logits(photo())
-    got = small(files | {"ram": None}).logits(photo())  # found by itself
+    want = small(files).logits(PHOTO)
+    got = small(files | {"ram": None}).logits(PHOTO)  # found by itself
     assert 0 < (got - want).std() < 0.005 * want.std()
 
 
 def test_bf16_and_batches(files):
-    net, x = small(files).net, tagger.preprocess(photo(), 96)
+    net, x = small(files).net, tagger.preprocess(PHOTO, 96)
     x = torch.cat([x, 1 - x.flip(3)])
     with torch.no_grad():
         want = net(x)
         torch.testing.assert_close(want, torch.cat([net(x[:1]), net(x[1:])]), rtol=0, atol=1e-3)
-    got = small(files, dtype=torch.bfloat16).logits(photo())
+    got = small(files, dtype=torch.bfloat16).logits(PHOTO)
     assert got.dtype == torch.float32 and (got - want[0]).std() < 0.05 * want[0].std()
 
 
 def test_shifted_windows_do_not_mix_the_edges():
     """In a shifted block the top row's tokens see nothing of the bottom rows, which the roll put beside them."""
-    block = tagger.RAM.from_state(tiny_state(), config=TINY).visual_encoder.layers[0].blocks[1].attn
+    block = tagger.RAM.from_state(tiny_weights()[0], config=TINY).visual_encoder.layers[0].blocks[1].attn
     assert block.shift == 1
     x, y = seeded_input("x", (1, 24, 24, 8)), seeded_input("x", (1, 24, 24, 8))
     y[:, -1] += 1
@@ -229,15 +218,16 @@ def test_shifted_windows_do_not_mix_the_edges():
 
 
 def test_bad_checkpoints(files, tmp_path):
-    without = {k: v for k, v in tiny_state().items() if k != "label_embed"}
+    state = tiny_weights()[0]
+    without = {k: v for k, v in state.items() if k != "label_embed"}
     for content, message in (
             (without, "1 keys missing.*label_embed"), (Path("x"), "more than tensors"),
-            (tiny_state() | {"fc.weight": torch.zeros(3)}, r"fc.weight is \(3,\), not \(1, 8\)"),
-            (tiny_state() | {"fc.weight": torch.ones(1, 8, dtype=torch.long)}, "fc.weight is .* of integers")):
+            (state | {"fc.weight": torch.zeros(3)}, r"fc.weight is \(3,\), not \(1, 8\)"),
+            (state | {"fc.weight": torch.ones(1, 8, dtype=torch.long)}, "fc.weight is .* of integers")):
         torch.save({"model": content}, files["ram"])
         with pytest.raises(ValueError, match=f"ram.pth.*{message}"):
             small(files)
-    torch.save({"model": tiny_state()}, files["ram"])
+    torch.save({"model": state}, files["ram"])
     files["ram"].write_bytes(files["ram"].read_bytes()[:5000])  # a download that broke off
     with pytest.raises(ValueError, match="ram.pth: not a readable checkpoint"):
         small(files)
@@ -250,22 +240,22 @@ def test_bad_checkpoints(files, tmp_path):
 
 def test_cache(files, monkeypatch):
     first = small(files)
-    found = first.tag(photo())
+    found = first.tag(PHOTO)
     assert found and all(p > 0 for _, p in found)
     monkeypatch.setattr(first, "logits", lambda image: pytest.fail("computed again"))
-    assert first.tag(photo()) == found
+    assert first.tag(PHOTO) == found
     with pytest.raises(pytest.fail.Exception):  # another picture of the same bytes is not the same picture
-        first.tag(Image.frombytes("RGB", (192, 768), photo().convert("RGB").tobytes()))
+        first.tag(Image.frombytes("RGB", (192, 768), PHOTO.convert("RGB").tobytes()))
     for other in (small(files, "ram"), small(files, dtype=torch.bfloat16)):
         monkeypatch.setattr(other, "logits", lambda image: torch.full((4585,), -50.0))
-        assert other.tag(photo()) == []
+        assert other.tag(PHOTO) == []
     (path,) = (p for p in tagger.cache_dir().rglob("*.json") if json.loads(p.read_text()))
     for damaged in ("[[", "null", "[1]"):  # such an entry is computed afresh and mended
         path.write_text(damaged)
-        assert small(files).tag(photo()) == found
+        assert small(files).tag(PHOTO) == found
     assert json.loads(path.read_text()) == [list(x) for x in found]
     monkeypatch.setenv("SANASR_CACHE", str(path))  # a disk that cannot be written
-    assert small(files).tag(photo()) == found
+    assert small(files).tag(PHOTO) == found
 
 
 def test_without_weights(tmp_path, monkeypatch, capsys):
