@@ -62,17 +62,15 @@ def test_a_config_that_no_network_can_have_is_named_at_once(model, network, part
 
 
 def test_integers_are_neither_weights_nor_an_adapter(model):
-    path, key = model / "vae" / "diffusion_pytorch_model.safetensors", "encoder.conv_in.weight"
-    state = load_file(path)
-    save_file(state | {key: state[key].int()}, path)
-    with pytest.raises(ValueError, match=f"{key} in .* is I32, no floating number"):
-        sanasr.DCAE.from_pretrained(path.parent)
-    save_file(state, path)
     key = "transformer_blocks.0.attn1.to_q"
     save_file({f"{key}.lora_A.weight": torch.ones(2, 64, dtype=torch.int32), f"{key}.lora_B.weight": torch.ones(64, 2)},
               model / "a.safetensors")
     with pytest.raises(ValueError, match="a.safetensors: .*lora_A.weight is no matrix of floating numbers"):
         sanasr.SanaSR.from_pretrained(model, adapter=model / "a.safetensors")
+    path, key = model / "vae" / "diffusion_pytorch_model.safetensors", "encoder.conv_in.weight"
+    save_file({k: x.int() if k == key else x for k, x in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match=f"{key} in .* is I32, no floating number"):
+        sanasr.DCAE.from_pretrained(path.parent)
 
 
 def test_broken_tokenizers_and_long_instructions_are_named(model):
@@ -97,15 +95,22 @@ def test_broken_tokenizers_and_long_instructions_are_named(model):
         sanasr.PromptEncoder(model)("a tree", "y" * 5000)
 
 
-def test_the_same_state_makes_the_same_bytes(tmp_path):
+def test_the_same_state_makes_the_same_bytes_and_a_full_disk_leaves_them(tmp_path):
     """safetensors writes the metadata in an order of its own, another in every process."""
     state, metadata = {"b": torch.arange(6.0), "a": torch.ones(2, 3).half()}, {f"é{i}\n\"": str(i) for i in range(9)}
-    path = tmp_path / "x.safetensors"
+    path, limits = tmp_path / "x.safetensors", resource.getrlimit(resource.RLIMIT_FSIZE)
     sanasr.save_tensors(state, path, metadata)
     data = path.read_bytes()
     header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
     assert list(header["__metadata__"].items()) == sorted(metadata.items())
     assert all(torch.equal(x, state[k]) for k, x in load_file(path).items())
+    with pytest.raises(OSError, match="x.safetensors"):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+            sanasr.save_tensors({"x": torch.zeros(4000)}, path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == data and os.listdir(tmp_path) == ["x.safetensors"]
 
 
 def test_odd_tables_logs_and_indices(tmp_path):
@@ -151,8 +156,8 @@ def test_a_state_of_something_else_is_named(tmp_path, monkeypatch, recwarn):
 
 def test_a_run_belongs_to_one_process(tmp_path):
     script = "import pathlib, runs\nwith runs.claimed(pathlib.Path('run')): print(flush=True) or input()"
-    with subprocess.Popen([sys.executable, "-c", script], env=ENV, cwd=tmp_path, stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE) as other:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", script], env=ENV, cwd=tmp_path, **pipes) as other:
         assert other.stdout.readline() == b"\n"
         with pytest.raises(runs.UserError, match="run is in use by another process"):
             runs.claimed(tmp_path / "run").__enter__()
@@ -181,16 +186,3 @@ def test_a_training_on_a_broken_model_is_one_line_and_a_resumed_one_makes_its_fi
     monkeypatch.setenv("SANASR_CACHE", str(tmp_path / "cache"))  # without the prompts of the first run
     with pytest.raises(SystemExit, match="error: .*text_encoder/model.safetensors: not a whole safetensors file"):
         train.main([*argv, "--name", "broken"])
-
-
-def test_weights_on_a_full_disk_are_an_os_error_that_names_the_file(tmp_path):
-    path = tmp_path / "w.safetensors"
-    sanasr.save_tensors({"x": torch.zeros(4)}, path)
-    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.raises(OSError, match="w.safetensors"):
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-            sanasr.save_tensors({"x": torch.zeros(4000)}, path)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert path.read_bytes() == before and os.listdir(tmp_path) == ["w.safetensors"]
