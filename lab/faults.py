@@ -1,7 +1,6 @@
 """Broken and odd inputs, killed processes, bad disks and hostile files, against every command. Linux only.
 
     python -m lab.faults --out runs/faults                 everything, in minutes; leaves faults.md and faults.json
-    python -m lab.faults --out runs/faults --quick         a sample of each kind, as the tests run it
     python -m lab.faults --out runs/faults --only signals  a part: signals, machine, inputs or the name of a kind
 
 Every case runs in a forked process that has the modules loaded already, on a tiny model, and is checked for this:
@@ -10,715 +9,591 @@ Every case runs in a forked process that has the modules loaded already, on a ti
     no input changed, no partial output: what lies under a final name is whole
     memory below a bound, no file opened outside of what was named, no network, no pickle, no program started
 
-A killed run is resumed until it ends; its files then equal those of a run that was never stopped, bit for bit.
+A killed run is resumed until it ends; its weights, logs and pictures then equal those of an uninterrupted run.
 """
-from __future__ import annotations
-
 import argparse
-import hashlib
+import contextlib
+import ctypes
 import json
 import os
+import pickle
 import random
+import re
 import resource
 import shutil
 import signal
-import stat
+import struct
 import subprocess
 import sys
 import time
 import traceback
-import warnings
+import zlib
 from collections import Counter
+from dataclasses import dataclass, field, replace
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 import eval
-import lab.finish
 import prune
 import sanasr
 import train
-import weights.files
-from lab import pretrain
-from lab.fault_inputs import (
-    ROOT,
-    TRAIN,
-    model_cases,
-    photo,
-    picture_cases,
-    prune_argv,
-    table_cases,
-    without_privileges,
-)
 from linearsr import train as train_linearsr
 from photos import tagger
-from photos.pictures import one_line
+from photos.pictures import write_bytes
 from runs import UserError, command, revision
 
+ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 120  # then a case hangs
+EVAL = ["@in/x.png", "--out", "@out/", "--model", "@shared/model"]
+STEP = ["--data", "@shared/photos", "--model", "@shared/model", *"--crop 96 --val 1 --workers 0 --steps 1".split()]
+TRAIN = [*STEP, "--name", "@out", *"--tags none --lpips alex --batch 1 --rank 2".split()]
+PRUNE = [*STEP, "--out", "@out", *"--tags none --lpips alex --keep 2".split()]
+ARGV = {"eval.py": EVAL, "train.py": TRAIN, "prune.py": PRUNE}
+FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP", "tif": "TIFF", "gif": "GIF", "bmp": "BMP", "ppm": "PPM"}
+COMMANDS = {"eval.py": eval.main, "train.py": train.main, "prune.py": prune.main, "photos.tagger": tagger.main,
+            "linearsr.train": train_linearsr.main, "SanaSR": command(  # with the errors that it is documented to raise
+                lambda argv: sanasr.SanaSR.from_pretrained(argv[0]).restore(Image.new("RGB", (8, 8)), "a tree"))}
+RUNS = {  # what is killed: (arguments, the files from which it needs --resume)
+    "train.py": ([*TRAIN, *"--steps 8 --every 2 --workers 1".split()], ["state.pt"]),
+    "linearsr.train": ([*STEP, *"--stage pretrain --name @out --steps 6 --every 2 --batch 1 --pairs 4".split()], []),
+    "prune.py": ([*PRUNE, "--steps", "60"], ["calibration.pt", "transformer"]),  # it saves at step 50
+    "eval.py": (["@shared/lr", "--out", "@out/", "--model", "@shared/model"], [])}
+
+
+@dataclass
+class Case:
+    """One input."""
+    kind: str
+    name: str
+    command: str
+    argv: list                               # @in, @out, @run: folders of the case; @shared: what make_shared makes
+    files: dict                              # {path below the case's folder: bytes, or a function of the path}
+    expect: str = "error"                    # or "result", or "either" where the decoder decides
+    names: tuple = ("",)                     # the line of error has to contain one of them
+    env: dict = field(default_factory=dict)
+    memory: int = 1 << 30                    # bytes of address space that it may take beyond the loaded modules
+
+
+def photo(width=24, height=20, seed=0, suffix="png", **options):
+    """The file of a smooth random picture."""
+    rgb, f = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8), BytesIO()
+    Image.fromarray(rgb).resize((width, height), Image.Resampling.BICUBIC).save(f, FORMATS[suffix], **options)
+    return f.getvalue()
+
+
+def photos(folder, width, height, count=3):
+    return {f"in/{folder}/{i}.png": photo(width, height, i) for i in range(count)}
+
+
+def png(width, height, kind=b"IEND", data=b""):
+    """An RGB PNG of this size with one chunk and no valid pixels."""
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (kind, data), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
+
+
+def places(shared):
+    """(The file that is to be broken, a case in which it is whole). expect: what follows where nobody can read it."""
+    def place(kind, file, good, command, argv, files=(), names=(), expect="error", **env):
+        good = good if isinstance(good, bytes) else (shared / good).read_bytes()
+        files = {"in/x.png": photo()} | dict(files) | {file: good}
+        return file, Case(kind, file, command, argv, files, expect, (Path(file).name, *names, "--crop", "fp32"), env)
+
+    def option(kind, file, good, command, options, *rest):
+        return place(kind, f"in/{file}", good, command, [*ARGV[command], *options.split()], (), *rest)
+
+    for suffix in FORMATS:
+        frames = {"save_all": True, "append_images": [Image.new("RGB", (24, 20))]} if suffix in "gif webp tif" else {}
+        yield place("pictures", f"in/x.{suffix}", photo(suffix=suffix, **frames), "eval.py",
+                    [f"@in/x.{suffix}", *EVAL[1:]])
+    ram, tags = ("photos.tagger", ["--tagger", "ram", "@in/x.png"]), b'image,tags\nx.png,"tree, sky"\n'
+    yield place("pictures", "in/x.png", photo(), *ram, SANASR_WEIGHTS="@shared/ram")
+    yield place("weights", "in/ram.pth", "ram/ram.pth", *ram, SANASR_WEIGHTS="@in")
+    yield place("weights", "in/ram_fp16.safetensors", "ram/ram_fp16.safetensors", *ram, SANASR_WEIGHTS="@in")
+    yield option("references", "hr/x.png", photo(96, 80), "eval.py", "--metrics psnr --hr @in/hr", ["in/hr"])
+    yield option("adapters", "a.safetensors", "adapter.safetensors", "eval.py", "--adapter @in/a.safetensors")
+    yield option("texts", "i.txt", b"a tree", "eval.py", "--instruction @in/i.txt", ["the instruction"], "either")
+    yield option("tables", "t.csv", tags, "eval.py", "--tagger @in/t.csv")
+    yield option("tables", "t.csv", tags, "train.py", "--tags @in/t.csv")
+    for script in ("train.py", "prune.py"):
+        pairs, argv = photos("hq", 112, 104, 2) | photos("lq", 28, 26, 2), ["--data", "@in/hq", "--lq", "@in/lq"]
+        yield place("photos", "in/lq/0.png", photo(28, 26), script, [*ARGV[script], *argv], pairs, ["lq"])
+        yield place("photos", "out/data.json", "run/data.json", script, ARGV[script], expect="either")
+    for script, run, file, expect, argv in (
+            ("train.py", "run", "state.pt", "error", "--name @run --resume --steps 9".split()),
+            ("train.py", "run", "log.csv", "either", "--name @run --resume --steps 9".split()),
+            ("prune.py", "pruned", "calibration.pt", "error", [*PRUNE, *"--steps 60 --out @run --resume".split()])):
+        files = {"run": partial(shutil.copytree, shared / run)}
+        yield place("states", f"run/{file}", f"{run}/{file}", script, argv, files, (), expect)
+    for path in sorted(p for p in (shared / "model").rglob("*") if p.suffix in (".json", ".safetensors")):
+        kind = {"tokenizer.json": "tokenizer", "config.json": "config"}.get(path.name, "weights")
+        yield place(kind, f"in/{path.relative_to(shared)}", path, "SanaSR", ["@in/model"],
+                    {"in/model": partial(shutil.copytree, shared / "model")}, [path.parent.name, "in/model"])
+
+
+# Makers of bad files: (whole file, rng) -> (name, bytes or function of the path, what has to follow)
+
+class Mark:
+    """A pickle that leaves a folder behind when it is read."""
+    def __reduce__(self):
+        return os.mkdir, ("mark",)
+
+
+def damaged(good, rng):
+    """What can lie in the place of any file."""
+    for name, data in (("empty", b""), ("noise", rng.randbytes(999)), ("zeros", bytes(4096)), ("text", b"no picture"),
+                       ("zip", b"PK\3\4" + bytes(60)), ("pickle", pickle.dumps(Mark())), ("a folder", Path.mkdir),
+                       ("missing", lambda p: None), ("link to itself", lambda p: p.symlink_to(p.name)),
+                       ("unreadable", lambda p: [p.write_bytes(good), p.chmod(0)])):
+        yield name, data, "error"
+    for n in (8, len(good) // 2, 3 * len(good) // 4, len(good) - 1):
+        yield f"cut after {n} bytes", good[:n], "either"
+    for i in range(4):
+        bad = bytearray(good)
+        for _ in range(1 + i):
+            bad[rng.randrange(len(bad) if i % 2 else min(64, len(bad)))] ^= 1 << rng.randrange(8)
+        yield f"flipped bits {i}", bytes(bad), "either"
+
+
+def json_changes(value):
+    """(name, changed copy): a part of a JSON value of another type, null, huge, zero, empty, removed."""
+    new = [None, {str: 7, list: {"a": 1}, dict: [1]}.get(type(value), "7")]
+    if isinstance(value, str | list):
+        new += value * 100_000, value[:0], value[:2]
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        new += 10**9 if isinstance(value, int) else 1e300, -abs(value) - 1, 0, value + 0.5
+    yield from ((f"→ {str(changed)[:20]}", changed) for changed in new)
+    for key in [*value][:99 if len(value) < 99 else 1] if isinstance(value, dict) else ():
+        yield f"{key} removed", {k: v for k, v in value.items() if k != key}
+        yield from ((f"{key} {name}", value | {key: changed}) for name, changed in json_changes(value[key]))
+    if isinstance(value, list) and value and (len(value) > 6 or isinstance(value[0], dict)):
+        yield from ((f"first {name}", [changed, *value[1:]]) for name, changed in json_changes(value[0]))
+
+
+def json_files(good, rng):
+    for data in (b"{", b"[]", b"{}", b"3", b"null", b'"x"', b"\xef\xbb\xbf{}", b'{"a": "\xff"}', b"[" * 200_000,
+                 b'{"num_layers": Infinity}', b'{"num_layers": ' + b"9" * 6000 + b"}", b'[["a"]]', b"[[1, 2, 3, 4]]"):
+        yield f"{data[:20]}", data, "error"
+    yield from ((name, json.dumps(changed).encode(), "either") for name, changed in json_changes(json.loads(good)))
+
+
+def tensor_files(good, rng):
+    """Broken safetensors: the header, and the last tensor's name, place, type and shape."""
+    n = int.from_bytes(good[:8], "little")
+    header, body = json.loads(good[8:8 + n]), good[8 + n:]
+    key = max((k for k in header if k != "__metadata__"), key=lambda k: header[k]["data_offsets"][1])
+    entry = header.pop(key)
+    start, end = entry["data_offsets"]
+
+    def packed(entries, body=body):
+        text = json.dumps(header | entries).encode()
+        return len(text).to_bytes(8, "little") + text + body
+    yield "NaN", packed({key: entry}, body[:start] + b"\0\0\xc0\x7f" * ((end - start) // 4)), "either"
+    files = {"only the header": good[:8 + n], "no JSON": good[:8] + b"x" * n + body, "more bytes": good + bytes(64),
+             "no UTF-8": good[:8] + b"\xff" * n + body, "a list": (2).to_bytes(8, "little") + b"[]",
+             "deep header": (200_000).to_bytes(8, "little") + b"[" * 200_000, "missing key": packed({}, body[:start]),
+             "another key": packed({"x." + key: entry}), "key of a megabyte": packed({"x" * 10**6: entry})}
+    for length in (0, -1, 99999999, 2**62):
+        files[f"header length {length}"] = length.to_bytes(8, "little", signed=True) + good[8:]
+    entries = [changed for _, changed in json_changes(entry) if changed != entry] + [entry | new for new in (
+        *({"dtype": name} for name in "I32 U32 F16 F64 BOOL F8_E4M3".split()), {"shape": [1, *entry["shape"], 1]},
+        *({"data_offsets": [start + i, end + i]} for i in (-4, 10**9)))]
+    files |= {f"entry {str(changed)[:99]}": packed({key: changed}) for changed in entries}
+    yield from ((name, data, "error") for name, data in files.items())
+
+
+def tables(good, rng):
+    for expect, rows in {
+        "result": [b"\xef\xbb\xbf" + good, b"image,tags\n", b'image,tags\n"x"".png","a""b"\n',
+                   b"image,tags\n../bait.png,tree\n/etc/passwd,=1\n", b"image,tags\n" + b"y,a\n" * 99999],
+        "error": [good.decode().encode("utf-16"), b"a,b\n1,2\n", b"image\nx\n", good.replace(b",", b";")],
+        "either": [b"image,tags\nx.png\n\n,\n", b"tags,image\ntree\n", b"image,tags\nx.png,a,b,c\n", good + good[:-9],
+                   b'image,tags\n"x.png,tree\n', good.replace(b"\n", b"\r"), good + b"\0,\0\n", good + b"a" * 300_000,
+                   b"step,loss\n1,x\n"]}.items():
+        yield from ((f"{data[:40]}", data, "either" if b"step" in good else expect) for data in rows)
+
+
+def states(good, rng):
+    keys = ("settings", "masters", "ema", "optimizer", "scaler", "sums", "model")
+    for value in ([], 3, {}, {"step": 1} | {key: {} for key in keys}, {"step": 1, "evil": Mark()}, {"model": [1]}):
+        f = BytesIO()
+        torch.save(value, f)
+        yield f"holds {str(value)[:30]}", f.getvalue(), "error"
+
+
+def pictures(rng):
+    """Odd pictures: (kind, file, bytes or function of the path, what has to follow). More: tests/test_eval.py."""
+    good, bmp, gif = (photo(suffix=suffix) for suffix in ("png", "bmp", "gif"))
+    text = b"k\0\0" + zlib.compress(bytes(10**8), 1)
+    for file, data in {"huge.png": png(60_000, 60_000), "wide.png": png(2**31 - 1, 1), "x.jp2": b"",
+                       "text.png": png(8, 8, b"zTXt", text), "icc.png": png(8, 8, b"iCCP", text),
+                       "zeros.png": png(12_000, 12_000, b"IDAT", zlib.compress(bytes(12_000 * 36_001), 1)),
+                       "x.bmp": bmp[:18] + struct.pack("<ii", 60_000, 60_000) + bmp[26:],
+                       "x.gif": gif[:6] + struct.pack("<HH", 65535, 65535) + gif[10:],
+                       "x.ppm": b"P6 60000 60000 255\n" + bytes(99), "x.pgm": b"P5 1 4000000000 255\n"}.items():
+        yield "decompression bombs", file, data, "error"
+    yield from (("wrong suffix", "x.png", photo(suffix=suffix), "result") for suffix in FORMATS)
+    for data in (rng.randbytes(600), b"x", bytes(4000), bytes(300_000)):
+        for suffix in ("png", "jpg", "webp"):
+            yield "ICC", f"x.{suffix}", photo(suffix=suffix, icc_profile=data), "result"
+    for file in ("new\nline", "two words", "tab\tstop", "ünï çødé", "照片 图", "صورة", "😀", "-dash", "--help", "%s%d",
+                 "quote'\"", "$HOME", "star*", "back\\slash", "many.dots.", "a" * 200):
+        yield "names", f"{file}.PNG", b"x", "error"
+        yield "names", f"{file}.png", good, "result"
+    yield "names", "a" * 251 + ".png", good, "error"  # too long for a temporary file
+    for make in (lambda p: p.symlink_to("gone"), os.mkfifo, lambda p: p.symlink_to("/dev/zero")):
+        yield "no files", "x.png", make, "error"
+    yield "no files", "x.png/y.png", lambda p: [p.parent.rmdir(), p.parent.write_bytes(good)], "error"
+    yield "no files", "x.png", lambda p: [p.with_name("y").write_bytes(good), p.symlink_to("y")], "result"
+
+
+def values(shared):
+    """Cases of odd options, folders of photos and models, and hostile models."""
+    x, model = {"in/x.png": photo()}, {"in/model": partial(shutil.copytree, shared / "model")}
+
+    def case(kind, name, more, files=(), expect="error", names=("",), command="eval.py"):
+        return Case(kind, name, command, [*ARGV[command], *more], x | dict(files), expect, names)
+
+    for prompt in ("tree " * 10**5, "\1\2\x7f", "a\udcff", "😀" * 99, "<bos><eos><pad><unk>", " \t\n", "▁▁"):
+        yield case("texts", f"prompt {prompt[:9]!r}", ["--prompt", prompt], expect="either")
+    yield case("adapters", "of another model", ["--adapter", ROOT / "weights/embedded/adapter.safetensors"])
+    good, broken = photos("hr", 112, 104), {
+        "in/hr/a.png": b"", "in/hr/c.jpg": photo(suffix="jpg")[:99], "in/hr/d.png": png(60_000, 60_000),
+        "in/hr/folder.png": Path.mkdir, "in/hr/link.png": lambda p: p.symlink_to(p.name)}
+    for name, files, expect in (
+            ("broken ones among good ones", good | broken, "result"), ("only broken ones", broken, "error"),
+            ("a file", {"in/hr": b"x"}, "error"), ("no folder", {}, "error"),
+            ("too small", photos("hr", 40, 40), "error"), ("one alone", photos("hr", 112, 104, 1), "either"),
+            ("pairs", good | photos("lq", 28, 26), "result"), ("no LR", good | {"in/lq": Path.mkdir}, "error"),
+            ("LR that is no quarter", good | photos("lq", 30, 26), "error")):
+        lq = ["--lq", "@in/lq"] * any("lq" in file for file in files)
+        for script in ("train.py", "prune.py"):
+            yield case("photos", name, ["--data", "@in/hr", *lq], files, expect, ("--data", "in/hr", "lq"), script)
+    for name in ("nothing-600m", "@in/x.png", "@in/empty", "@in/..", "sana-600m-512", "", "a\0b"):
+        for script in ("eval.py", "train.py"):
+            yield case("model folders", f"{name!r}", ["--model", name], {"in/empty": Path.mkdir}, command=script)
+    for part in ("vae", "transformer", "text_encoder"):
+        for change in (shutil.rmtree, lambda p: [shutil.rmtree(p), p.touch()], lambda p: [
+                f.rename(f"{f}".replace(".s", "-00001-of-00002.s")) for f in p.glob("*.safetensors")]):
+            files = model | {f"in/model/{part}": change}
+            yield Case("model folders", part, "SanaSR", ["@in/model"], files, names=(part,))
+    index = {f"in/{path.relative_to(shared)}.index.json": b'{"weight_map": {"x": "../../../../../../../../etc/passwd"}}'
+             for path in (shared / "model").rglob("*.safetensors")}
+    modules = {f"{folder}/{name}.py": b"import os; os.mkdir('mark')" for folder in ("in", "in/model", "in/model/vae")
+               for name in ("__init__", "torch", "sanasr", "numpy", "conftest")}
+    hostile = {file: {f"in/model/{file}": pickle.dumps(Mark())} for file in (
+        "adapter.safetensors", "vae/model.safetensors", "pytorch_model.bin", "transformer/pytorch_model.bin")}
+    for name, files in (hostile | {"indices of /etc/passwd": index, "modules": modules}).items():
+        expect = "error" if name.endswith("safetensors") else "result"
+        yield case("hostile files", name, ["--model", "@in/model"], model | files, expect)
+
+
+def cases(rng, shared):
+    makers = {".json": json_files, ".safetensors": tensor_files, ".csv": tables, ".pt": states, ".pth": states}
+    for file, case in places(shared):
+        for make in filter(None, (damaged, makers.get(Path(file).suffix))):
+            for name, content, expect in make(case.files[file], rng):
+                new = replace(case, name=f"{file}: {name}", files=case.files | {file: content},
+                              expect=case.expect if expect == "error" else expect)
+                if case.command == "SanaSR" and rng.random() < 0.15:  # some go through a command
+                    script = rng.choice([*ARGV])
+                    new = replace(new, command=script, argv=[*ARGV[script], "--model", "@in/model"])
+                yield new
+    for kind, file, data, expect in pictures(rng):
+        shown = " ".join(file.split())
+        yield Case(kind, f"{file[:20]!r}", "eval.py", [f"@in/{file}", *EVAL[1:]], {f"in/{file}": data}, expect,
+                   (file, shown, shown[:60], "File name too long"), memory=6 << 30 if file == "zeros.png" else 1 << 30)
+    yield from values(shared)
+
 
 # --- Running a command in a process of its own ---
 
 
-def api(argv):
-    """SanaSR.from_pretrained(folder).restore(…), with the errors that it is documented to raise."""
-    try:
-        sanasr.SanaSR.from_pretrained(argv[0]).restore(Image.new("RGB", (8, 8), "teal"), "a tree")
-    except (OSError, ValueError, weights.Unavailable) as error:
-        raise UserError(f"{one_line(error)}")
-
-
-def with_argv(main):
-    """A main that reads sys.argv, as one that is given its arguments."""
-    def run(argv):
-        sys.argv = ["command", *argv]
-        return main()
-    return run
-
-
-COMMANDS = {"eval.py": eval.main, "train.py": train.main, "prune.py": prune.main,
-            "photos.tagger": with_argv(tagger.main),
-            "SanaSR": api, "linearsr.train": train_linearsr.main, "lab.pretrain": with_argv(pretrain.main),
-            "lab.finish": lab.finish.main}
-
-
-def start(command, argv, cwd, log, env=None, prepare=None):
-    """The process number of a fork that runs the command; what it prints goes to the files log.out and log.err."""
+def start(name, argv, folder, shared, env=(), memory=None):
+    """The process number of a fork that runs the command in folder/in, stderr to folder/log.err; memory: watched."""
+    def expand(text):
+        return re.sub("^@(in|out|run)(?=/|$)", rf"{folder}/\1", re.sub("^@shared", str(shared), str(text)))
+    (folder / "in").mkdir(parents=True, exist_ok=True)
+    (folder / "log.err").touch()
     sys.stdout.flush()
-    sys.stderr.flush()
     pid = os.fork()
     if pid:
         return pid
-    code = 70
     try:
         os.setsid()
-        for number, name in ((1, "out"), (2, "err")):
-            handle = os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(handle, number)
-        sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
-        os.chdir(cwd)
-        os.environ.update(env or {})
-        sys.argv = [command]
+        sys.stdout, sys.stderr = open(os.devnull, "w"), open(folder / "log.err", "a", buffering=1)
+        os.dup2(sys.stderr.fileno(), 2)
+        os.chdir(folder / "in")
+        os.environ |= {"SANASR_CACHE": f"{shared}/cache", "SANASR_WEIGHTS": f"{shared}/nothing", "HF_HUB_OFFLINE": "1"}
+        os.environ |= {key: expand(value) for key, value in dict(env).items()}
         torch.set_num_threads(1)  # makes the fork's thread pool, which two threads at once would not survive
-        if prepare:
-            prepare()
-        code = COMMANDS[command]([str(a) for a in argv]) or 0
+        if os.geteuid() == 0:  # from here on permissions hold, also for root
+            ctypes.CDLL(None, use_errno=True).capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
+        if memory:
+            watch([folder, shared, ROOT], folder / "noted", memory)
+        code = COMMANDS[name]([expand(a) for a in argv])
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
+        code = end.code if isinstance(end.code, int | None) else print(end.code, file=sys.stderr) or 1
     except BaseException:
-        traceback.print_exc()
+        code = traceback.print_exc() or 70
     finally:
-        sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
+        os._exit(code if isinstance(code, int) else 0)
 
 
-def watched(report, allowed):
-    """prepare() of a checked case: notes forbidden actions and the peak of memory in the file `report`."""
-    def prepare():
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-        before = status("VmRSS")
-        limit = (status("VmSize") << 20) + (4 << 30)
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        signal.alarm(SECONDS)
-        found, me = set(), os.getpid()
+def watch(allowed, noted, memory, opener=safe_open):
+    """From here on the address space is limited, and what a command may not do is written to the file `noted`."""
+    allowed += [sys.prefix, sys.base_prefix, "/usr", "/lib", "/proc", "/sys", "/dev", "/etc"]
+    allowed = [f"{path}/" for a in allowed for path in (a, os.path.realpath(a))]
+    limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + memory
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    noted = os.open(noted, os.O_CREAT | os.O_WRONLY)
 
-        def inside(path):
-            path = os.path.abspath(os.fsdecode(path))
-            return any(path == a or path.startswith(a.rstrip("/") + "/") for a in allowed)
-
-        def hook(event, args):
-            if event == "open" and not isinstance(args[0], int) and args[0] is not None and not inside(args[0]):
-                found.add(f"opened {os.fsdecode(args[0])}")
-            elif event in ("socket.connect", "pickle.find_class", "os.system", "subprocess.Popen", "os.exec"):
-                found.add(f"{event} {str(args)[:80]}")
-
-        opener = weights.files.safe_open
-
-        def recorded(path, *args, **kwargs):  # it opens files in Rust, where no hook sees it
-            hook("open", (path,))
-            return opener(path, *args, **kwargs)
-        weights.files.safe_open = recorded
-        sys.addaudithook(hook)
-        exit_ = os._exit
-
-        def leave(code):
-            if os.getpid() == me:
-                Path(report).write_text(json.dumps({"memory": status("VmHWM") - before, "found": sorted(found)}))
-            exit_(code)
-        os._exit = leave
-    return prepare
+    def hook(event, args):
+        if event == "open" and isinstance(args[0], str | bytes | os.PathLike):
+            path = os.path.abspath(os.fsdecode(args[0]))
+            if not f"{path}/".startswith(tuple(allowed)):
+                os.write(noted, f"opened {path}\n".encode())
+        elif event in ("socket.connect", "pickle.find_class", "os.system", "subprocess.Popen", "os.exec"):
+            os.write(noted, f"{event} {str(args)[:80]}\n".encode())
+    for module in [m for m in sys.modules.values() if getattr(m, "safe_open", None) is opener]:  # it calls no hook
+        module.safe_open = lambda path, *args, **more: (hook("open", (path,)), opener(path, *args, **more))[1]
+    sys.addaudithook(hook)
 
 
-def status(key):
-    """A line of /proc/self/status in MB."""
-    return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0]) // 1024
+def wait(pid, seconds=None):
+    """The exit code, minus a signal's number; None where it runs for so many seconds. By default it is killed then."""
+    end, found = time.monotonic() + (seconds or SECONDS), 0
+    while not found and time.monotonic() < end:
+        time.sleep(0.005)
+        found, code = os.waitpid(pid, os.WNOHANG)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL if found or not seconds else 0)  # and what it started
+    return os.waitstatus_to_exitcode(code) if found else None if seconds else os.waitpid(pid, 0) and None
 
 
-# --- What a folder holds ---
+NOISE = re.compile(r"usage:| |note:|kernels:|no tags,|skipped |.*%\||.*\?it/s|$")  # in stderr, beside errors
 
 
-def problem_of(path):
-    """Why a file is not whole, or None. Its suffix says what it should be."""
-    try:
-        suffix = path.suffix.lower()
-        if suffix in (".png", ".jpg", ".webp", ".tif", ".bmp"):
-            with Image.open(path) as image:
-                image.load()
-        elif suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                file.keys()
-        elif suffix == ".pt":
-            torch.load(path, weights_only=True)
-        elif suffix == ".json":
-            json.loads(path.read_text("utf-8"))
-        elif suffix == ".csv":
-            text = path.read_text("utf-8")
-            if not text.endswith("\n") or len({line.count(",") for line in text.splitlines()}) > 1:
-                return "a line is cut"
-    except Exception as error:
-        return one_line(error)
-    return None
-
-
-def files(folder):
-    return sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()) if folder.is_dir() else []
-
-
-def fingerprint(folder):
-    """{file: hash of its content and permissions} below a folder."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        info = path.lstat()
-        data = path.read_bytes() if stat.S_ISREG(info.st_mode) and info.st_size < 1 << 28 else b""
-        found[str(path)] = hashlib.sha256(data).hexdigest() + oct(info.st_mode)
-    return found
-
-
-TIMED = ("images_per_s", "samples_per_s", "memory_gb", "hours", "seconds")  # what differs from run to run
-
-
-def content(path):
-    """What has to be equal after a resumed run, as a comparable value."""
-    def plain(x):
-        if isinstance(x, torch.Tensor):
-            data = x.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-            return str(x.dtype), tuple(x.shape), hashlib.sha256(data).hexdigest()
-        if isinstance(x, dict):
-            return {str(k): plain(v) for k, v in x.items() if k not in TIMED}
-        return [plain(v) for v in x] if isinstance(x, list | tuple) else x
-    if path.suffix == ".pt":
-        return plain(torch.load(path, weights_only=True))
-    if path.suffix == ".csv":
-        rows = [line.split(",") for line in path.read_text("utf-8").splitlines()]
-        drop = {i for i, name in enumerate(rows[0]) if name in TIMED}
-        return [[v for i, v in enumerate(row) if i not in drop] for row in rows]
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def verdict(folder, code, expect, names=("",), most=1):
+    """[what is wrong] with an exit code and what was printed on stderr; most: how many lines of error there may be."""
+    text, wrong = (folder / "log.err").read_text("utf-8", "replace"), []
+    (folder / "log.err").unlink()
+    lines = [line.rpartition("\r")[2] for line in text.replace("\x1b[A", "").split("\n")]
+    errors = [line for line in lines if not NOISE.match(line)]
+    if "Traceback" in text or code is None or code < 0:
+        return [f"ends with {code}: {' '.join(errors)[-200:]}"]
+    if expect != "either" and (code == 0) != (expect == "result"):
+        wrong.append(f"exit code {code}, expected {expect}: {' '.join(errors)[-200:]}")
+    if bool(code) != (1 <= len(errors) <= most and all("error: " in line for line in errors)):
+        wrong.append(f"not one line of error with exit code {code}: {errors[:3]}")
+    elif code and not any(name in errors[0] for name in names):
+        wrong.append(f"the line does not name {' or '.join(names)}: {errors[0][:160]}")
+    return wrong
 
 
 def contents(folder):
-    return {str(p.relative_to(folder)): content(p) for p in files(folder) if not p.name.startswith(".")}
+    """({file: what has to be equal after a resumed run}, [which files are not whole]); hidden files are temporary."""
+    def content(path, data):
+        if path.suffix == ".csv":
+            names, *rows, end = (line.split(",") for line in data.decode().replace("\r", "").split("\n"))
+            timed = {"images_per_s", "samples_per_s", "memory_gb", "hours", "seconds"}  # they differ from run to run
+            return end == [""], [{k: v for k, v in zip(names, row, strict=True) if k not in timed} for row in rows]
+        if path.suffix == ".pt":  # what counts in it shows in the weights
+            return list(torch.load(path, weights_only=True))
+        read = {".png": lambda p: Image.open(p).load(), ".safetensors": load_file, ".json": lambda p: json.loads(data)}
+        return data, path.suffix in read and bool(read[path.suffix](path))
+    found, wrong = {}, []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name[0] != "."):
+        try:
+            found[str(path.relative_to(folder))] = content(path, path.read_bytes())
+        except Exception as error:
+            wrong.append(f"{path.name} is not whole: {error}")
+    return found, wrong
 
 
-# --- The check of one case ---
-
-
-def lines_of_error(text):
-    """The lines of stderr that are neither a progress bar, nor usage, nor a note."""
-    lines = [part for line in text.replace("\x1b[A", "").split("\n") for part in line.split("\r")[-1:]]
-    usage, found = False, []
-    for line in lines:
-        usage = line.startswith("usage:") or (usage and line.startswith(" "))
-        if line.strip() and not usage and "%|" not in line and "?it/s" not in line and not line.startswith(
-                ("note:", "kernels:", "no tags,", "skipped ")):
-            found.append(line)
-    return found
-
-
-def traceback_in(text):
-    """[the last line of a traceback], or []."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    return [f"traceback: {lines[-1][:200]}"] if "Traceback" in text else []
+def fingerprint(*folders):
+    """{path: its permissions and content} of everything below the folders."""
+    return {path: (path.lstat().st_mode, path.is_file() and not path.is_symlink() and
+                   path.read_bytes()) for folder in folders for path in folder.rglob("*")}
 
 
 def check(case, folder, shared):
     """[what is wrong], of a case run in `folder`; shared: the folder with the tiny model, photos and cache."""
-    inputs, out = folder / "in", folder / "out"
-    inputs.mkdir(parents=True)
-    argv = case.setup(inputs)
-    argv = [str(folder / a[1:]) if isinstance(a, str) and a.startswith("@") else str(a) for a in argv]  # @out, @in/x
-    present = {p: p.read_bytes() for p in files(folder) if inputs not in p.parents}  # a run to resume
-    before, common = fingerprint(inputs), fingerprint(shared / "model") | fingerprint(shared / "photos")
-    allowed = [str(folder), str(shared), str(ROOT), sys.prefix, sys.base_prefix, "/usr", "/lib", "/proc", "/sys",
-               "/dev", "/etc"]
-    report = folder / "report.json"
-    watch = watched(report, [*allowed, *{os.path.realpath(a) for a in allowed}])
-
-    def prepare():
-        watch()
-        if case.prepare:
-            case.prepare()
-    env = {"SANASR_CACHE": str(shared / "cache"), "SANASR_WEIGHTS": str(shared / "nothing"), "HF_HUB_OFFLINE": "1",
-           **{k: str(folder / v[1:]) if v.startswith("@") else v for k, v in case.env.items()}}
-    pid = start(case.command, argv, folder, folder / "log", env, prepare)
-    ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    text = (folder / "log.err").read_text("utf-8", "replace")
-    wrong, errors = [], lines_of_error(text)
-    if found := traceback_in(text):
-        return found
-    if ended == -signal.SIGALRM:
-        return [f"hangs: not done after {SECONDS} s"]
-    if ended < 0:
-        return [f"dies of signal {-ended}"]
-    if case.expect != "either" and (ended == 0) != (case.expect == "result"):
-        wrong.append(f"exit code {ended}, expected {case.expect}: {' '.join(errors)[:160]}")
-    if ended:
-        if len(errors) != 1 or "error: " not in errors[0]:
-            wrong.append(f"not one line of error: {errors[:3]}")
-        elif case.names and not any(n in errors[0] for n in case.names):
-            wrong.append(f"the line does not name {' or '.join(case.names)}: {errors[0][:160]}")
-    elif any("error:" in line for line in errors):
-        wrong.append(f"exit code 0 with an error: {errors[:1]}")
-    made = [p for p in files(folder) if inputs not in p.parents and p.parent != folder
-            and present.get(p) != p.read_bytes()]
-    wrong += [f"a temporary file is left: {p.name}" for p in made if p.suffix[1:] == "tmp"]
-    wrong += [f"{p.name} is not whole: {problem}" for p in made if (problem := problem_of(p))]
-    count = case.outputs if case.outputs is not None else None if case.command != "eval.py" else int(ended == 0)
-    if count is not None and len(files(out)) != count:
-        wrong.append(f"{len(files(out))} files in out/, expected {count}")
-    if fingerprint(inputs) != before:
-        wrong.append("an input changed")
-    if fingerprint(shared / "model") | fingerprint(shared / "photos") != common:
-        wrong.append("the model or the photos changed")
-    if (folder / "mark").exists():
-        wrong.append("a pickle was executed")
-    seen = json.loads(report.read_text()) if report.exists() else {"memory": 0, "found": ["ended without a report"]}
-    wrong += seen["found"]
-    if seen["memory"] > case.memory:
-        wrong.append(f"took {seen['memory']} MB, at most {case.memory} are allowed")
-    return wrong
+    for path, data in ((folder / path, data) for path, data in case.files.items()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink() if path.is_file() else None
+        data(path) if callable(data) else path.write_bytes(data)
+    fixed = folder / "in", shared / "model", shared / "photos"
+    before = fingerprint(*fixed)
+    code = wait(start(case.command, case.argv, folder, shared, case.env, case.memory))
+    wrong, (out, broken) = verdict(folder, code, case.expect, case.names), contents(folder / "out")
+    if case.command == "eval.py" and "--hr" not in case.argv and len(out) != (code == 0):
+        wrong.append(f"{len(out)} results")
+    wrong += broken * ("out/data.json" not in case.files or code == 0) + contents(folder / "run")[1] * (code == 0)
+    wrong += [f"a temporary file is left: {p.name}" for p in folder.rglob(".*.tmp")]
+    wrong += ["an input, the model or the photos changed"] * (fingerprint(*fixed) != before)
+    return wrong + sorted({*(folder / "noted").read_text().splitlines()})
 
 
-# --- Killed processes ---
+# --- Killed processes, disks, two at once ---
 
 
-class Distance(torch.nn.Module):
-    """In the place of DISTS, whose weights are not carried: the mean absolute difference of each picture."""
+class Run:
+    """A command that can be killed and resumed, its output folder, and what it makes when it is left alone."""
 
-    def forward(self, y, x):
-        return (y - x).abs().mean((1, 2, 3))
+    def __init__(self, name, folder, shared):
+        self.name, self.folder, self.shared, self.out, self.reference = name, folder, shared, folder / "out", {}
+        self.clear()
+        before = time.monotonic()
+        self.wrong = self.judged(wait(self.start()), "result", False)
+        self.seconds, self.reference = time.monotonic() - before, contents(self.out)[0]
 
+    def clear(self):
+        shutil.rmtree(self.out, ignore_errors=True)
+        self.out.mkdir(parents=True)
 
-WIDTHS = [8, 8, 16, 16, 16, 32]
-TINY_AUTOENCODER = pretrain.AUTOENCODER | dict(latent_channels=16, encoder_block_out_channels=WIDTHS,
-                                               decoder_block_out_channels=WIDTHS)
+    def start(self, **options):
+        argv, states = RUNS[self.name]
+        resume = ["--resume"] * any((self.out / state).exists() for state in states)
+        return start(self.name, argv + resume, self.folder, self.shared, **options)
 
-
-def tiny_pretrain():
-    """The networks of lab.pretrain in this process are tiny; AlexNet stands in for VGG16, which is not carried."""
-    pretrain.AUTOENCODER = TINY_AUTOENCODER
-    pretrain.PRIOR |= dict(in_channels=16, out_channels=16, num_layers=2, num_attention_heads=2, sample_size=4,
-                           num_cross_attention_heads=2, cross_attention_dim=64, caption_channels=32)
-    pretrain.TEXT_ENCODER |= dict(vocab_size=300, hidden_size=32, intermediate_size=64)
-    plain = pretrain.LPIPS.from_pretrained
-    pretrain.LPIPS.from_pretrained = lambda net="alex": plain("alex")
-    pretrain.DISTS.from_pretrained = Distance
-
-
-def stage(name, shared, out):
-    more = ["--init", shared / "start"] if name == "autoencoder" else []  # the linear start takes a minute
-    return [name, "--data", shared / "photos", "--out", out, "--steps", "6", "--validate-every", "2", "--batch", "1",
-            "--crop", "96", "--latents", "6", *more]
-
-
-def tiny_finish():
-    """Views are small, and AlexNet is the only judge."""
-    lab.finish.Views.VIEW = 96
+    def judged(self, code, expect, complete=None):
+        """[what is wrong] with an exit code and the files. A complete run has the same as one that was left alone."""
+        got, broken = contents(self.out)
+        wrong = verdict(self.folder, code, expect, most=9 if self.name == "eval.py" else 1) + broken
+        if not wrong and (code == 0 if complete is None else complete):  # it may have saved more checkpoints
+            wrong = [f"{name} differs from the uninterrupted run's" for name in {**self.reference, **got}
+                     if got.get(name) != self.reference.get(name)
+                     and (name in self.reference or not name.startswith(("checkpoints/", "samples/")))]
+        return wrong
 
 
-def resumed(argv, out, *files):
-    """argv, with --resume where a run has left one of the files."""
-    return argv + ["--resume"] * any((out / file).exists() for file in files)
-
-
-def runs(shared):
-    """{name: (command, out -> arguments, prepare)} of what is killed. Every run takes about a second or two."""
-    stages = {f"lab.pretrain {name}": ("lab.pretrain", lambda out, name=name: stage(name, shared, out), tiny_pretrain)
-              for name in ("autoencoder", "decoder", "prior")}
-    return {
-        "train.py": ("train.py", lambda out: resumed(
-            ["--data", shared / "photos", "--model", shared / "model", "--name", out, "--steps", "8", "--every", "2",
-             "--workers", "1", *TRAIN], out, "state.pt"), None),
-        "linearsr.train": ("linearsr.train", lambda out: [
-            "--stage", "pretrain", "--data", shared / "photos", "--model", shared / "model", "--name", out, "--steps",
-            "6", "--every", "2", "--batch", "1", "--pairs", "4", "--crop", "96", "--val", "1", "--workers", "0"], None),
-        **stages,
-        "lab.finish decoder": ("lab.finish", lambda out: [
-            "decoder", "--model", shared / "model", "--out", out, "--steps", "6", "--validate-every", "2", "--batch",
-            "1", "--rank", "2", "--no-teacher"], tiny_finish),
-        "prune.py": ("prune.py", lambda out: resumed(prune_argv(shared, out), out, "calibration.pt", "transformer"),
-                     quick_saves),
-        "eval.py": ("eval.py", lambda out: [shared / "lr", "--out", f"{out}/", "--model", shared / "model"], None)}
-
-
-def quick_saves():
-    """prune.py saves after every second sample, not after every 50th."""
-    prune.calibrate.__defaults__ = (2,)
-
-
-def environment(shared):
-    return {"SANASR_CACHE": str(shared / "cache"), "SANASR_WEIGHTS": str(shared / "nothing"), "HF_HUB_OFFLINE": "1"}
-
-
-def ended(pid, seconds=SECONDS):
-    """The exit code, minus the signal's number, or None where it still runs after so many seconds."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        found, code = os.waitpid(pid, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(code)
-        time.sleep(0.005)
-    return None
-
-
-def end_all(pid):
-    """Ends a process and what it started."""
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-
-
-def begin(shared, name, out):
-    """Puts into `out` what an earlier stage leaves there."""
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    if name in ("lab.pretrain decoder", "lab.pretrain prior"):
-        shutil.copyfile(shared / "autoencoder.pt", out / "autoencoder.pt")
-    if name == "lab.finish decoder":
-        shutil.copyfile(shared / "warm.safetensors", out / "adapter.safetensors")
-        shutil.copytree(shared / "pairs", out / "pairs")
-
-
-def finish(shared, name, out, log):
-    """Runs to the end. [what is wrong]."""
-    command, argv, prepare = runs(shared)[name]
-    pid = start(command, argv(out), out.parent, log, environment(shared), prepare)
-    code = ended(pid)
-    end_all(pid)
-    text = Path(f"{log}.err").read_text("utf-8", "replace")
-    return [] if code == 0 else [f"does not end well when resumed, {code}: {' '.join(lines_of_error(text)[-2:])[:300]}"]
-
-
-def differences(reference, out):
-    """What a resumed run has that differs from an uninterrupted one. It may have saved more checkpoints."""
-    got = contents(out)
-    wrong = [f"{name} differs from the uninterrupted run's" for name in reference
-             if name in got and got[name] != reference[name]]
-    wrong += [f"{name} is missing" for name in reference if name not in got]
-    return wrong + [f"{name} is not in the uninterrupted run" for name in got
-                    if name not in reference and not name.startswith(("checkpoints/", "samples/"))]
-
-
-def reference_of(shared, name, folder):
-    """(contents of an uninterrupted run, its seconds, what is wrong)."""
-    out = folder / "reference"
-    begin(shared, name, out)
-    before = time.monotonic()
-    wrong = finish(shared, name, out, folder / "reference")
-    return contents(out), time.monotonic() - before, wrong
-
-
-def killed(shared, name, folder, moments, rng):
-    """Rows of the process faults of one command."""
-    command, argv, prepare = runs(shared)[name]
-    folder.mkdir(parents=True)
-    reference, seconds, wrong = reference_of(shared, name, folder)
-    yield "uninterrupted", wrong
-    if wrong:
-        return
-    out, chain = folder / "killed", 0
-    begin(shared, name, out)
-    while moments:
-        number = rng.choice([signal.SIGKILL, signal.SIGTERM])
-        pid = start(command, argv(out), folder, folder / "killed", environment(shared), prepare)
-        code = ended(pid, rng.uniform(0, seconds))
-        label = "ended before its signal"
+def killed(run, args):
+    """Rows (kind, label, what is wrong): signals at random moments, until the run has ended or got ten of them."""
+    yield "signals", "uninterrupted", run.wrong
+    run.clear()
+    rng, moments, chain = random.Random(args.seed), -(-50 // args.sample), 0
+    while moments and not run.wrong:
+        number, label, pid = rng.choice([signal.SIGKILL, signal.SIGTERM]), "ended before its signal", run.start()
+        code = wait(pid, rng.uniform(0.01, run.seconds))
         if code is None:
-            moments, chain = moments - 1, chain + 1
-            label = signal.Signals(number).name
+            moments, chain, label = moments - 1, chain + 1, number.name
             os.killpg(pid, number) if rng.random() < 0.5 else os.kill(pid, number)
-            code = ended(pid)
-            end_all(pid)
-        text = (folder / "killed.err").read_text("utf-8", "replace")
-        wrong = ["does not end after SIGTERM"] if code is None else []
-        wrong += traceback_in(text)
-        wrong += [f"{p.name} is not whole: {problem}" for p in files(out)
-                  if not p.name.startswith(".") and (problem := problem_of(p))]
-        if label == "ended before its signal" and code != 0:
-            wrong.append(f"exit code {code}: {' '.join(lines_of_error(text)[-2:])[:300]}")
-        if chain >= 10 or code == 0 or not moments or wrong:
-            wrong = wrong or finish(shared, name, out, folder / "resumed") or differences(reference, out)
-            if wrong:
-                kept = folder / f"wrong{moments}"
-                shutil.rmtree(kept, ignore_errors=True)
-                shutil.copytree(out, kept)
-            begin(shared, name, out)
+            code = wait(pid)
+            wrong = ["does not end"] * (code is None) + run.judged(0, "either", complete=False)
+        else:
+            wrong = run.judged(code, "result")
+        if chain == 10 or code == 0 or not moments or wrong:
+            for path in run.out.rglob("*"):  # as if the clock had been set back
+                os.utime(path, (time.time() + 86400,) * 2)
+            wrong = wrong or run.judged(wait(run.start()), "result")
+            run.clear()
             chain = 0
-        yield label, wrong
+        yield "signals", label, wrong
 
 
-# --- Disks, clocks, two at once ---
-
-
-def bad_disks(shared, name, folder):
-    """Rows (kind, what is wrong) for one command; None where this machine cannot make the fault."""
-    command, argv, prepare = runs(shared)[name]
-    folder.mkdir(parents=True)
-    reference, seconds, wrong = reference_of(shared, name, folder)
-    if wrong:
-        yield "uninterrupted", wrong
-        return
-    out, log = folder / "out", folder / "log"
-
-    def run(expect, more=None, env=None):
-        """Runs once. [what is wrong]."""
-        def before():
-            for step in (prepare, more):
-                if step:
-                    step()
-        pid = start(command, argv(out), folder, log, environment(shared) | (env or {}), before)
-        code = ended(pid)
-        end_all(pid)
-        text = Path(f"{log}.err").read_text("utf-8", "replace")
-        errors = lines_of_error(text)
-        found = traceback_in(text)
-        if (code == 0) != (expect == "result"):
-            found.append(f"exit code {code}, expected {expect}: {' '.join(errors)[-200:]}")
-        if code and not found and (not errors or any("error: " not in line for line in errors)
-                                   or (command != "eval.py" and len(errors) > 1)):
-            found.append(f"not one line of error: {errors[:3]}")
-        return found + [f"{p.name} is not whole: {problem}" for p in files(out)
-                        if not p.name.startswith(".") and (problem := problem_of(p))]
-
+def bad_machine(run, args):
+    """Rows (kind, label, what is wrong): disks that are full or read-only, and two processes at once."""
+    for label, spoil, expect in (
+            ("read-only output", lambda out, cache: out.chmod(0o555), "error"),
+            ("a file in place of the output", lambda out, cache: [out.rmdir(), out.touch()], "error"),
+            ("cache that cannot be written", lambda out, cache: cache.mkdir(0o555), "result"),
+            ("a file in place of the cache", lambda out, cache: cache.touch(), "result")):
+        cache = run.folder / label
+        run.clear()
+        spoil(run.out, cache)
+        pid = run.start(env={"SANASR_CACHE": str(cache)} if cache.exists() else {})
+        yield f"machine: {label}", "", run.judged(wait(pid), expect)
+        run.out.unlink() if run.out.is_file() else run.out.chmod(0o755)
     for size in ("24k", "200k", "600k"):
-        begin(shared, name, out)
-        kept = {p.relative_to(out): p.read_bytes() for p in files(out)}
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", out], capture_output=True)
-        if mounted.returncode:
-            yield "full disk", None
-            break
+        run.clear()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size},mode=777", "tmpfs", run.out]
+        if subprocess.run(mount, capture_output=True).returncode:
+            break  # it takes privileges
         try:
-            try:
-                for file, data in kept.items():
-                    (out / file).parent.mkdir(parents=True, exist_ok=True)
-                    (out / file).write_bytes(data)
-            except OSError:
-                continue
-            wrong = run("error")
-            if wrong and wrong[0].startswith("exit code 0"):  # it fits
-                wrong = []
-            subprocess.run(["mount", "-o", "remount,size=500m", out], check=True)
-            if wrong:
-                shutil.copytree(out, folder / f"full{size}", dirs_exist_ok=True)
-            yield "full disk", wrong or finish(shared, name, out, log) or differences(reference, out)
+            wrong = run.judged(wait(run.start()), "either")  # a result where it fits
+            subprocess.run(["mount", "-o", "remount,size=500m", run.out], check=True)
+            yield "machine: full disk", size, wrong or run.judged(wait(run.start()), "result")
         finally:
-            subprocess.run(["umount", "-l", out], check=True)
-    begin(shared, name, out)
-    out.chmod(0o555)
-    yield "read-only output", run("error", without_privileges)
-    out.chmod(0o755)
-    shutil.rmtree(out)
-    out.write_text("a file")
-    yield "a file in place of the output", run("error")
-    out.unlink()
-    cache = folder / "cache"
-    for label, make in (("cache that cannot be written", lambda: cache.mkdir(0o555)), ("a file in place of the cache",
-                        lambda: cache.write_text("x"))):
-        begin(shared, name, out)
-        make()
-        yield label, run("result", without_privileges, {"SANASR_CACHE": str(cache)}) or differences(reference, out)
-        cache.rmdir() if cache.is_dir() else cache.unlink()
-
-    begin(shared, name, out)
-    both = [start(command, argv(out), folder, folder / f"log{i}", environment(shared), prepare) for i in range(2)]
-    codes = [ended(pid) for pid in both]
-    for pid in both:
-        end_all(pid)
-    texts = [(folder / f"log{i}.err").read_text("utf-8", "replace") for i in range(2)]
-    wrong = [found for text in texts for found in traceback_in(text)]
-    if sorted(map(bool, codes)) == [True, True]:
-        wrong.append(f"both end with {codes}")
-    wrong += [f"not one line that refuses: {lines_of_error(text)[:3]}" for code, text in zip(codes, texts, strict=True)
-              if code and [("error: " in line) for line in lines_of_error(text)] != [True]]
-    yield "two at once", wrong or differences(reference, out)
-
-    if command == "eval.py":
-        return
-    begin(shared, name, out)
-    pid = start(command, argv(out), folder, log, environment(shared), prepare)
-    if ended(pid, 0.7 * seconds) is None:
-        end_all(pid)
-        ended(pid)
-    for path in out.rglob("*"):  # the same as a clock that was set back
-        os.utime(path, (time.time() + 86400,) * 2)
-    now = time.time
-    yield "clock set back", run("result", lambda: setattr(time, "time", lambda: now() - 86400)) or differences(
-        reference, out)
-    shutil.rmtree(out)
-
-
-# --- All of it ---
+            subprocess.run(["umount", "-l", run.out], check=True)
+    run.clear()
+    ends = [wait(pid) == 0 for pid in [run.start(), run.start()]]
+    wrong = run.judged(int(not all(ends)), "either", complete=True)
+    yield "machine: two at once", "", wrong + ["both fail"] * (not any(ends))
 
 
 def make_shared(shared):
-    """The tiny model, photos, an adapter, and runs to resume, below `shared`."""
+    """The tiny model, photos, weights of a tiny tagger, an adapter, and runs to resume, below `shared`."""
     sys.path.insert(0, str(ROOT / "tests"))
     import tiny
-    build, config = tiny.CONFIGS["transformer"]
-    tiny.CONFIGS["transformer"] = build, config | {"num_layers": 3}  # so that there is a block to prune
+    tiny.CONFIGS["transformer"][1]["num_layers"] = 3  # so that there is a block to prune
     tiny.tiny_model(shared / "model")
-    for folder, size, count in (("photos", (272, 264), 5), ("lr", (24, 20), 6)):
-        (shared / folder).mkdir()
-        for i in range(count):
-            photo(*size, seed=i).save(shared / folder / f"{i}.png")
-    for part, name in ((part, name) for part in ("train", "val") for name in ("00000_strong.png", "00001_mild.png")):
-        for kind, size in (("lr", 80), ("hr", 320)):
-            (shared / "pairs" / part / kind).mkdir(parents=True, exist_ok=True)
-            photo(size, size, seed=size + len(part)).save(shared / "pairs" / part / kind / name)
-    (shared / "nothing").mkdir()
+    for i in range(6):
+        write_bytes(shared / "photos" / f"{i}.png", photo(272, 264, i))
+        write_bytes(shared / "lr" / f"{i}.png", photo(24, 20, i))
+    tagger.Config = partial(tagger.Config, 96, 8, (2, 2, 2, 2), (1, 2, 4, 8), 3, embed=8, hidden=8)
     torch.manual_seed(0)
-    sanasr.save_module(sanasr.DCAE(TINY_AUTOENCODER), shared / "start" / "vae")
+    ram = {k: torch.randn(v.shape) / 8 for k, v in tagger.RAM().state_dict().items()}
+    sanasr.save_tensors(ram, shared / "ram" / "ram_fp16.safetensors")
+    torch.save({"model": ram}, shared / "ram" / "ram.pth")
     dit = sanasr.LinearDiT.from_pretrained(shared / "model" / "transformer")
-    torch.manual_seed(0)
     sanasr.inject_lora(dit, 2)
     sanasr.save_lora(dit, shared / "adapter.safetensors", {"timestep": "900"})
-    dit = sanasr.LinearDiT.from_pretrained(shared / "model" / "transformer")
-    sanasr.inject_lora(dit, 2, targets="attn+ffn")
-    sanasr.save_lora(dit, shared / "warm.safetensors", {})
-    for name, folder in (("train.py", "run"), ("prune.py", "pruned"), ("lab.pretrain autoencoder", "autoencoder")):
-        (shared / folder).mkdir()
-        if wrong := finish(shared, name, shared / folder, shared / folder):
-            raise UserError(f"{name} does not run at all: {wrong[0]}")
-    shutil.move(shared / "autoencoder" / "autoencoder.pt", shared / "autoencoder.pt")
+    for name, folder in (("train.py", "run"), ("prune.py", "pruned")):
+        run = Run(name, shared / name, shared)
+        if run.wrong:
+            raise UserError(f"{name} does not run at all: {run.wrong[0]}")
+        shutil.move(run.out, shared / folder)
     shutil.rmtree(shared / "pruned" / "transformer")
-
-
-def every_case(seed, shared):
-    rng = random.Random(seed)
-    for number, make in enumerate((picture_cases, model_cases, table_cases)):
-        yield from make(random.Random(rng.random() + number), shared)
 
 
 @command
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/faults"), metavar="DIR")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: the cores)")
-    parser.add_argument("--moments", type=int, default=50, help="signals to each command (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="one input in 20 of each kind, two signals a command")
-    parser.add_argument("--only", default="", metavar="TEXT", help="of inputs: KIND, signals, machine: those that "
-                        "contain this text; their files are kept")
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/faults"), metavar="DIR")
+    add("--seed", type=int, default=0)
+    add("--sample", type=int, default=1, metavar="N",
+        help="one input in N of each kind, 50 / N signals to each command; above 50 on one command")
+    add("--only", default="", metavar="TEXT", help="of signals, machine, inputs: KIND: those that contain this text")
     args = parser.parse_args(argv)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the cases' address space is limited, and runs are compared bit for bit
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", module="PIL")
-    began, work = time.monotonic(), (args.out / "work").resolve()
+    began, work, rows = time.monotonic(), (args.out / "work").resolve(), []
+    tried, failed, seen = Counter(), Counter(), Counter()
     shutil.rmtree(work, ignore_errors=True)
-    (work / "shared").mkdir(parents=True)
-    shared = work / "shared"
-    make_shared(shared)
+    make_shared(shared := work / "shared")
 
-    cases = [case for case in every_case(args.seed, shared) if args.only in f"inputs: {case.kind}"]
-    if args.quick:
-        seen = Counter()
-        cases = [c for c in cases if (seen.update([c.kind]), (seen[c.kind] - 1) % 20 == 0)[1]]
-    moments = 2 if args.quick else args.moments
-    names = list(runs(shared))
-
-    def tried(first):
-        for n, case in enumerate(cases[first:first + 25], first):
-            folder = work / f"{n:04d}"
-            yield case.kind, case.command, case.name, check(case, folder, shared)
-
-    def all_kills(name):
-        for label, wrong in killed(shared, name, work / f"kill {name}", moments, random.Random(args.seed)):
-            yield "signals", name, label, wrong
-
-    def all_disks(name):
-        for kind, wrong in bad_disks(shared, name, work / f"disk {name}"):
-            yield f"machine: {kind}", name, kind, wrong
-    units = [(tried, first) for first in range(0, len(cases), 25)]
-    if args.only in "signals":
-        units = [(all_kills, name) for name in names] + units
-    if args.only in "machine":
-        units = [(all_disks, name) for name in (names[:1] if args.quick else names)] + units
-    rows = pooled(units, args.jobs, work)
-    report(rows, args, time.monotonic() - began)
-    if not args.only and not any(row["wrong"] for row in rows):
-        shutil.rmtree(work)
-    return int(any(row["wrong"] for row in rows))
-
-
-def pooled(units, jobs, work):
-    """The rows of all units, each unit in a process of its own, `jobs` at a time. Prints what is wrong."""
-    waiting, running, rows = list(enumerate(units)), {}, []
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            n, (make, argument) = waiting.pop(0)
-            sys.stdout.flush()
-            pid = os.fork()
-            if not pid:
-                try:
-                    with open(work / f"unit{n}.jsonl", "w") as f:
-                        for kind, command, name, wrong in make(argument):
-                            f.write(json.dumps(dict(kind=kind, command=command, name=name, wrong=wrong)) + "\n")
-                            f.flush()
-                except BaseException:
-                    traceback.print_exc()
-                    os._exit(1)
-                os._exit(0)
-            running[pid] = n, argument
-        pid, code = os.wait()
-        if pid not in running:
-            continue
-        n, argument = running.pop(pid)
-        new = [json.loads(line) for line in (work / f"unit{n}.jsonl").read_text().splitlines()]
-        if code:
-            new.append(dict(kind="this program", command="lab.faults", name=str(argument), wrong=["failed, see above"]))
-        rows += new
-        for row in new:
-            for wrong in row["wrong"] or []:
-                print(f"{row['command']}, {row['kind']}, {row['name']}: {wrong}", flush=True)
-        left = len(waiting) + len(running)
-        print(f"{len(rows)} tried, {sum(bool(row['wrong']) for row in rows)} with faults, {left} of {len(units)} parts "
-              "to go", flush=True)
-    return rows
-
-
-def report(rows, args, seconds):
-    about = (f"Seed {args.seed}, revision {revision(ROOT)}, {time.strftime('%Y-%m-%d')}, "
-             f"{seconds:.0f} s with {args.jobs} processes, torch {torch.__version__}.")
-    table = {}
-    for row in rows:
-        line = table.setdefault(row["kind"], [0, 0, 0, set()])
-        line[0] += row["wrong"] is not None
-        line[1] += row["wrong"] is None
-        line[2] += bool(row["wrong"])
-        line[3].add(row["command"])
-    lines = [f"`python -m lab.faults{' --quick' * args.quick}`: {about}", "", "| kind | tried | failures | commands |",
-             "| --- | ---: | ---: | --- |"]
-    lines += [f"| {kind} | {tried}{f' (and {skipped} that this machine cannot make)' * bool(skipped)} | {bad} | "
-              f"{', '.join(sorted(commands))} |" for kind, (tried, skipped, bad, commands) in sorted(table.items())]
-    lines.append(f"| all | {sum(x[0] for x in table.values())} | {sum(x[2] for x in table.values())} | |")
+    def note(kind, name, label, wrong):
+        rows.append({"kind": kind, "command": name, "name": label, "wrong": wrong})
+        tried.update([kind, "all"])
+        failed.update([kind, "all"] * bool(wrong))
+        print(f"{name}, {kind}, {label}: {'; '.join(wrong)}\n" * bool(wrong), end="", flush=True)
+    for part, tries, sample in (("signals", killed, ["train.py"]), ("machine", bad_machine, ["eval.py"])):
+        for name in (RUNS if args.sample <= 50 else sample) if args.only in part else ():
+            for kind, label, wrong in tries(Run(name, work / f"{part} {name}", shared), args):
+                note(kind, name, label, wrong)
+    for n, case in enumerate(cases(random.Random(args.seed), shared)):
+        seen[case.kind] += 1
+        if args.only in f"inputs: {case.kind}" and seen[case.kind] % args.sample == 1 % args.sample:
+            note(case.kind, case.command, case.name, check(case, work / f"{n:04d}", shared))
+            shutil.rmtree(work / f"{n:04d}")
+    about = (f"Seed {args.seed}, sample {args.sample}, revision {revision(ROOT)}, {time.strftime('%Y-%m-%d')}, "
+             f"{time.monotonic() - began:.0f} s, torch {torch.__version__}.")
+    lines = [about, "", "| kind | tried | failures |", "| --- | ---: | ---: |"]
+    lines += [f"| {kind} | {tried[kind]} | {failed[kind]} |" for kind in (*sorted(tried.keys() - {"all"}), "all")]
     (args.out / "faults.md").write_text("\n".join(lines) + "\n")
     (args.out / "faults.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     print("\n".join(lines))
+    return int(failed["all"] > 0)
 
 
 if __name__ == "__main__":

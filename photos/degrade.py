@@ -17,7 +17,6 @@ import argparse
 import io
 import math
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from photos.pictures import one_line, read_rgb, write
+from photos.pictures import read_rgb, write
+from runs import command
 
 SCALE = 4
 MIN_SIZE = 80  # below it, the smallest first-order result would be smaller than the blur's reflected border
@@ -210,7 +210,7 @@ def degrade(hr: torch.Tensor, rng, trace: list | None = None, mild: float = 0.0)
     return (x.clamp(0, 1) * 255).round() / 255
 
 
-# Tensors and pictures; training pairs
+# Tensors and pictures
 
 def to_image(x):
     """(3, H, W) in [0, 1], clamped and rounded to 8 bits -> PIL image."""
@@ -229,11 +229,6 @@ def enlarge(lr, size=None):
     """
     lr = lr.convert("RGB") if isinstance(lr, Image.Image) else to_image(lr)
     return to_tensor(lr.resize(size or (lr.width * SCALE, lr.height * SCALE), Image.BICUBIC)) * 2 - 1
-
-
-def pair(hr, rng, lr=None, mild=0.0):
-    """A training pair (x_L, x_H), (3, H, W) in [-1, 1], of hr (3, H, W) in [0, 1]; lr replaces the synthetic one."""
-    return enlarge(degrade(hr, rng, mild=mild) if lr is None else lr), hr * 2 - 1
 
 
 def sharpen(x, weight=0.5, radius=50, threshold=10):
@@ -263,6 +258,7 @@ def sheet(stages, height=320):
     return canvas
 
 
+@command
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Degrade a photo as the training does.")
     parser.add_argument("image", help="the high-quality photo")
@@ -270,19 +266,16 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sheet", action="store_true", help="also write OUT.sheet.png, which shows every stage")
     args = parser.parse_args(argv)
-    try:
-        hr = to_tensor(read_rgb(args.image))
-        hr = hr[:, :hr.shape[1] // SCALE * SCALE, :hr.shape[2] // SCALE * SCALE]
-        stages = [("photo", hr)]
-        lr = degrade(hr, args.seed, stages)
-        write(to_image(lr), Path(args.out))
-        print(f"{args.out}: {lr.shape[2]}x{lr.shape[1]}, seed {args.seed}: " + ", ".join(s for s, _ in stages[1:]))
-        if args.sheet:
-            name = os.path.splitext(args.out)[0] + ".sheet.png"
-            write(sheet(stages + [("LR", lr)]), Path(name))
-            print(name)
-    except (OSError, ValueError) as e:
-        sys.exit(f"error: {one_line(e)}")
+    hr = to_tensor(read_rgb(args.image))
+    hr = hr[:, :hr.shape[1] // SCALE * SCALE, :hr.shape[2] // SCALE * SCALE]
+    stages = [("photo", hr)]
+    lr = degrade(hr, args.seed, stages)
+    write(to_image(lr), Path(args.out))
+    print(f"{args.out}: {lr.shape[2]}x{lr.shape[1]}, seed {args.seed}: " + ", ".join(s for s, _ in stages[1:]))
+    if args.sheet:
+        name = os.path.splitext(args.out)[0] + ".sheet.png"
+        write(sheet(stages + [("LR", lr)]), Path(name))
+        print(name)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from safetensors.torch import load_file, save_file
 import weights
 from photos import swin
 from photos.pictures import atomically, read_rgb, write_bytes
+from runs import command
 from sanasr import clean_tags
 from weights import cache_dir
 from weights.dtypes import choose_dtypes
@@ -221,8 +222,9 @@ def _pick(state, shapes, path):
     """The entries of `state` that `shapes` asks for. Early checkpoints call the tagging head `vision_multi`."""
     state = {k.replace("vision_multi.", "tagging_head."): v for k, v in state.items()}
     missing = [k for k in shapes if k not in state]
-    wrong = [f"{k} is {tuple(state[k].shape)}, not {tuple(shapes[k])}"
-             for k in shapes if k in state and tuple(state[k].shape) != tuple(shapes[k])]
+    found = {k: f"{tuple(state[k].shape)}{'' if state[k].is_floating_point() else ' of integers'}"
+             for k in shapes if k in state}
+    wrong = [f"{k} is {text}, not {tuple(shapes[k])}" for k, text in found.items() if text != str(tuple(shapes[k]))]
     if missing or wrong:
         few = ", ".join((missing + wrong)[:3])
         raise ValueError(f"{path}: {len(missing)} keys missing and {len(wrong)} of another shape: {few}")
@@ -315,11 +317,6 @@ def select(logits):
     return [(tags[i], p[i].item()) for i in (p > thresholds).nonzero().flatten().tolist()]
 
 
-def joined(tags):
-    """The tags as one line, as the reference joins them."""
-    return ", ".join(tags)
-
-
 class Tagger:
     """Finds the tags of pictures and keeps them on the disk. It holds 0.85 GB in float32: `del` it after use."""
 
@@ -391,7 +388,8 @@ def open_tagger(kind, device=None, dtype=None):
         return None
 
 
-def main():
+@command
+def main(argv=None):
     """The command line; see the top of the file. Photos are tagged as they are, eval.py's are enlarged before."""
     parser = argparse.ArgumentParser(description="Content tags of photos, by RAM or DAPE.")
     parser.add_argument("photos", nargs="*", type=Path, metavar="photo")
@@ -400,27 +398,24 @@ def main():
     parser.add_argument("--convert", metavar="OUT.safetensors", nargs="?", type=Path, const=cache_dir() / LEAN,
                         help=f"write the lean fp16 copy of RAM's checkpoint, by default into the cache; it is found "
                              f"there and, as {LEAN}, in $SANASR_WEIGHTS")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not args.photos and not args.convert:
         parser.error("name a photo")
-    try:
-        if args.convert:
-            out = convert(args.convert)
-            print(f"wrote {out}, {out.stat().st_size / 1e6:.0f} MB")
-        if args.photos:
-            tagger = Tagger.from_pretrained(args.tagger, args.device)
-        for photo in args.photos:
-            image = read_rgb(photo)
-            start = time.perf_counter()
-            found = tagger.tag(image)
-            seconds = time.perf_counter() - start
-            tags = clean_tags([tag for tag, _ in found])
-            print(f"{photo}: {len(found)} tags, {seconds:.1f} s")
-            for tag, p in found:
-                print(f"  {p:.3f}  {tag}" + ("" if tag in tags else "   (degradation: not in the prompt)"))
-            print(joined(tags))
-    except (weights.Unavailable, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    if args.convert:
+        out = convert(args.convert)
+        print(f"wrote {out}, {out.stat().st_size / 1e6:.0f} MB")
+    if args.photos:
+        tagger = Tagger.from_pretrained(args.tagger, args.device)
+    for photo in args.photos:
+        image = read_rgb(photo)
+        start = time.perf_counter()
+        found = tagger.tag(image)
+        seconds = time.perf_counter() - start
+        tags = clean_tags([tag for tag, _ in found])
+        print(f"{photo}: {len(found)} tags, {seconds:.1f} s")
+        for tag, p in found:
+            print(f"  {p:.3f}  {tag}" + ("" if tag in tags else "   (degradation: not in the prompt)"))
+        print(", ".join(tags))
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ def photo(height=128, width=160):
     return (0.2 + 0.6 * rgb - 0.3 * ((x - 0.5) ** 2 + (y - 0.5) ** 2 < 0.05)).clamp(0, 1)
 
 
-def moments(kernel):
-    axis = torch.arange(len(kernel), dtype=torch.float64) - len(kernel) // 2
-    return ((kernel * axis ** 2).sum(), (kernel.T * axis ** 2).sum(), (kernel * axis * axis[:, None]).sum())
+def near(count, p, trials):
+    """A count of `trials` draws of probability p, within four standard deviations."""
+    assert abs(count / trials - p) < 4 * math.sqrt(p * (1 - p) / trials) + 1e-9, (count, trials, p)
 
 
 @pytest.mark.parametrize("sigma_x, sigma_y, angle", [(1.5, 1.5, 0.0), (2.5, 1.0, 0.7), (0.8, 1.9, -2.0)])
@@ -29,18 +29,16 @@ def test_gaussian_moments_are_its_covariance(sigma_x, sigma_y, angle):
     assert k.shape == (21, 21) and abs(k.sum() - 1) < 1e-12 and (k >= 0).all()
     rotation = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     cov = rotation @ torch.diag(torch.tensor([sigma_x ** 2, sigma_y ** 2])) @ rotation.T
-    xx, yy, xy = moments(k)
-    assert torch.allclose(torch.stack([xx, yy, xy]).float(), torch.stack([cov[0, 0], cov[1, 1], cov[0, 1]]), atol=0.02)
+    axis = torch.arange(21.0) - 10
+    moments = torch.stack([(k * axis ** 2).sum(), (k.T * axis ** 2).sum(), (k * axis * axis[:, None]).sum()])
+    assert torch.allclose(moments.float(), torch.stack([cov[0, 0], cov[1, 1], cov[0, 1]]), atol=0.02)
 
 
 def test_generalised_and_plateau_shapes():
-    # the defining ratio k(r) / k(0) along the axis
-    for beta in (0.5, 1.0, 3.0):
-        k = d.gaussian_kernel(21, 2.0, 2.0, 0.0, beta)
-        assert math.isclose(k[10, 13] / k[10, 10], math.exp(-0.5 * (9 / 4) ** beta), rel_tol=1e-9)
-    for beta in (1.0, 2.0):
-        k = d.gaussian_kernel(21, 2.0, 2.0, 0.0, beta, plateau=True)
-        assert math.isclose(k[10, 13] / k[10, 10], 1 / (1 + (9 / 4) ** beta), rel_tol=1e-9)
+    for beta in (0.5, 1.0, 2.0, 3.0):  # the defining ratio k(r) / k(0) along the axis
+        for plateau, ratio in ((False, math.exp(-0.5 * (9 / 4) ** beta)), (True, 1 / (1 + (9 / 4) ** beta))):
+            k = d.gaussian_kernel(21, 2.0, 2.0, 0.0, beta, plateau)
+            assert math.isclose(k[10, 13] / k[10, 10], ratio, rel_tol=1e-9)
 
 
 def test_sinc_is_a_low_pass():
@@ -56,9 +54,7 @@ def test_sinc_is_a_low_pass():
 
 
 def test_random_kernels_are_normal_and_of_the_sizes():
-    rng = np.random.default_rng(0)
-    kinds, sizes = Counter(), set()
-    n = 3000
+    rng, kinds, sizes, n = np.random.default_rng(0), Counter(), set(), 3000
     for _ in range(n):
         name, k = d.random_kernel(rng, d.FIRST.sigma)
         kind, size = name.rsplit(" ", 1)
@@ -66,17 +62,17 @@ def test_random_kernels_are_normal_and_of_the_sizes():
         sizes.add(int(size))
         assert k.shape == (int(size), int(size)) and abs(k.sum() - 1) < 1e-9 and k.isfinite().all()
     assert sizes == {7, 9, 11, 13, 15, 17, 19, 21}
-    for kind, p in {"sinc": d.SINC, **{k: p * (1 - d.SINC) for k, p in d.KERNELS.items()}}.items():
-        assert abs(kinds[kind] / n - p) < 4 * math.sqrt(p * (1 - p) / n) + 1e-9, kind
+    near(kinds["sinc"], d.SINC, n)
+    for kind, p in d.KERNELS.items():
+        near(kinds[kind], p * (1 - d.SINC), n)
 
 
-@pytest.mark.parametrize("size", [7, 13, 21])
-def test_blur_is_the_reflected_convolution(size):
+def test_blur_is_the_reflected_convolution():
     x = photo(37, 53).double()
-    k = d.gaussian_kernel(size, 2.0, 0.7, 0.5) + 0.01 * torch.rand(size, size, dtype=torch.float64)   # asymmetric
-    p = size // 2
-    want = F.conv2d(F.pad(x[:, None], (p,) * 4, mode="reflect"), k.flip(0, 1)[None, None])[:, 0]
-    assert torch.allclose(d.blur(x, k), want, atol=1e-10)
+    for p in (3, 6, 10):
+        k = d.gaussian_kernel(2 * p + 1, 2.0, 0.7, 0.5) + 0.01 * torch.rand(2 * p + 1, 2 * p + 1)   # asymmetric
+        want = F.conv2d(F.pad(x[:, None], (p,) * 4, mode="reflect"), k.flip(0, 1)[None, None])[:, 0]
+        assert torch.allclose(d.blur(x, k), want, atol=1e-10)
 
 
 def test_gaussian_noise_statistics():
@@ -146,57 +142,39 @@ def test_output_is_eight_bit_quarter_size_and_seeded():
 
 
 def test_distribution_of_choices():
-    x, n = photo(80, 80), 600
-    count, finals, jpegs = Counter(), Counter(), []
+    x, n, count, jpegs = photo(80, 80), 600, Counter(), []
     for i in range(n):
         trace = []
         d.degrade(x, (0, 0, i), trace)
-        names = [name for name, _ in trace]
-        first = names.index(next(s for s in names if s.startswith("jpeg")))            # ends the first order
-        for order, part in (("1", names[:first]), ("2", names[first + 1:])):
-            for name in part:
-                word = name.split()
-                if word[0] in ("resize", "noise") and word[1] != "final":
-                    count[f"{order} {word[1]}"] += 1
-                    if word[0] == "resize":
-                        count[word[2]] += 1
-                        low, high = d.FIRST.factor if order == "1" else d.SECOND.factor
-                        assert low <= float(word[3]) + 5e-3 and float(word[3]) <= high + 5e-3
-                    else:
-                        count[word[2]] += 1
-                count[f"{order} blur"] += word[0] == "blur"
-        finals["sinc"] += any(s.startswith("final sinc") for s in names)
-        finals["jpeg last"] += names[-1].startswith("jpeg")
-        jpegs += [int(s.split()[1]) for s in names if s.startswith("jpeg")]
+        names = [name.split() for name, _ in trace]
+        first = [word[0] for word in names].index("jpeg")                              # ends the first order
+        for order, part in ((d.FIRST, names[:first]), (d.SECOND, names[first + 1:])):
+            for what, *words in part:
+                count[order, what] += 1
+                if what in ("resize", "noise") and words[0] != "final":
+                    count[order, words[0]] += 1
+                    count[words[1]] += 1
+                if what == "resize" and words[0] != "final":
+                    assert order.factor[0] <= float(words[2]) + 5e-3 and float(words[2]) <= order.factor[1] + 5e-3
+        count["final sinc"] += ["final", "sinc"] in [word[:2] for word in names]
+        count["jpeg last"] += names[-1][0] == "jpeg"
+        jpegs += [int(words[0]) for what, *words in names if what == "jpeg"]
     assert len(jpegs) == 2 * n and 30 <= min(jpegs) <= 32 and 93 <= max(jpegs) <= 95
-
-    def near(got, p, trials=n):
-        assert abs(got / trials - p) < 4 * math.sqrt(p * (1 - p) / trials) + 1e-9, (got, trials, p)
-
-    for way, p1, p2 in zip(("up", "down", "keep"), d.FIRST.up_down_keep, d.SECOND.up_down_keep, strict=True):
-        near(count[f"1 {way}"], p1)
-        near(count[f"2 {way}"], p2)
-    near(count["1 blur"], 1.0)
-    near(count["2 blur"], 0.8)
-    near(count["1 gaussian"], 0.5)
-    near(count["2 gaussian"], 0.5)
-    near(count["grey"], 0.4, 2 * n)
-    for mode in d.MODES:
-        near(count[mode], 1 / 3, 2 * n)
-    near(finals["sinc"], 0.8)
-    near(finals["jpeg last"], 0.5)
+    for order, blur in ((d.FIRST, 1.0), (d.SECOND, 0.8)):
+        for key, p in zip(("up", "down", "keep", "gaussian", "blur"), (*order.up_down_keep, 0.5, blur), strict=True):
+            near(count[order, key], p, n)
+    for key, p in (("grey", 0.4), *((mode, 1 / 3) for mode in d.MODES)):
+        near(count[key], p, 2 * n)
+    near(count["final sinc"], 0.8, n)
+    near(count["jpeg last"], 0.5, n)
 
 
-class Samples(torch.utils.data.Dataset):
-    def __len__(self):
-        return 6
-
-    def __getitem__(self, i):
-        return d.degrade(photo(80, 80), (7, 0, i))
+def sample(indices):
+    return torch.stack([d.degrade(photo(80, 80), (7, 0, i)) for i in indices])
 
 
 def test_the_same_samples_whatever_the_number_of_workers():
-    runs = [torch.cat(list(torch.utils.data.DataLoader(Samples(), batch_size=2, num_workers=w))) for w in (0, 1, 2)]
+    runs = [torch.cat([*torch.utils.data.DataLoader(range(6), 2, num_workers=w, collate_fn=sample)]) for w in (0, 1, 2)]
     assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
 
 
@@ -204,14 +182,14 @@ def test_enlarge_is_pillows_bicubic_on_eight_bits():
     lr = d.degrade(photo(), 0)
     image = d.to_image(lr)
     want = np.asarray(image.resize((160, 128), Image.BICUBIC)).astype(np.float32).transpose(2, 0, 1) / 127.5 - 1
-    x_l, x_h = d.pair(photo(), 0)
-    assert np.allclose(x_l.numpy(), want, atol=1e-6) and torch.equal(d.enlarge(image), x_l)
-    assert x_h.shape == x_l.shape == (3, 128, 160) and torch.allclose(x_h, photo() * 2 - 1)
+    x_l = d.enlarge(lr)
+    assert x_l.shape == (3, 128, 160) and np.allclose(x_l.numpy(), want, atol=1e-6)
+    assert torch.equal(d.enlarge(image), x_l)
 
 
 def test_the_mild_share_keeps_more_and_no_share_changes_nothing():
     def error(i, **options):
-        return (d.pair(photo(), i, **options)[0] - d.pair(photo(), i)[1]).square().mean().item()
+        return ((d.enlarge(d.degrade(photo(), i, **options)) + 1) / 2 - photo()).square().mean().item()
 
     assert sum(error(i, mild=1.0) for i in range(12)) < 0.5 * sum(error(i) for i in range(12))
     lr = [d.degrade(photo(), i, mild=0.5) for i in range(40)]

@@ -23,7 +23,7 @@ LAYERS = [  # each module may import, at the top or within a function, what stan
     ["metrics.report", "lab", "lab.profile", "lab.stability"],
     ["eval", "train", "linearsr.train"],
     ["prune", "lab.bench", "kernels.bench", "weights.__main__", "examples.comparison"],
-    ["lab.pretrain", "lab.ablation", "lab.gpu", "lab.fault_inputs"],
+    ["lab.pretrain", "lab.ablation", "lab.gpu"],
     ["lab.linearsr"],
     ["lab.faults"],
 ]

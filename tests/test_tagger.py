@@ -7,17 +7,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
+from conftest import ROOT, external
 from PIL import Image
 from safetensors.torch import load_file
-from seeded import seeded_state_dict
+from seeded import seeded_input, seeded_state_dict
 
 import sanasr
 import weights
 from photos import tagger
 
-DATA = Path(__file__).parent / "data" / "ram"
+DATA = ROOT / "tests" / "data" / "ram"
 MANIFEST = json.loads((DATA / "manifest.json").read_text())
+PHOTO = Image.open(DATA / "kodak05.webp")
+RANDN = torch.randn(1, 3, 384, 384, generator=torch.Generator().manual_seed(0))
 TINY = tagger.Config(size=96, width=8, depths=(2, 2, 2, 2), heads=(1, 2, 4, 8), window=3, embed=8, hidden=8)
 
 
@@ -25,11 +29,6 @@ TINY = tagger.Config(size=96, width=8, depths=(2, 2, 2, 2), heads=(1, 2, 4, 8), 
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SANASR_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("SANASR_WEIGHTS", raising=False)
-
-
-@pytest.fixture(scope="module")
-def golden():
-    return load_file(DATA / "golden.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -46,22 +45,25 @@ def dape(seeded_ram):
         return tagger.RAM.from_state(tagger.add_dape(seeded_ram, "DAPE.pth"))
 
 
-def taps(net, x):
-    """The intermediate results that the goldens hold, cut as they are."""
+def outputs(modules, run):
+    """(result of run(), {name: output of the module in that run})."""
     found = {}
-
-    def tap(name, module):
-        return module.register_forward_hook(lambda module, args, out: found.__setitem__(name, out))
-
-    swin = net.visual_encoder
-    hooks = [tap("patch_embed", swin.patch_embed), tap("image_embeds", net.image_proj), tap("swin", swin)]
-    hooks += [tap(f"stage{i}", layer) for i, layer in enumerate(swin.layers)]
-    first, second = net.tagging_head["encoder"]["layer"]
-    hooks += [tap("tag_layer0", first), tap("tagging_head", second)]
+    hooks = [module.register_forward_hook(lambda module, args, out, name=name: found.__setitem__(name, out))
+             for name, module in modules.items()]
     with torch.no_grad():
-        out = {"logits": net(x)}
+        result = run()
     for hook in hooks:
         hook.remove()
+    return result, found
+
+
+def taps(net, x):
+    """The intermediate results that the goldens hold, cut as they are; and the whole output of the image encoder."""
+    swin, (first, second) = net.visual_encoder, net.tagging_head["encoder"]["layer"]
+    logits, found = outputs({"patch_embed": swin.patch_embed, "image_embeds": net.image_proj, "swin": swin,
+                             "tag_layer0": first, "tagging_head": second,
+                             **{f"stage{i}": layer for i, layer in enumerate(swin.layers)}}, lambda: net(x))
+    out = {"logits": logits, "whole": found["swin"]}
     for name in ("patch_embed", "stage0", "stage1", "stage2", "stage3"):
         t = found[name].flatten(1, 2)
         out[name] = t[:, ::t.shape[1] // 8, ::t.shape[2] // 32]
@@ -70,22 +72,16 @@ def taps(net, x):
     return out | {name: found[name][:, ::64, ::16] for name in ("tag_layer0", "tagging_head")}
 
 
-def photo():
-    return Image.open(DATA / "kodak05.webp")
-
-
 @pytest.fixture(scope="module")
 def dape_taps(dape):
-    """The taps on the photo, and the whole output of the image encoder, which takes most of the time."""
-    whole = []
-    hook = dape.visual_encoder.register_forward_hook(lambda module, args, out: whole.append(out))
-    found = taps(dape, tagger.preprocess(photo()))
-    hook.remove()
-    return found, whole[0]
+    return taps(dape, tagger.preprocess(PHOTO))
 
 
-def check(golden, prefix, got, tolerance):
-    wanted = {k.removeprefix(prefix): v for k, v in golden.items() if k.startswith(prefix)}
+def golden(prefix, path=DATA / "golden.safetensors"):
+    return {k.removeprefix(prefix): v for k, v in load_file(path).items() if k.startswith(prefix)}
+
+
+def check(wanted, got, tolerance):
     index = wanted.pop("tag_index")
     for name, value in wanted.items():
         assert (got[name] - value).abs().max() < tolerance, name
@@ -93,44 +89,27 @@ def check(golden, prefix, got, tolerance):
     assert [tag for tag, _ in tagger.select(got["logits"][0])] == [tags[i] for i in index]
 
 
-def test_key_names():
-    with torch.device("meta"):
-        state = tagger.RAM().state_dict()
-    assert {k: list(v.shape) for k, v in state.items()} == dict(MANIFEST["ram"])
+def test_goldens(seeded_ram, dape_taps):
+    check(golden("ram.randn0."), taps(tagger.RAM.from_state(seeded_ram), RANDN), 1e-5)
+    check(golden("dape.kodak05."), dape_taps, 1e-5)
 
 
-def test_ram_golden(seeded_ram, golden):
-    x = torch.randn(1, 3, 384, 384, generator=torch.Generator().manual_seed(0))
-    check(golden, "ram.randn0.", taps(tagger.RAM.from_state(seeded_ram), x), 1e-5)
-
-
-def test_dape_golden(dape_taps, golden):
-    check(golden, "dape.kodak05.", dape_taps[0], 1e-5)
-
-
-def test_dape_golden_with_many_tags(dape, dape_taps, golden):
+def test_dape_golden_with_many_tags(dape, dape_taps):
     """Plain seeded logits vary little: with larger tag embeddings 375 tags fire, and a wrong head or eps shows."""
     state = dape.state_dict()
     net = tagger.RAM.from_state(state | {"label_embed": state["label_embed"] * 32, "fc.weight": state["fc.weight"] * 4})
-    found = []
-    net.tagging_head["encoder"]["layer"][1].register_forward_hook(lambda module, args, out: found.append(out))
-    net.visual_encoder.forward = lambda x: dape_taps[1]
-    with torch.no_grad():
-        got = {"logits": net(torch.empty(1)), "tagging_head": found[0][:, ::64, ::16]}
-    check(golden, "sharp.kodak05.", got, 3e-5)
-    assert len(tagger.select(got["logits"][0])) == 375
+    net.visual_encoder.forward = lambda x: dape_taps["whole"]
+    logits, found = outputs({"head": net.tagging_head["encoder"]["layer"][1]}, lambda: net(torch.empty(1)))
+    check(golden("sharp.kodak05."), {"logits": logits, "tagging_head": found["head"][:, ::64, ::16]}, 3e-5)
+    assert len(tagger.select(logits[0])) == 375
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, picture", [("ram", "kodak05"), ("dape", "randn0")])
 def test_other_goldens(name, picture, seeded_ram, dape):
-    folder = os.environ.get("SANASR_ORACLE")
-    if not folder:
-        pytest.skip("SANASR_ORACLE names no folder with ram/golden_*.safetensors")
-    x = torch.randn(1, 3, 384, 384, generator=torch.Generator().manual_seed(0))
+    wanted = golden(f"{picture}.", external("SANASR_ORACLE", "ram", f"golden_{name}.safetensors"))
     net = dape if name == "dape" else tagger.RAM.from_state(seeded_ram)
-    got = taps(net, tagger.preprocess(photo()) if picture == "kodak05" else x)
-    check(load_file(Path(folder) / "ram" / f"golden_{name}.safetensors"), f"{picture}.", got, 1e-5)
+    check(wanted, taps(net, tagger.preprocess(PHOTO) if picture == "kodak05" else RANDN), 1e-5)
 
 
 def test_selection():
@@ -140,12 +119,12 @@ def test_selection():
         logits = logits * case["scale"] + case["shift"]
         logits[case["set_50"]] = 50
         found = tagger.select(logits)
-        assert tagger.joined(tag for tag, _ in found) == case["tags"]
+        assert ", ".join(tag for tag, _ in found) == case["tags"]
         assert [p for _, p in found] == pytest.approx(logits[case["index"]].sigmoid().tolist())
 
 
-def test_preprocessing(golden):
-    g = {k.removeprefix("preprocess."): v for k, v in golden.items() if k.startswith("preprocess.")}
+def test_preprocessing():
+    g = golden("preprocess.")
     x = tagger.preprocess(Image.fromarray(g["small_u8"].numpy()))
     assert x.shape == (1, 3, 384, 384)
     torch.testing.assert_close(x[:, :, ::8, ::8], g["up_noaa.grid"], rtol=0, atol=1e-5)
@@ -154,38 +133,34 @@ def test_preprocessing(golden):
     u8 = (torch.rand(1, 3, 500, 640, generator=torch.Generator().manual_seed(5))[0] * 255).round().byte()
     x = tagger.preprocess(Image.fromarray(u8.permute(1, 2, 0).numpy()))
     torch.testing.assert_close(x[:, :, ::8, ::8], g["rand_noaa.grid"], rtol=0, atol=0.01)
+    for mode in ("L", "RGBA", "P", "1", "I;16"):
+        assert tagger.preprocess(Image.new(mode, (5, 3)), 8).isfinite().all()
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "I;16"])
-def test_any_mode_of_picture(mode):
-    assert tagger.preprocess(Image.new(mode, (5, 3)), 8).isfinite().all()
-
-
-# --- checkpoints, on a tiny network ---
-
-def tiny_state():
+def manifest(config=None):
     with torch.device("meta"):
-        manifest = [(k, v.shape) for k, v in tagger.RAM(TINY).state_dict().items()]
-    state = seeded_state_dict(manifest)
+        return [[k, list(v.shape)] for k, v in tagger.RAM(config).state_dict().items()]
+
+
+def test_key_names():
+    assert dict(manifest()) == dict(MANIFEST["ram"])
+
+
+def tiny_weights():
+    """(RAM's, DAPE's LoRA), for the tiny network."""
+    state, shapes = seeded_state_dict(manifest(TINY)), {}
     state["fc.weight"] *= 30  # far enough apart for tags to fire
-    return state
-
-
-def tiny_lora(state):
-    shapes = {}
-    for name in (k.removesuffix("weight") for k in state if k.endswith(("qkv.weight", "query.weight", "key.weight"))):
-        rows, columns = state[name + "weight"].shape
-        fused = "qkv" in name
-        shapes[name + "lora_A"] = (16 if fused else 8, columns)
-        shapes[name + "lora_B"] = (rows * 2 // 3 if fused else rows, 8)
-    return seeded_state_dict(shapes.items())
+    for key in (k for k in state if k.endswith(("qkv.weight", "query.weight", "key.weight"))):
+        (rows, columns), fused = state[key].shape, "qkv" in key
+        shapes[key.replace("weight", "lora_A")] = (16 if fused else 8, columns)
+        shapes[key.replace("weight", "lora_B")] = (rows * 2 // 3 if fused else rows, 8)
+    return state, seeded_state_dict(shapes.items())
 
 
 @pytest.fixture
 def files(tmp_path):
     """ram.pth and dape.pth, as the official ones are laid out: parts that tagging does not need included."""
-    state = tiny_state()
-    lora = tiny_lora(state)
+    state, lora = tiny_weights()
     model = {k.replace("tagging_head.", "vision_multi."): v for k, v in state.items()}
     model |= {"visual_encoder.layers.0.blocks.1.attn_mask": torch.zeros(1), "text_decoder.x": torch.zeros(2),
               "visual_encoder.layers.0.blocks.0.attn.relative_position_index": torch.zeros(9, 9, dtype=torch.long)}
@@ -194,112 +169,104 @@ def files(tmp_path):
     return {"ram": tmp_path / "ram.pth", "dape": tmp_path / "dape.pth"}
 
 
-def tiny(files, name="dape", **kwargs):
+def small(files, name="dape", **kwargs):
     return tagger.Tagger.from_pretrained(name, "cpu", ram=files["ram"], dape=files["dape"], config=TINY, **kwargs)
 
 
 def test_checkpoints(files):
     """The files give the same network as the tensors; LoRA is W + BA/8 on q, v and the head's query and key."""
-    state = tiny_state()
-    lora = tiny_lora(state)
+    (state, lora), merged = tiny_weights(), small(files).net.state_dict()
     direct = tagger.Tagger(tagger.RAM.from_state(state, config=TINY))
-    assert tiny(files, "ram").logits(photo()).equal(direct.logits(photo()))
+    assert small(files, "ram").logits(PHOTO).equal(direct.logits(PHOTO))
     name = "visual_encoder.layers.1.blocks.0.attn.qkv."
-    a, b, merged = lora[name + "lora_A"], lora[name + "lora_B"], tiny(files).net.state_dict()[name + "weight"]
-    q, k, v = (merged - state[name + "weight"]).chunk(3)
+    a, b = lora[name + "lora_A"], lora[name + "lora_B"]
+    q, k, v = (merged[name + "weight"] - state[name + "weight"]).chunk(3)
     torch.testing.assert_close(q, b[:16] @ a[:8] / 8)
     torch.testing.assert_close(v, b[16:] @ a[8:] / 8)
     assert not k.any()
-    difference = {k for k, v in tiny(files).net.state_dict().items() if not v.equal(state[k])}
-    assert difference == {k.replace("lora_A", "weight") for k in lora if k.endswith("lora_A")}
+    changed = {k for k, v in merged.items() if not v.equal(state[k])}
+    assert changed == {k.replace("lora_A", "weight") for k in lora if k.endswith("lora_A")}
 
 
 def test_conversion(files, tmp_path, monkeypatch):
     out = tagger.convert(tagger.cache_dir() / tagger.LEAN, files["ram"], TINY)
     assert {v.dtype for v in load_file(out).values()} == {torch.float16}
     assert [p.name for p in out.parent.iterdir()] == [tagger.LEAN]  # no temporary left behind
-    want = tiny(files).logits(photo())
-    got = tiny(files | {"ram": None}).logits(photo())  # found by itself
+    want = small(files).logits(PHOTO)
+    got = small(files | {"ram": None}).logits(PHOTO)  # found by itself
     assert 0 < (got - want).std() < 0.005 * want.std()
 
 
 def test_bf16_and_batches(files):
-    net = tiny(files).net
-    x = tagger.preprocess(photo(), 96)
+    net, x = small(files).net, tagger.preprocess(PHOTO, 96)
     x = torch.cat([x, 1 - x.flip(3)])
     with torch.no_grad():
         want = net(x)
         torch.testing.assert_close(want, torch.cat([net(x[:1]), net(x[1:])]), rtol=0, atol=1e-3)
-    got = tiny(files, dtype=torch.bfloat16).logits(photo())
+    got = small(files, dtype=torch.bfloat16).logits(PHOTO)
     assert got.dtype == torch.float32 and (got - want[0]).std() < 0.05 * want[0].std()
 
 
 def test_shifted_windows_do_not_mix_the_edges():
     """In a shifted block the top row's tokens see nothing of the bottom rows, which the roll put beside them."""
-    net = tagger.RAM.from_state(tiny_state(), config=TINY)
-    block = net.visual_encoder.layers[0].blocks[1].attn
+    block = tagger.RAM.from_state(tiny_weights()[0], config=TINY).visual_encoder.layers[0].blocks[1].attn
     assert block.shift == 1
-    x = torch.randn(1, 24, 24, 8, generator=torch.Generator().manual_seed(2))
-    y = x.clone()
+    x, y = seeded_input("x", (1, 24, 24, 8)), seeded_input("x", (1, 24, 24, 8))
     y[:, -1] += 1
     moved = (block(x) - block(y)).abs().amax((0, 2, 3))
     assert moved[0] < 1e-6 and moved[-1] > 1e-3
 
 
 def test_bad_checkpoints(files, tmp_path):
-    with pytest.raises(ValueError, match="ram.pth.*1 keys missing.*label_embed"):
-        torch.save({"model": {k: v for k, v in tiny_state().items() if k != "label_embed"}}, files["ram"])
-        tiny(files)
-    with pytest.raises(ValueError, match=r"ram.pth.*fc.weight is \(3,\), not \(1, 8\)"):
-        torch.save(tiny_state() | {"fc.weight": torch.zeros(3)}, files["ram"])
-        tiny(files)
-    with pytest.raises(ValueError, match="ram.pth.*more than tensors"):
-        torch.save({"model": Path("x")}, files["ram"])
-        tiny(files)
-    torch.save({"model": tiny_state()}, files["ram"])
+    state = tiny_weights()[0]
+    without = {k: v for k, v in state.items() if k != "label_embed"}
+    for content, message in (
+            (without, "1 keys missing.*label_embed"), (Path("x"), "more than tensors"),
+            (state | {"fc.weight": torch.zeros(3)}, r"fc.weight is \(3,\), not \(1, 8\)"),
+            (state | {"fc.weight": torch.ones(1, 8, dtype=torch.long)}, "fc.weight is .* of integers")):
+        torch.save({"model": content}, files["ram"])
+        with pytest.raises(ValueError, match=f"ram.pth.*{message}"):
+            small(files)
+    torch.save({"model": state}, files["ram"])
     files["ram"].write_bytes(files["ram"].read_bytes()[:5000])  # a download that broke off
     with pytest.raises(ValueError, match="ram.pth: not a readable checkpoint"):
-        tiny(files)
+        small(files)
     (tmp_path / "x.safetensors").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="x.safetensors: not a readable checkpoint"):
-        tiny(files | {"ram": tmp_path / "x.safetensors"})
+        small(files | {"ram": tmp_path / "x.safetensors"})
     with pytest.raises(ValueError, match="'ramm'"):
         tagger.Tagger.from_pretrained("ramm")
 
 
-# --- the cache ---
-
 def test_cache(files, monkeypatch):
-    first = tiny(files)
-    found = first.tag(photo())
+    first = small(files)
+    found = first.tag(PHOTO)
     assert found and all(p > 0 for _, p in found)
     monkeypatch.setattr(first, "logits", lambda image: pytest.fail("computed again"))
-    assert first.tag(photo()) == found
+    assert first.tag(PHOTO) == found
     with pytest.raises(pytest.fail.Exception):  # another picture of the same bytes is not the same picture
-        first.tag(Image.frombytes("RGB", (192, 768), photo().convert("RGB").tobytes()))
-    for other in (tiny(files, "ram"), tiny(files, dtype=torch.bfloat16)):
+        first.tag(Image.frombytes("RGB", (192, 768), PHOTO.convert("RGB").tobytes()))
+    for other in (small(files, "ram"), small(files, dtype=torch.bfloat16)):
         monkeypatch.setattr(other, "logits", lambda image: torch.full((4585,), -50.0))
-        assert other.tag(photo()) == []
+        assert other.tag(PHOTO) == []
     (path,) = (p for p in tagger.cache_dir().rglob("*.json") if json.loads(p.read_text()))
     for damaged in ("[[", "null", "[1]"):  # such an entry is computed afresh and mended
         path.write_text(damaged)
-        assert tiny(files).tag(photo()) == found
+        assert small(files).tag(PHOTO) == found
     assert json.loads(path.read_text()) == [list(x) for x in found]
+    monkeypatch.setenv("SANASR_CACHE", str(path))  # a disk that cannot be written
+    assert small(files).tag(PHOTO) == found
 
 
-def test_cache_on_a_disk_that_cannot_be_written(files, monkeypatch, tmp_path):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("SANASR_CACHE", str(tmp_path / "file"))
-    assert tiny(files).tag(photo())
+def test_without_weights(tmp_path, monkeypatch, capsys):
+    def unavailable(name):
+        raise weights.Unavailable(f"{name} is not on this machine")
 
-
-# --- without weights, and the command line ---
-
-def unavailable(name):
-    raise weights.Unavailable(f"{name} is not on this machine")
-
-
-def test_without_weights(monkeypatch, capsys):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-m", "photos.tagger", DATA / "kodak05.webp"], env=environment, cwd=ROOT,
+                         text=True, capture_output=True)
+    assert run.returncode == 1 and not run.stdout
+    assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1 and "SANASR_WEIGHTS" in run.stderr
     monkeypatch.setattr(weights, "file", unavailable)
     assert tagger.open_tagger("dape") is None
     message = capsys.readouterr().err
@@ -308,31 +275,19 @@ def test_without_weights(monkeypatch, capsys):
     assert tagger.open_tagger("none") is None and not capsys.readouterr().err
 
 
-def test_command_line_without_weights(tmp_path):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "SANASR_CACHE": str(tmp_path)}
-    run = subprocess.run([sys.executable, tagger.__file__, DATA / "kodak05.webp"], env=environment, text=True,
-                         capture_output=True)
-    assert run.returncode == 1 and not run.stdout
-    assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1 and "SANASR_WEIGHTS" in run.stderr
-
-
 def test_command_line(files, monkeypatch, capsys, tmp_path):
-    made = tiny(files)
+    made = small(files)
     monkeypatch.setattr(tagger.Tagger, "from_pretrained", lambda *_: made)
-    monkeypatch.setattr(tagger.Tagger, "tag", lambda self, image: [("artifact", 0.9), ("cat", 0.75), ("sea", 0.7)])
-    monkeypatch.setattr(sys, "argv", ["tagger.py", str(DATA / "kodak05.webp")])
-    tagger.main()
+    monkeypatch.setattr(made, "tag", lambda image: [("artifact", 0.9), ("cat", 0.75), ("sea", 0.7)])
+    tagger.main([str(DATA / "kodak05.webp")])
     lines = capsys.readouterr().out.splitlines()
     assert "3 tags" in lines[0]
     assert lines[1:3] == ["  0.900  artifact   (degradation: not in the prompt)", "  0.750  cat"]
     assert lines[-1] == "cat, sea"
     (tmp_path / "text.png").write_text("not a picture")
-    monkeypatch.setattr(sys, "argv", ["tagger.py", str(tmp_path / "text.png")])
     with pytest.raises(SystemExit, match="error: .*text.png"):
-        tagger.main()
+        tagger.main([str(tmp_path / "text.png")])
 
-
-# --- words of degradation: out of the tags, and masked in a user's prompt (Eq. 2) ---
 
 def test_tags_for_the_prompt(monkeypatch):
     found = ["JPEG", "tree", "low quality", "Low-Resolution photo", "film noise", "sea", "noisemaker", "compressed"]
@@ -348,14 +303,12 @@ def test_tags_for_the_prompt(monkeypatch):
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     """Letters, a few merges across the beginning of words, bytes for the rest."""
-    merges = [("b", "l"), ("r", "y"), ("▁", "bl"), ("l", "o"), ("lo", "w"), ("▁", "low"), ("e", ","), ("▁", "n")]
-    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{b:02X}>" for b in range(256)),
-              *"abcdefghijklmnopqrstuvwxyz,-▁", *(a + b for a, b in merges)]
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    added = [{"content": piece, "id": i} for i, piece in enumerate(pieces[:4])]
+    config = tiny.byte_tokenizer()
+    config["model"]["merges"] = ["b l", "r y", "▁ bl", "l o", "lo w", "▁ low", "e ,", "▁ n"]
+    for merge in config["model"]["merges"]:
+        config["model"]["vocab"].setdefault(merge.replace(" ", ""), len(config["model"]["vocab"]))
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    path.write_text(json.dumps({"added_tokens": added, "model": {
-        "vocab": vocab, "merges": [list(m) for m in merges], "byte_fallback": True}}))
+    path.write_text(json.dumps(config))
     return sanasr.GemmaTokenizer(path)
 
 
@@ -365,10 +318,8 @@ def tokenizer(tmp_path_factory):
     ("trees with noise, sea", "▁noise,"),                    # likewise the comma behind
     ("  Low Quality photo, low-resolution", "low▁quality▁low-resolution"),
     ("a naïve ☂ photo with artifacts", "artifacts"),         # what is spelt in bytes shifts nothing
-    ("noiseless unblurred pixels, high-resolution, compressor", ""),
-    ("best quality, clean, extremely detailed, sharp, high-resolution", ""),
-    ("", ""),
-])
+    ("noiseless unblurred pixels, high-resolution, compressor", ""), ("", ""),
+    ("best quality, clean, extremely detailed, sharp, high-resolution", "")])
 @pytest.mark.parametrize("instruction", ["", "ignore noise:\n"])
 def test_mask_of_words_of_degradation(tokenizer, prompt, masked, instruction):
     ids, mask, kept = sanasr.tokenize_prompt(tokenizer, prompt, instruction)
