@@ -11,7 +11,7 @@ from PIL import Image
 import eval as evaluator
 import train
 from lab import ablation
-from photos.degrade import enlarge, to_image, to_tensor
+from photos.degrade import enlarge, to_image
 from runs import Signals, read_log
 from sanasr import SanaSR, open_weights
 
@@ -31,17 +31,11 @@ def run(tmp_path, tiny_model, monkeypatch):
     def start(*options):
         return ablation.main(["--lr", "lr", "--hr", "hr", "--model", str(tiny_model), "--metrics", "psnr,ssim",
                               "--out", "out", "--device", "cpu", "--limit", "2", *options])
+    def noted(name, function):
+        return lambda *args, **options: (start.calls.append((name, args[0])), function(*args, **options))[1]
     start.calls = []
-
-    def train_main(argv, really=train.main):
-        start.calls.append(("train", argv))
-        return really(argv)
-
-    def score(model, pairs, path, *rest, really=ablation.score, **options):
-        start.calls.append(("score", path.stem))
-        return really(model, pairs, path, *rest, **options)
-    monkeypatch.setattr(train, "main", train_main)
-    monkeypatch.setattr(ablation, "score", score)
+    monkeypatch.setattr(train, "main", noted("train", train.main))
+    monkeypatch.setattr(ablation, "score", noted("score", ablation.score))
     return start
 
 
@@ -93,29 +87,23 @@ def test_rows_are_what_eval_says(run, tmp_path, tiny_model):
 
 
 def test_without_update_the_result_is_that_of_the_autoencoder(tiny_model):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8))
+    small = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8))
     model = SanaSR.from_pretrained(tiny_model)
-    for scale, x in ((4, enlarge(to_tensor(image))), (1, to_tensor(image.resize((96, 64))) * 2 - 1)):
-        mine = ablation.without_update(model).restore(image if scale == 4 else image.resize((96, 64)), scale=scale)
+    for image, scale in ((small, 4), (small.resize((96, 64)), 1)):
+        mine = ablation.without_update(model).restore(image, scale=scale)
         with torch.no_grad():
-            want = to_image(model.vae.decode(model.vae.encode(x[None]))[0] / 2 + 0.5)
+            want = to_image(model.vae.decode(model.vae.encode(enlarge(image, (96, 64))[None]))[0] / 2 + 0.5)
         assert mine.size == (96, 64) and np.abs(np.asarray(mine, int) - np.asarray(want, int)).max() <= 1
     assert not isinstance(model.dit, type(lambda: 0))  # the model itself is as it was
 
 
 def test_an_interrupted_training_goes_on(run, monkeypatch, tmp_path, capsys):
+    def stop_after_one(self):
+        self.caught, self.before = 2, {}
+        return self
     only = ["--only", "method", *TRAIN]
-    inner = train.main
-
-    def interrupted(argv):
-        def stop_after_one(self):
-            self.caught, self.before = 2, {}
-            return self
-        with monkeypatch.context() as patch:
-            patch.setattr(Signals, "__enter__", stop_after_one)
-            return inner(argv)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "main", interrupted)
+        patch.setattr(Signals, "__enter__", stop_after_one)
         assert run(*only) == 130
     assert "interrupted" in capsys.readouterr().err and not (tmp_path / "out/ablations/method.csv").exists()
     assert run(*only) == 0
