@@ -79,10 +79,12 @@ def open_state(folder, damaged="start anew under another --name"):
     return load_state(folder / "state.pt", damaged=damaged, keys=("step", "settings", "options", "masters"))
 
 
-def differences(saved, settings):
-    """What of `settings` a run was not begun with, as text; "" if nothing. A key with a space is not an option."""
-    return ", ".join(f"{key} changed" if " " in key else f"--{key.replace('_', '-')} {value} (was {saved.get(key)})"
-                     for key, value in settings.items() if saved.get(key) != value)
+def compare(folder, saved, settings):
+    """Raise UserError where a run was begun with other settings. A key with a space in it is not an option."""
+    if changed := ", ".join(
+            f"{key} changed" if " " in key else f"--{key.replace('_', '-')} {value} (was {saved.get(key)})"
+            for key, value in settings.items() if saved.get(key) != value):
+        raise UserError(f"{folder} was begun with other settings: {changed}; start anew under another --name")
 
 
 class Trainer:
@@ -128,8 +130,7 @@ class Trainer:
     # --- the state, and the files ---
 
     def load(self, state):
-        if changed := differences(state["settings"], self.settings):
-            raise UserError(f"{self.folder} was begun with other settings: {changed}; start anew under another --name")
+        compare(self.folder, state["settings"], self.settings)
         try:
             copy(self.masters, state["masters"])
             copy(self.ema, state["ema"])
