@@ -79,11 +79,15 @@ def open_state(folder, damaged="start anew under another --name"):
     return load_state(folder / "state.pt", damaged=damaged, keys=("step", "settings", "options", "masters"))
 
 
+def differences(saved, settings):
+    """What of `settings` a run was not begun with, as text; "" if nothing. A key with a space is not an option."""
+    return ", ".join(f"{key} changed" if " " in key else f"--{key.replace('_', '-')} {value} (was {saved.get(key)})"
+                     for key, value in settings.items() if saved.get(key) != value)
+
+
 def compare(folder, saved, settings):
-    """Raise UserError where a run was begun with other settings. A key with a space in it is not an option."""
-    if changed := ", ".join(
-            f"{key} changed" if " " in key else f"--{key.replace('_', '-')} {value} (was {saved.get(key)})"
-            for key, value in settings.items() if saved.get(key) != value):
+    """Raise UserError where the run in `folder` was begun with other settings."""
+    if changed := differences(saved, settings):
         raise UserError(f"{folder} was begun with other settings: {changed}; start anew under another --name")
 
 
