@@ -72,7 +72,7 @@ from sanasr import (
     read_lora,
     save_lora,
 )
-from trainer import Trainer, open_state
+from trainer import Trainer, compare, open_state
 
 EMA, CLIP, WEIGHT_DECAY = 0.999, 1.0, 1e-2
 WATCHED = ("val_lpips", "val_psnr", "val_lattice")
@@ -322,9 +322,11 @@ def parse(argv=None):
         state = open_state(run)
         p.set_defaults(**{k: v for k, v in state["options"].items() if hasattr(args, k)})
         args = p.parse_args(argv)
+        absolute(args)
         for option in {"tags", "lpips"} & {*state["settings"]}:  # what was unavailable when the run began stays away
             if getattr(args, option) == state["options"][option]:
                 setattr(args, option, state["settings"][option])
+            compare(run, state["settings"], {option: getattr(args, option)})
         args.lpips = None if args.lpips == "none" else args.lpips
     elif not args.select and (run / "state.pt").exists():
         raise UserError(f"{run} holds a run: add --resume to go on, or choose another --name")

@@ -85,6 +85,12 @@ def differences(saved, settings):
                      for key, value in settings.items() if saved.get(key) != value)
 
 
+def compare(folder, saved, settings):
+    """Raise UserError where the run in `folder` was begun with other settings."""
+    if changed := differences(saved, settings):
+        raise UserError(f"{folder} was begun with other settings: {changed}; start anew under another --name")
+
+
 class Trainer:
     """One training in a folder: log.csv, curves.png, samples/, checkpoints/ (the caller's), state.pt."""
 
@@ -128,8 +134,7 @@ class Trainer:
     # --- the state, and the files ---
 
     def load(self, state):
-        if changed := differences(state["settings"], self.settings):
-            raise UserError(f"{self.folder} was begun with other settings: {changed}; start anew under another --name")
+        compare(self.folder, state["settings"], self.settings)
         try:
             copy(self.masters, state["masters"])
             copy(self.ema, state["ema"])

@@ -239,7 +239,7 @@ def test_a_models_own_adapter_is_where_training_starts(here, run, tiny_model):
         x = torch.from_numpy(np.array(SanaSR.from_pretrained(model, adapter=adapter).restore(lr)))
         scores[adapter] = judge(x.permute(2, 0, 1)[None] / 127.5 - 1, target).item()
     start = read_log(folder / "log.csv")[0]["val_lpips"]
-    assert start == pytest.approx(scores[None], abs=2e-4) and abs(start - scores[False]) > 1e-3
+    assert start == pytest.approx(scores[None], abs=1e-5) and abs(start - scores[False]) > 1e-4
     assert trained(run("none", "--model", model, "--steps", 1, "--init", "none"))[1] == {64}
 
 
@@ -307,15 +307,15 @@ def test_a_full_disk_leaves_the_last_state(here, run, monkeypatch):
 # --- the same gradients another way ---
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_half_precision_errs_no_more_than_weights_that_are_rounded(here, run, dtype):
-    """The measure is what bfloat16 weights alone do to the gradient, all computed in float32."""
+def test_half_precision_errs_like_rounded_weights(here, run, dtype):
+    """The measure is what rounding the weights to bfloat16 does to a gradient that is computed in float32."""
     def gradient(name, *options):  # AdamW's first moment after one step is a tenth of it
         folder = run(name, "--steps", 1, *options)
         assert all(x.dtype == torch.float32 for x in load_file(folder / "adapter.safetensors").values())
         return torch.cat([v["exp_avg"].flatten() for v in state(folder)["optimizer"]["state"].values()])
     exact, half = gradient("exact"), gradient("half", "--dtype", dtype)
     rounded = gradient("rounded", "--model", tiny.tiny_model(here / "rounded", torch.bfloat16))
-    assert 0 < relative(half, exact) < 2 * relative(rounded, exact) < 0.2
+    assert 0 < relative(half, exact) < 3 * relative(rounded, exact) < 0.2
 
 
 def test_accumulated_batches_and_two_processes_equal_one_batch_of_twice_the_size(here, run, line):
