@@ -24,7 +24,6 @@ import time
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
-from math import inf
 from pathlib import Path
 
 import torch
@@ -39,7 +38,7 @@ from photos import pictures
 from photos.pairs import find_tags
 from photos.pictures import bicubic, find_inputs, read_rgb, reason
 from photos.restorer import NotFinite
-from runs import UserError, add_device_options, command, peak_memory, pick_device, pick_dtype
+from runs import UserError, add_device_options, check_ranges, command, peak_memory, pick_device, pick_dtype
 
 # --- inputs and results ---
 
@@ -274,15 +273,10 @@ def check(args):
         "name pictures or folders to restore, or --sr DIR to score what exists": not args.inputs and not args.sr,
         "--prompt-from hr needs pictures to restore, --tagger ram or dape, and --hr DIR":
             args.prompt_from == "hr" and (args.tagger not in ("ram", "dape") or not args.hr or args.sr),
-        f"--tile must not be negative: {args.tile}": args.tile is not None and args.tile < 0,
-        f"--steps must be at least 1, not {args.steps}": args.steps is not None and args.steps < 1,
-        f"--timestep must be above 0 and at most 1000, not {args.timestep}":
-            args.timestep is not None and not 0 < args.timestep <= 1000,
-        f"--cfg must be 0 or more, not {args.cfg}": args.cfg is not None and not 0 <= args.cfg < inf,
-        f"--seed must be from 0 to 2^64 - 1, not {args.seed}": not 0 <= args.seed < 2 ** 64,
     } | {f"{folder}: no such folder": not Path(folder).exists() for folder in (args.sr, args.hr) if folder}
     if found := [mistake for mistake, made in mistakes.items() if made]:
         raise UserError(found[0])
+    check_ranges(args)
     if args.score:
         args.metrics = pick(args.metrics, bool(args.hr))
     if args.instruction:

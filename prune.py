@@ -438,7 +438,7 @@ def parse(argv=None):
     args.calibrates = args.saliency != "magnitude" or args.compare
     if not args.data and (args.calibrates or args.heal or (args.validate and not args.pairs)):
         p.error("--data names the folders of photos; only --saliency magnitude does without")
-    check_ranges(p, args)
+    check_ranges(args)
     resolve_device(args)
     if args.dtype == "fp16":
         p.error("--dtype fp16: squared gradients lie below its range; take bf16 or fp32")

@@ -130,19 +130,19 @@ def peak_memory(device):
 
 RANGES = {  # option: (least, most); where the least is a string, the number lies above it
     **dict.fromkeys(("steps", "every", "batch", "accumulate", "rank", "pairs", "val_steps", "samples"), (1, math.inf)),
-    **dict.fromkeys(("seed", "workers", "val", "knee", "heal", "min_side", "tile"), (0, math.inf)),
-    **dict.fromkeys(("lr", "clip", "eps_p"), ("0", math.inf)), "timestep": ("0", 1000), "mild": (0, 1)}
+    **dict.fromkeys(("workers", "val", "knee", "heal", "min_side", "tile", "cfg"), (0, math.inf)),
+    **dict.fromkeys(("lr", "clip", "eps_p"), ("0", math.inf)), "timestep": ("0", 1000), "mild": (0, 1), "seed": (0, 2**64 - 1)}
 
 
-def check_ranges(parser, args):
-    """End the command with one line where a number among the arguments lies outside its range."""
+def check_ranges(args):
+    """Raise UserError where a number among the arguments lies outside its range."""
     for option, (low, high) in RANGES.items():
         value = getattr(args, option, None)
         above = isinstance(low, str)
         if isinstance(value, int | float) and not (float(low) <= value <= high and (value != 0 or not above)):
             bounds = f"above {low}" if above else f"at least {low}"
             bounds += "" if high == math.inf else f" and at most {high}"
-            parser.error(f"--{option.replace('_', '-')} must be {bounds}, not {value:g}")
+            raise UserError(f"--{option.replace('_', '-')} must be {bounds}, not {value:g}")
 
 
 def add_device_options(add, workers=None):

@@ -768,6 +768,8 @@ class GemmaLayer(nn.Module):
 class Gemma2(Pretrained):
     """The decoder-only Gemma-2, used as a text encoder: the states after the last norm, no language-model head."""
 
+    filename = "model.safetensors"
+
     def __init__(self, config: dict):
         super().__init__()
         self.config = config = configs.gemma2(config)

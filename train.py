@@ -338,7 +338,7 @@ def parse(argv=None):
     args.batch, args.lr = args.batch or default[0], default[1] if args.lr is None else args.lr
     if all(getattr(args, f"no_{name}") for name in TERMS):
         p.error(f"no loss is left: leave out one of {' '.join(f'--no-{name}' for name in TERMS)}")
-    check_ranges(p, args)
+    check_ranges(args)
     absolute(args)
     args.options = {k: v for k, v in vars(args).items() if k not in NOT_OPTIONS}
     resolve_device(args)

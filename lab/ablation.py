@@ -192,7 +192,7 @@ def parse(argv=None):
     for path in filter(None, (args.lr, args.hr, args.adapter, args.tags, *(args.data or ()))):
         if not Path(path).exists():
             parser.error(f"{path}: no such file or folder")
-    check_ranges(parser, args)
+    check_ranges(args)
     args.pairs = folder_pairs(args.lr, args.hr)[:args.limit]
     args.metrics = available(args.metrics, args.device)
     return args
