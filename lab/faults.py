@@ -127,8 +127,8 @@ def places(shared):
         yield place("photos", "in/lq/0.png", photo(28, 26), script, [*ARGV[script], *argv], pairs, ["lq"])
         yield place("photos", "out/data.json", "run/data.json", script, ARGV[script], expect="either")
     for script, run, file, expect, argv in (
-            ("train.py", "run", "state.pt", "error", "--name @run --resume --steps 9".split()),
-            ("train.py", "run", "log.csv", "either", "--name @run --resume --steps 9".split()),
+            ("train.py", "run", "state.pt", "error", "--name @run --resume --steps 9 --workers 0".split()),
+            ("train.py", "run", "log.csv", "either", "--name @run --resume --steps 9 --workers 0".split()),
             ("prune.py", "pruned", "calibration.pt", "error", [*PRUNE, *"--steps 60 --out @run --resume".split()])):
         files = {"run": partial(shutil.copytree, shared / run)}
         yield place("states", f"run/{file}", f"{run}/{file}", script, argv, files, (), expect)
