@@ -46,7 +46,9 @@ def command(main):
         try:
             return main(argv)
         except (UserError, OSError, ValueError, weights.Unavailable) as error:
-            raise UserError(f"{one_line(error).rpartition(' OSError: ')[2]}")  # of a loader's traceback the last line
+            sys.exit(f"error: {one_line(error).rpartition(' OSError: ')[2]}")  # of a loader's traceback the last line
+        except KeyboardInterrupt:
+            sys.exit(130)
     return run
 
 
@@ -117,8 +119,9 @@ def peak_memory(device):
 # --- Options ---
 
 RANGES = {  # option: (least, most); where the least is a string, the number lies above it
-    **dict.fromkeys(("steps", "every", "batch", "accumulate", "rank", "pairs", "val_steps", "samples"), (1, math.inf)),
-    **dict.fromkeys(("seed", "workers", "val", "knee", "heal", "min_side", "tile"), (0, math.inf)),
+    **dict.fromkeys(("steps", "every", "batch", "accumulate", "rank", "pairs", "val_steps", "samples", "draws",
+                     "limit", "fine_steps", "latents"), (1, math.inf)),
+    **dict.fromkeys(("seed", "workers", "val", "knee", "heal", "min_side", "tile", "pairs_seed"), (0, math.inf)),
     **dict.fromkeys(("lr", "clip", "eps_p"), ("0", math.inf)), "timestep": ("0", 1000), "mild": (0, 1)}
 
 

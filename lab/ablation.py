@@ -216,7 +216,7 @@ def parse(argv=None):
     add("--model", default="embedded", metavar="NAME|FOLDER", help="see `python -m weights`")
     add("--adapter", metavar="FILE", help="of the stages (default: the model's own)")
     add("--tags", metavar="FILE.csv", help="tags of the low-quality photos and of --data, columns image and tags (see "
-        "`python -m lab.pretrain tags`); without it the rows with tags are left out")
+        "`python -m lab.prior tags`); without it the rows with tags are left out")
     add("--data", nargs="+", metavar="DIR", help="photos to train on; without them no ablations")
     add("--steps", type=int, default=300, help="of each training")
     add("--train-args", default="", metavar="OPTIONS", help="of train.py, for every training")

@@ -29,6 +29,7 @@ from PIL import Image, ImageDraw
 from photos.pictures import one_line, read_rgb, write
 
 SCALE = 4
+DEGRADE_VERSION = 1  # raise it when the same seed gives another LR picture: kept pairs are then made anew
 MIN_SIZE = 80  # below it, the smallest first-order result would be smaller than the blur's reflected border
 
 

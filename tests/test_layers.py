@@ -19,9 +19,9 @@ LAYERS = [  # each module may import, at the top or within a function, what stan
     ["metrics"],
     ["metrics.score", "objective", "trainer"],
     ["metrics.report", "lab", "lab.profile", "lab.stability"],
-    ["eval", "train", "linearsr.train"],
-    ["prune", "lab.bench", "kernels.bench", "weights.__main__", "examples.comparison"],
-    ["lab.pretrain", "lab.ablation", "lab.gpu", "lab.fault_inputs"],
+    ["eval", "train", "linearsr.flow"],
+    ["prune", "linearsr.train", "lab.bench", "kernels.bench", "weights.__main__", "examples.comparison"],
+    ["lab.prior", "lab.ablation", "lab.gpu", "lab.fault_inputs"],
     ["lab.finish", "lab.linearsr"],
     ["lab.faults"],
 ]
