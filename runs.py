@@ -259,7 +259,7 @@ def curves(rows, names, mark=None, width=360, height=200):
     mark: a step, such as the knee's, where a red line is drawn.
     """
     names = [n for n in names if any(n in row for row in rows)]
-    canvas = Image.new("RGB", (3 * width, -(-len(names) // 3) * height), "white")
+    canvas = Image.new("RGB", (3 * width, -(-max(len(names), 1) // 3) * height), "white")
     draw = ImageDraw.Draw(canvas)
     for k, name in enumerate(names):
         x, y = np.array([(row["step"], row[name]) for row in rows if name in row]).T

@@ -99,7 +99,7 @@ class EncodedPairs:
 
 
 def pairs_key(vae, args, data):
-    """A hash of all that the encoded pairs depend on, so that other trainings may use them. The decoder is none of it.
+    """A hash of what the encoded pairs depend on; the decoder is not part of it. Trainings of one key share their pairs.
 
     args: crop, mild and pairs_seed; data: a TrainingData.
     """
