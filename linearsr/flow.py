@@ -99,7 +99,7 @@ class EncodedPairs:
 
 
 def pairs_key(vae, args, data):
-    """A hash of what the encoded pairs depend on; the decoder is not part of it. Trainings of one key share their pairs.
+    """A hash of what the encoded pairs depend on; the decoder is not part of it. Equal keys share their pairs.
 
     args: crop, mild and pairs_seed; data: a TrainingData.
     """

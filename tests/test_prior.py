@@ -107,18 +107,22 @@ def test_latents_are_encoded_in_the_dtype_that_is_asked_for(run, monkeypatch, na
     assert seen == {dtype}
 
 
-def test_the_log_keeps_its_columns_apart_where_a_resumed_run_has_others(tmp_path):
-    """The header is that of all rows: a value never stands below another's name."""
-    def fit(terms, steps):
+def test_the_log_keeps_rows_and_columns_apart_where_a_run_is_resumed(tmp_path):
+    """No value stands below another's name, no step is noted twice: not that of a run killed before its second save."""
+    def fit(terms, steps, batches):
         p = torch.nn.Parameter(torch.ones(1))
         Trainer(tmp_path, {"p": p}, lambda batch: {"loss": p.sum(), **{k: p.sum() * v for k, v in terms.items()}}, {},
-                steps=steps, every=1, lr=0.1, device=torch.device("cpu"), samples=1, terms=terms).run(
-                    lambda first, signals: ({} for _ in range(first, steps)))
+                steps=steps, every=1, lr=0.1, device=torch.device("cpu"), samples=1, terms=terms).run(batches)
         return read_log(tmp_path / "log.csv")
-    fit({"a": 2, "b": 3}, 1)
-    rows = fit({"b": 3, "c": 4}, 2)
-    assert "a" not in rows[1] and rows[1]["b"] == 3 * rows[1]["loss"]
-    assert rows[2]["b"] == pytest.approx(3 * rows[2]["loss"]) and rows[2]["c"] == pytest.approx(4 * rows[2]["loss"])
+
+    def killed(first, signals):
+        raise KeyboardInterrupt
+    assert [row["step"] for row in fit({"a": 2, "b": 3}, 1, killed)] == [0]
+    fit({"a": 2, "b": 3}, 1, lambda *_: iter([{}]))
+    _, first, second = rows = fit({"b": 3, "c": 4}, 2, lambda *_: iter([{}]))
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert "a" not in first and first["b"] == 3 * first["loss"]
+    assert second["b"] == pytest.approx(3 * second["loss"]) and second["c"] == pytest.approx(4 * second["loss"])
     assert (tmp_path / "log.csv").read_text().count("step") == 1
 
 
