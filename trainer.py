@@ -40,6 +40,7 @@ from runs import (
 )
 
 READ = 20  # steps on a GPU after which their losses are read, for which the CPU has to wait
+NAMED = ("name", "prompt", "t")  # of a batch: what is told of it where its loss is not finite
 
 
 @contextlib.contextmanager
@@ -200,7 +201,7 @@ class Trainer:
     def gradients(self, stream):
         """Backward of a step's batches, the masters' gradients averaged over ranks and clipped.
 
-        Returns (mean of the values, gradient norm, the batches), or None where the batches have ended.
+        Returns (mean of the values, gradient norm, what is NAMED of the batches), or None where the batches have ended.
         """
         sums, seen = {}, []
         if self.backward == self.eager:  # a captured step writes its gradients where they are
@@ -209,7 +210,7 @@ class Trainer:
         for batch in islice(stream, self.accumulate):
             for name, value in self.backward(batch).items():
                 sums[name] = sums.get(name, 0) + value / self.accumulate
-            seen.append(batch)
+            seen.append({key: batch[key] for key in NAMED if key in batch})  # what is kept until the losses are read
         if len(seen) < self.accumulate:
             return None
         for master, p in zip(self.masters, self.parameters, strict=True):
@@ -236,7 +237,7 @@ class Trainer:
         if math.isfinite(row["loss"]) and (math.isfinite(row["grad_norm"]) or overflow):
             return
         about = {key: [str(v) for b in batches for v in (b[key].tolist() if torch.is_tensor(b[key]) else b[key])]
-                 for key in ("name", "prompt", "t") if key in batches[0]}
+                 for key in batches[0]}
         path = self.folder / f"nan_rank{ranks()[0]}.json"
         content = json.dumps({"step": step, **{k: str(v) for k, v in row.items()}, **about}, indent=1)
         write_atomically(path, lambda f: f.write(content.encode()))
@@ -250,7 +251,7 @@ class Trainer:
         """
         if self.step >= self.steps:
             return 0
-        if self.step == 0 and self.main:
+        if self.step == 0 and self.main and not self.rows:
             self.note({"step": 0} | self.look())
             self.save()
         bar = tqdm(total=self.steps, initial=self.step, desc=self.label or None, unit="step", disable=not self.main,

@@ -14,41 +14,39 @@ the condition switched off; then expert minus shared, with the 95 % bootstrap in
 table: every row is eval.py's, one CSV image by image. Each row of LinearSR is made for two seeds, of the noise and,
 where it is trained here, of the training: a smaller difference than that between two seeds means nothing. --steps are
 those of all experts of a row together, so the rows cost the same, and each is measured at their end. --out keeps
-rows/NAME.csv, rows.csv (the table), NAME/ (the runs), models/ and tradeoff.png (LPIPS against PSNR over the steps).
-Rows that have their CSV are not made again, and whole models of models/, of another machine too, not trained again;
-Ctrl-C saves, the same line goes on. --options: of all these trainings, as train_linearsr.py's. ms: the median of the
-pictures; GMAC: of one of 512 × 512; both without the text encoder.
+rows/NAME.csv, rows.csv (the table), NAME/ (the runs), models/ and steps.png (LPIPS and PSNR over the steps). Rows that
+have their CSV are not made again. Whole models of models/, also from another machine, are not trained again. Rerun to
+resume. --options: of all these trainings, as linearsr.train's. ms: the median of the pictures; GMAC: of one of 512 ×
+512; both without the text encoder.
 """
 import argparse
 import csv
+import itertools
 import json
 import shlex
 import sys
 from pathlib import Path
 from statistics import median
 
-import numpy as np
-import torch
-from PIL import Image, ImageDraw
-from torch import nn
+from torch import float32, nn
 from tqdm import tqdm
 
 import weights
 from fast import load_model
 from lab.ablation import Bicubic, available, bootstrap, keep_settings, score, tabulate
 from lab.profile import count
-from linearsr import train as train_linearsr
-from linearsr.train import Held, Network, interval
+from linearsr import train as training
+from linearsr.flow import Held, Network, interval
 from metrics.score import folder_pairs
 from objective import Conditions, Latents
-from photos.pairs import find_tags, scan, split, validation_pairs
-from photos.pictures import bicubic, one_line, png, write_bytes
-from runs import UserError, command, pick_device, pick_dtype, workers
-from sanasr import LinearDiT, build_prompt, conditioning, fingerprint
+from photos.pairs import TrainingData
+from photos.pictures import png, write_bytes
+from runs import UserError, check_ranges, command, curves, pick_device, pick_dtype, workers
+from sanasr import LinearDiT, conditioning, fingerprint
 
 SEEDS = 0, 1
 STEPS = 1, 2, 4, 8, 20
-VARIANTS = {  # name: (what, options of train_linearsr.py, the row whose experts are fine-tuned)
+VARIANTS = {  # name: (what, options of linearsr.train, the row whose experts are fine-tuned)
     "pretrained": ("the pretrained network alone", [], None),
     "one": ("one expert", ["--boundaries"], None),
     "two": ("two experts", ["--boundaries", "0.875"], None),
@@ -75,25 +73,19 @@ class Off(nn.Module):
 
 def losses(args):
     """Print the table of losses."""
-    model = load_model(args.model, args.device, torch.float32)
-    folder = weights.folder(args.model)
-    shared = LinearDiT.from_pretrained(folder / "transformer", torch.float32, args.device)
-    side = shared.config["sample_size"] * model.vae.factor
-    photos, report = scan(args.data, side, args.out / "data.json", workers(4))
-    _, held = split(photos)
-    if not held:
+    model = load_model(args.model, args.device, float32)
+    shared = LinearDiT.from_pretrained(weights.folder(args.model) / "transformer", float32, args.device)
+    args.crop, args.suffix = shared.config["sample_size"] * model.vae.factor, conditioning(model.metadata)["suffix"]
+    args.tags, args.lq, args.workers, args.seed = args.tags or "none", None, workers(4), 0
+    data = TrainingData(args, args.out)
+    if not data.pairs:
         raise UserError("--data: at least two photos are needed, one of them to be held out")
-    held = held[:args.val]
-    pairs = validation_pairs(held, {}, side, 0, None, args.mild)
-    suffix = conditioning(model.metadata)["suffix"]
-    tags = find_tags(args.tags or "none", [p.path for p in held], lambda i: bicubic(pairs[i][1])) or [[]] * len(held)
-    data = Held(pairs, [build_prompt(line, suffix) for line in tags], Latents(model.vae, model.scaling_factor),
-                Conditions(model), args.device)
-    print(f"{args.model}: {report}; {len(pairs)} held-out photos, {args.draws} times each")
+    held = Held(data.pairs, data.val_prompts, Latents(model.vae, model.scaling_factor), Conditions(model), args.device)
+    print(f"{args.model}: {data.report}, {args.draws} times each")
     print(f"{'t':16}{'expert':>10}{'shared':>10}{'no condition':>14}   expert − shared (95 %)")
     for k, expert in enumerate(model.experts):
         ends = interval(k, model.boundaries)
-        own, common, off = (data.flow(Network(dit, stem), ends, args.draws).mean(1) for dit, stem in (
+        own, common, off = (held.flow(Network(dit, stem), ends, args.draws).mean(1) for dit, stem in (
             (expert, model.stem), (shared, model.stem), (shared, Off(model.stem))))
         low, high = bootstrap(own - common)
         print(f"{ends[0]:5.3f} to {ends[1]:5.3f}  {own.mean():10.4f}{common.mean():10.4f}{off.mean():14.4f}   "
@@ -120,35 +112,27 @@ def table_rows(args):
     """{name: (what, function that makes the row at a path)} of all rows, in the order of the table."""
     dtype = pick_dtype("auto", args.device)
 
-    def make(path, model, tags=None, **options):
-        timed = Timed(model)
-        gmac = sum(stage.times * stage.macs for stage in count(model, 512, steps=options.get("steps", 1))
+    def make(path, name, tags=None, **options):
+        model = Timed(load_model(name, args.device, dtype, fast="auto"))
+        gmac = sum(stage.times * stage.macs for stage in count(model.model, 512, steps=options.get("steps", 1))
                    if stage.name != "text") / 1e9
-        score(timed, args.pairs, path, args, tags, **options)
-        write_bytes(path.with_suffix(".json"), json.dumps({"ms": f"{median(timed.ms):.0f}", "GMAC": f"{gmac:.1f}"}))
-
-    def sanasr(path, tags=None):
-        make(path, load_model(args.sanasr, args.device, dtype, fast="auto"), tags)
-
-    def linear(path, steps, seed, tags=None, name=args.model):
-        make(path, load_model(name, args.device, dtype, fast="auto"), tags, steps=steps, seed=seed)
-
-    def variant(path, name, seed):
-        linear(path, 20, seed, name=train_variant(args, name, seed))
+        score(model, args.pairs, path, args, tags, **options)
+        write_bytes(path.with_suffix(".json"), json.dumps({"ms": f"{median(model.ms):.0f}", "GMAC": f"{gmac:.1f}"}))
 
     rows = {"bicubic": ("bicubic", lambda path: score(Bicubic(), args.pairs, path, args)),
-            "sana-sr": ("SANA-SR, 1 step", sanasr)}
+            "sana-sr": ("SANA-SR, 1 step", lambda path: make(path, args.sanasr))}
     if args.tags:
-        rows["sana-sr-tags"] = "SANA-SR, 1 step, tags", lambda path: sanasr(path, args.tags)
+        rows["sana-sr-tags"] = "SANA-SR, 1 step, tags", lambda path: make(path, args.sanasr, args.tags)
     for seed in SEEDS:
         for n in STEPS:
             rows[f"steps-{n}-{seed}"] = (f"LinearSR, {n} step{'s' * (n > 1)}, seed {seed}",
-                                         lambda path, n=n, seed=seed: linear(path, n, seed))
+                                         lambda path, n=n, seed=seed: make(path, args.model, steps=n, seed=seed))
         if args.tags:
             rows[f"tags-{seed}"] = (f"LinearSR, 20 steps, tags, seed {seed}",
-                                    lambda path, seed=seed: linear(path, 20, seed, args.tags))
+                                    lambda path, seed=seed: make(path, args.model, args.tags, steps=20, seed=seed))
     for name, seed in trained(args):
-        rows[f"{name}-{seed}"] = f"{VARIANTS[name][0]}, seed {seed}", lambda path, n=name, s=seed: variant(path, n, s)
+        rows[f"{name}-{seed}"] = (f"{VARIANTS[name][0]}, seed {seed}", lambda path, name=name, seed=seed: make(
+            path, train_variant(args, name, seed), steps=20, seed=seed))
     return rows
 
 
@@ -161,15 +145,16 @@ def trained(args):
 def models(args):
     """Train and export what the table measures, without measuring it. Returns the exit code."""
     names = {f"{name}-{seed}": (name, seed) for name, seed in trained(args)}
-    if unknown := set(args.only or ()) - set(names):
-        raise UserError(f"--only: no model {', '.join(sorted(unknown))}; there are {', '.join(names)}")
-    try:
-        for name in args.only or names:
-            print(train_variant(args, *names[name]), flush=True)
-    except KeyboardInterrupt:
-        print("interrupted; the same line goes on", file=sys.stderr)
-        return 130
+    for name in chosen(args, names, "model"):
+        print(train_variant(args, *names[name]), flush=True)
     return 0
+
+
+def chosen(args, names, what):
+    """Those of `names` that --only names. Raises UserError for one that there is not."""
+    if unknown := set(args.only or ()) - set(names):
+        raise UserError(f"--only: no {what} {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    return args.only or list(names)
 
 
 def train_variant(args, name, seed):
@@ -180,8 +165,8 @@ def train_variant(args, name, seed):
     steps, fine_steps = args.steps // count, args.fine_steps // count
     if (model / "config.json").is_file():  # it is written last
         made = json.loads((model / "config.json").read_text())["_provenance"]["steps"]
-        if name != "pretrained" and set(made) != {asked := fine_steps if tuned else steps}:
-            raise UserError(f"{model}: its experts have {made} steps, not {asked} each: choose another --out")
+        if name != "pretrained" and set(made) != {wanted := fine_steps if tuned else steps}:
+            raise UserError(f"{model}: its experts have {made} steps, not {wanted} each: choose another --out")
         return model
     lines, of = [], "pretrain" if name == "pretrained" else "finetune" if tuned else "experts"
     if name != "pretrained":
@@ -193,66 +178,30 @@ def train_variant(args, name, seed):
     if name != "pretrained":  # equal steps, wherever the curves have their knees
         lines[-1] += ["--start", "end"]
     for line in lines:
-        if train_linearsr.main([str(a) for a in (*line, "--pretrained", args.pretrained, "--name", run,
-                                                 "--device", args.device.type)]):
+        if training.main([str(a) for a in (*line, "--pretrained", args.pretrained, "--name", run,
+                                           "--device", args.device.type)]):
             raise KeyboardInterrupt
     return model
 
 
-def tradeoff(path, folder, width=640, height=480):
-    """Draw LPIPS against PSNR: bicubic, SANA-SR, and LinearSR's steps joined, one line a seed."""
-    def mean(name):
-        file = folder / f"{name}.csv"
-        if not file.exists():
-            return None
-        with open(file, newline="", encoding="utf-8") as f:
-            row = next(row for row in csv.DictReader(f) if row["image"] == "mean")
-        return (float(row["psnr"]), float(row["lpips"])) if row.get("psnr") and row.get("lpips") else None
-    lines = [("bicubic", "#606060", ["bicubic"]), ("SANA-SR", "#c01010", ["sana-sr"])]
-    lines += [(f"LinearSR, seed {s}", colour, [f"steps-{n}-{s}" for n in STEPS])
-              for s, colour in zip(SEEDS, ("#1040c0", "#40a0e0"), strict=True)]
-    found = [(what, colour, [(name, mean(name)) for name in names if mean(name)]) for what, colour, names in lines]
-    points = np.array([point for *_, named in found for _, point in named])
-    if len(points) < 2:
-        return
-    low, high = points.min(0), points.max(0)
-    low, high = low - 0.1 * (high - low) - 1e-6, high + 0.1 * (high - low) + 1e-6
-    canvas = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(canvas)
-    left, top, w, h = 60, 20, width - 80, height - 70
-    draw.rectangle((left, top, left + w, top + h), outline="#808080")
-    for f in (0, 0.5, 1):
-        x, y = low + f * (high - low)
-        draw.text((left + f * w - 12, top + h + 6), f"{x:.2f}", "black")
-        draw.text((left - 48, top + (1 - f) * h - 6), f"{y:.3f}", "black")
-    draw.text((left + w / 2 - 40, top + h + 24), "PSNR (dB), higher is better", "black")
-    draw.text((left + 6, top + 4), "LPIPS, lower is better", "black")
-    for what, colour, named in found:
-        share = [(point - low) / (high - low) for _, point in named]
-        at = [(left + w * x, top + h * (1 - y)) for x, y in share]
-        if len(at) > 1:
-            draw.line(at, colour, 2)
-        steps = named and named[0][0].startswith("steps")
-        for (name, _), (x, y) in zip(named, at, strict=True):
-            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
-            if not steps or what.endswith("0"):  # the seeds lie beside each other
-                draw.text((x + 6, y - 6), name.split("-")[1] if steps else what, colour)
-        if steps:
-            draw.text((left + 6, top + h - 34 + 14 * int(what[-1])), f"{what} (steps)", colour)
-    write_bytes(path, png(canvas))
+def draw(path, table):
+    """LPIPS and PSNR of LinearSR against its number of steps, a chart for each seed. table: what `tabulate` wrote."""
+    with open(table, newline="", encoding="utf-8") as f:
+        found = {row["name"]: row for row in csv.DictReader(f)}
+    rows = [{"step": n} for n in STEPS]
+    for row, seed, metric in itertools.product(rows, SEEDS, ("lpips", "psnr")):
+        if value := found.get(f"steps-{row['step']}-{seed}", {}).get(metric):
+            row[f"{metric}, seed {seed}"] = float(value)
+    if names := sorted({key for row in rows for key in row} - {"step"}):
+        write_bytes(path, png(curves(rows, names)))
 
 
 def table(args):
     """Make the rows that are lacking, and the table. Returns the exit code."""
-    try:
-        args.pairs = folder_pairs(args.lr, args.hr)[:args.limit]
-        args.metrics = available(args.metrics, args.device)
-    except ValueError as error:
-        raise UserError(f"{one_line(error)}")
-    rows, folder = table_rows(args), args.out / "rows"
-    if unknown := set(args.only or ()) - set(rows):
-        raise UserError(f"--only: no row {', '.join(sorted(unknown))}; there are {', '.join(rows)}")
-    model = weights.folder(args.model)
+    args.pairs = folder_pairs(args.lr, args.hr)[:args.limit]
+    args.metrics = available(args.metrics, args.device)
+    rows, folder, model = table_rows(args), args.out / "rows", weights.folder(args.model)
+    wanted = chosen(args, rows, "row")
     keep_settings(folder, {
         "lr": Path(args.lr).resolve(), "hr": Path(args.hr).resolve(), "pairs": len(args.pairs),
         "metrics": ",".join(args.metrics), "tags": args.tags and weights.sha256(Path(args.tags)),
@@ -260,22 +209,18 @@ def table(args):
         "sanasr": fingerprint(weights.folder(args.sanasr) / "vae"), "pretrained": args.pretrained,
         "steps": args.pretrained and args.steps, "best": args.best, "fine-steps": args.best and args.fine_steps,
         "options": args.options or None})
-    words = {name: what for name, (what, _) in rows.items()}
 
     def written():
-        costs = {name: json.loads((folder / f"{name}.json").read_text()) for name in words
+        costs = {name: json.loads((folder / f"{name}.json").read_text()) for name in rows
                  if (folder / f"{name}.json").exists()}
-        tradeoff(args.out / "tradeoff.png", folder)
-        return tabulate(folder, words, costs)
-    try:
-        bar = tqdm([name for name in args.only or rows if not (folder / f"{name}.csv").exists()], unit="row")
-        for name in bar:
-            bar.set_postfix_str(name)
-            rows[name][1](folder / f"{name}.csv")
-            written()
-    except KeyboardInterrupt:
-        print("interrupted; the same line goes on", file=sys.stderr)
-        return 130
+        text = tabulate(folder, {name: what for name, (what, _) in rows.items()}, costs)
+        draw(args.out / "steps.png", folder.with_suffix(".csv"))
+        return text
+    bar = tqdm([name for name in wanted if not (folder / f"{name}.csv").exists()], unit="row")
+    for name in bar:
+        bar.set_postfix_str(name)
+        rows[name][1](folder / f"{name}.csv")
+        written()
     print(f"\n{args.model} and {args.sanasr}, {len(args.pairs)} pairs\n\n{written()}")
     return 0
 
@@ -303,11 +248,12 @@ def parse(argv=None):
     add("--best", metavar="DIR", help="the best photos, for the fine-tuned rows")
     add("--fine-steps", type=int, default=1000, help="of the fine-tuning, all experts together")
     add("--every", type=int, default=250, metavar="N", help="validate every N steps of a training")
-    add("--options", default="", metavar='"--lr 3e-4 …"', help="of train_linearsr.py, for all these trainings")
+    add("--options", default="", metavar='"--lr 3e-4 …"', help="of linearsr.train, for all these trainings")
     add("--only", nargs="+", metavar="NAME", help="make only these rows, or models")
     add("--limit", type=int, metavar="N", help="use the first N pairs")
     add("--metrics", default="psnr,ssim,lpips,dists,niqe")
     args = p.parse_args(argv)
+    check_ranges(args)
     args.device = pick_device(args.device)
     needed = {"losses": ["data"], "table": ["lr", "hr"], "models": ["pretrained"]}[args.command]
     if lacking := [f"--{name}" for name in needed if not getattr(args, name)]:
@@ -321,7 +267,11 @@ def parse(argv=None):
 @command
 def main(argv=None):
     args = parse(argv)
-    return {"losses": losses, "table": table, "models": models}[args.command](args)
+    try:
+        return {"losses": losses, "table": table, "models": models}[args.command](args)
+    except KeyboardInterrupt:
+        print("interrupted; rerun to resume", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

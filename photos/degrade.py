@@ -29,6 +29,7 @@ from photos.pictures import read_rgb, write
 from runs import command
 
 SCALE = 4
+DEGRADE_VERSION = 1  # raise it when the same seed gives another LR picture: kept pairs are then made anew
 MIN_SIZE = 80  # below it, the smallest first-order result would be smaller than the blur's reflected border
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import runs
 import sanasr
 import train
+import trainer
 from lab.faults import Mark
 from photos import pairs, tagger
 
@@ -147,7 +148,7 @@ def test_a_state_of_something_else_is_named(tmp_path, monkeypatch, recwarn):
         assert "\n" not in str(error.value) and os.listdir() == ["state.pt"] and not recwarn
     torch.save({"step": 1, "settings": {}, "masters": [], "ema": [], "optimizer": {}, "scaler": {}}, path)
     with pytest.raises(runs.UserError, match="state.pt cannot be read"):
-        train.load_run(tmp_path)
+        trainer.open_state(tmp_path)
     for value in ([], 3, {"model": [1]}):
         torch.save(value, path)
         with pytest.raises(ValueError, match="state.pt: holds no tensors by name"):

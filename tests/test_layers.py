@@ -21,9 +21,9 @@ LAYERS = [  # each module may import, at the top or within a function, what stan
     ["metrics.score", "objective", "trainer", "photos.kinds"],
     ["autoencoder"],
     ["metrics.report", "lab", "lab.profile", "lab.stability"],
-    ["eval", "train", "linearsr.train"],
-    ["prune", "lab.bench", "kernels.bench", "weights.__main__", "examples.comparison"],
-    ["lab.pretrain", "lab.ablation", "lab.gpu"],
+    ["eval", "train", "linearsr.flow"],
+    ["prune", "linearsr.train", "lab.bench", "kernels.bench", "weights.__main__", "examples.comparison"],
+    ["lab.prior", "lab.ablation", "lab.gpu"],
     ["lab.linearsr"],
     ["lab.faults"],
 ]
