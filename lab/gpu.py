@@ -85,7 +85,7 @@ def lines_of(what, scratch, rehearse):
         found.append(Line(name, seconds, [list(map(str, argv)) for argv in commands], files, env))
 
     def tests(name, file, names, **env):
-        add(name, 240, ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{file}", "-k", names], **env)
+        add(name, 240, ["-m", "pytest", "-rs", "-p", "no:cacheprovider", f"tests/{file}", "-k", names], **env)
 
     def bench(name, seconds, *options):
         more = ["--runs", 1, "--blocks", 1] if rehearse else ["--runs", 10]
@@ -107,7 +107,7 @@ def lines_of(what, scratch, rehearse):
                             quick], ["eval.py", "examples", "--out", f"{theirs}/", "--device", "cpu", "--fast", "off"],
                 ["eval.py", "--sr", ours, "--hr", theirs, "--metrics", "psnr"])  # against the CPU's
         sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-        add("compute-sanitizer", 240, ["!", sanitizer, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q",
+        add("compute-sanitizer", 240, ["!", sanitizer, "--error-exitcode", "9", sys.executable, "-m", "pytest",
                                        "tests/test_kernels_triton.py", "-k", "gate_sizes or norm_sizes or lengths"])
     elif what == "timings":
         small, large, huge = ("64", "96", "128") if rehearse else ("512", "1024", "4096")
