@@ -88,7 +88,7 @@ def lines_of(what, scratch, rehearse):
         add(name, 240, ["-m", "pytest", "-rs", "-p", "no:cacheprovider", f"tests/{file}", "-k", names], **env)
 
     def bench(name, seconds, *options):
-        more = ["--runs", 1, "--blocks", 1] if rehearse else ["--runs", 10]
+        more = ["--runs", 1, "--model", "embedded"] if rehearse else ["--runs", 10]
         add(name, seconds, ["-m", "lab.bench", "--device", device, "--dtype", "fp32" if rehearse else "bf16",
                             *more, *options])
     if what == "correctness":
@@ -136,7 +136,7 @@ def lines_of(what, scratch, rehearse):
         add("prune", 60, ["prune.py", *common, "--out", scratch / "pruned", "--steps", steps, "--keep", keep],
             files=(scratch / "pruned" / "saliency.csv",))
         size = "64" if rehearse else "512"
-        bench("pruned to 16 blocks", 50, "--size", size, "--variants", "fast", "--blocks", "16")
+        bench("pruned to 16 blocks", 50, "--size", size, "--variants", "fast", "--blocks", 1 if rehearse else 16)
         add("LinearSR, 20 steps", 60, ["eval.py", "examples/cat.png", "--model", "linearsr-embedded", "--out",
                                        scratch / "cat.png", "--device", device])
         bench("regional compilation", 150, "--size", size, "--variants", "plain" if rehearse else "plain,regional")
