@@ -1,6 +1,6 @@
 """CUDA graphs, for inference and for training: all kernels of a function as one launch.
 
-    encoder = Graphed(encoder)      encoder(x): a graph for each shape of x that comes twice in a row
+    encoder = Graphed(encoder)                        encoder(x): a graph for each shape of x that comes twice in a row
     backward = graphed_backward(loss, parameters)     of a training, forward and backward, captured at the first call
 
 Traps: f must not wait for the GPU. What f reads besides its arguments (weights) must keep its memory: no `.to(…)` after

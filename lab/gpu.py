@@ -85,10 +85,10 @@ def lines_of(what, scratch, rehearse):
         found.append(Line(name, seconds, [list(map(str, argv)) for argv in commands], files, env))
 
     def tests(name, file, names, **env):
-        add(name, 240, ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{file}", "-k", names], **env)
+        add(name, 240, ["-m", "pytest", "-rs", "-p", "no:cacheprovider", f"tests/{file}", "-k", names], **env)
 
     def bench(name, seconds, *options):
-        more = ["--runs", 1, "--blocks", 1] if rehearse else ["--runs", 10]
+        more = ["--runs", 1, "--model", "embedded"] if rehearse else ["--runs", 10]
         add(name, seconds, ["-m", "lab.bench", "--device", device, "--dtype", "fp32" if rehearse else "bf16",
                             *more, *options])
     if what == "correctness":
@@ -107,7 +107,7 @@ def lines_of(what, scratch, rehearse):
                             quick], ["eval.py", "examples", "--out", f"{theirs}/", "--device", "cpu", "--fast", "off"],
                 ["eval.py", "--sr", ours, "--hr", theirs, "--metrics", "psnr"])  # against the CPU's
         sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-        add("compute-sanitizer", 240, ["!", sanitizer, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q",
+        add("compute-sanitizer", 240, ["!", sanitizer, "--error-exitcode", "9", sys.executable, "-m", "pytest",
                                        "tests/test_kernels_triton.py", "-k", "gate_sizes or norm_sizes or lengths"])
     elif what == "timings":
         small, large, huge = ("64", "96", "128") if rehearse else ("512", "1024", "4096")
@@ -136,7 +136,7 @@ def lines_of(what, scratch, rehearse):
         add("prune", 60, ["prune.py", *common, "--out", scratch / "pruned", "--steps", steps, "--keep", keep],
             files=(scratch / "pruned" / "saliency.csv",))
         size = "64" if rehearse else "512"
-        bench("pruned to 16 blocks", 50, "--size", size, "--variants", "fast", "--blocks", "16")
+        bench("pruned to 16 blocks", 50, "--size", size, "--variants", "fast", "--blocks", 1 if rehearse else 16)
         add("LinearSR, 20 steps", 60, ["eval.py", "examples/cat.png", "--model", "linearsr-embedded", "--out",
                                        scratch / "cat.png", "--device", device])
         bench("regional compilation", 150, "--size", size, "--variants", "plain" if rehearse else "plain,regional")
