@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import autoencoder
+import weights
 from fast import load_model
 from metrics import LPIPS, METRICS
 from metrics.score import evaluate, folder_pairs, mean
@@ -195,6 +196,7 @@ def train(args):
     conditions.prepare(sorted({*data.prompts, *data.val_prompts}))
     settings = {k: getattr(args, k) for k in SETTINGS} | data.fingerprints | {
         "the model": fingerprint(model.folder / "transformer"), "the losses": {k: TERMS[k].weight for k in terms},
+        "the first adapter": weights.sha256(args.init) if args.init != "none" else "none",
         "the constants": [EMA, CLIP, WEIGHT_DECAY], "--batch times --accumulate times the processes": batch}
     about = metadata(args, settings, data, terms, batch)
 
@@ -266,7 +268,7 @@ def training_batches(args, model, data, first, signals):
 # --- The command ---
 
 # what a step computes depends on these; a resumed run may change the other options
-SETTINGS = ("data", "lq", "model", "crop", "lr", "rank", "init", "lora_targets", "protocol", "timestep", "tags",
+SETTINGS = ("data", "lq", "model", "crop", "lr", "rank", "lora_targets", "protocol", "timestep", "tags",
             "suffix", "lpips", "usm", "mild", "val", "dtype", "seed")
 NOT_OPTIONS = ("run", "name", "device", "resume", "select")
 
@@ -335,7 +337,8 @@ def parse(argv=None):
     if not args.data and not args.select:
         p.error("--data names the folders of photos")
     default = {"adapter": (4, 5e-5), "autoencoder": (8, 3e-4)}[args.learn]
-    args.batch, args.lr = args.batch or default[0], default[1] if args.lr is None else args.lr
+    args.batch = default[0] if args.batch is None else args.batch
+    args.lr = default[1] if args.lr is None else args.lr
     if all(getattr(args, f"no_{name}") for name in TERMS):
         p.error(f"no loss is left: leave out one of {' '.join(f'--no-{name}' for name in TERMS)}")
     check_ranges(args)

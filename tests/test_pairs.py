@@ -10,9 +10,8 @@ from conftest import save_photo
 from PIL import Image
 
 import weights
-from lab import pretrain
 from photos import degrade, pairs, tagger
-from photos.pairs import Pairs, held_out, match_lq, photo_tags, scan, split, validation_pairs
+from photos.pairs import Pairs, held_out, match_lq, photo_tags, scan, validation_pairs
 from photos.pictures import read
 from runs import UserError
 
@@ -80,13 +79,6 @@ def test_tiny_sets_hold_out_their_smallest_hashes(count, expected):
     for start in ("11", "00"):  # the rule would hold out none, or all
         hashes = [f"{start}{i:02x}" for i in range(count)]
         assert held_out(hashes) == set(hashes[:expected])
-
-
-def test_no_stage_trains_on_what_is_held_out(photos, found):
-    ours, held = split(found)
-    theirs = pretrain.Photos([photos], 96)
-    assert {p.path for p in held} == {str(path) for path, _ in theirs.val if path.name != "copy.png"}
-    assert {p.path for p in ours} == {str(path) for path, _ in theirs.train if path.name != "copy.png"}
 
 
 # --- training and validation pairs ---
