@@ -189,9 +189,6 @@ def parse(argv=None):
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     args = parser.parse_args(argv)
     args.device = pick_device(args.device)
-    for path in filter(None, (args.lr, args.hr, args.adapter, args.tags, *(args.data or ()))):
-        if not Path(path).exists():
-            parser.error(f"{path}: no such file or folder")
     check_ranges(args)
     args.pairs = folder_pairs(args.lr, args.hr)[:args.limit]
     args.metrics = available(args.metrics, args.device)

@@ -127,7 +127,7 @@ def lines_of(what, scratch, rehearse):
         common = ["--data", photos, "--model", model, "--device", device, "--dtype", "fp32" if rehearse else "bf16",
                   "--tags", "none", "--lpips", "alex", "--workers", 1 if rehearse else 8,
                   "--crop", 96 if rehearse else 512]
-        for name, options, env in (("train", [], {}), ("train, checkpointing", ["--checkpointing"], {}),
+        for name, options, env in (("train", [], {}), ("train, checkpointing", ["--checkpointing", "all"], {}),
                                    ("train, reference kernels", [], {"SANASR_KERNELS": "torch"})):
             steps, batch = (2, 1) if rehearse else (50, 4)
             add(name, 80, ["train.py", *common, "--name", scratch / name, "--steps", steps, "--every", steps, "--val",
