@@ -306,7 +306,7 @@ def main(argv=None):
     add("--every", type=int, default=500, metavar="N", help="validate and save every N steps (default %(default)s)")
     add("--batch", type=int, default=4, help="latents a step (default %(default)s)")
     add("--lr", type=float, default=5e-4, help="peak learning rate (default %(default)s)")
-    add_device_options(add)
+    add_device_options(add, workers=4)
     args = parser.parse_args(argv)
     if args.command != "export" and not args.data:
         parser.error("--data is needed: a folder of clean photos")
