@@ -421,7 +421,7 @@ def parser():
     add("--timestep", type=float, metavar="N", help="τ in (0, 1000] (default: the adapter's, else the protocol's)")
     add("--lpips", choices=["vgg", "alex"], help="network of the LPIPS loss, as in train.py")
     add("--checkpointing", choices=["none", "decoder", "all"], default="none", help="as in train.py")
-    add_device_options(add)
+    add_device_options(add, workers=4)
     add("--compare", action="store_true", help="also measure every score, and ε_p, by the loss without each block")
     add("--samples", type=int, default=16, help="that --compare measures the loss on")
     add("--heal", type=int, default=0, metavar="N", help="also train an adapter on it for N steps, merged into healed/")
