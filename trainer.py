@@ -249,6 +249,8 @@ class Trainer:
 
         A batch with "name" and "prompt" is named where its loss is not finite. Returns the exit code.
         """
+        if self.step and self.main and self.export:  # again: someone may have deleted what they made
+            self.export(self.step, dict(zip(self.names, self.ema, strict=True)))
         if self.step >= self.steps:
             return 0
         if self.step == 0 and self.main and not self.rows:
