@@ -166,10 +166,11 @@ class Trainer:
 
     def note(self, row):
         """Add a row to the log."""
-        self.rows.append(row)
+        cells = {c: f"{row[c]:.6g}" for c in self.columns if c in row}
+        self.rows.append({c: float(text) for c, text in cells.items()} | {"step": row["step"]})  # as a resumed run reads
         try:
             with open(self.folder / "log.csv", "a", newline="") as f:
-                f.write(",".join(f"{row[c]:.6g}" if c in row else "" for c in self.columns) + "\r\n")
+                f.write(",".join(cells.get(c, "") for c in self.columns) + "\r\n")
         except OSError as error:
             raise UserError(f"{self.folder}/log.csv cannot be written ({reason(error)})")
 
