@@ -167,7 +167,7 @@ class Trainer:
     def note(self, row):
         """Add a row to the log."""
         cells = {c: f"{row[c]:.6g}" for c in self.columns if c in row}
-        self.rows.append({c: float(text) for c, text in cells.items()} | {"step": row["step"]})  # as a resumed run reads
+        self.rows.append({c: float(text) for c, text in cells.items()} | {"step": row["step"]})  # as when resumed
         try:
             with open(self.folder / "log.csv", "a", newline="") as f:
                 f.write(",".join(cells.get(c, "") for c in self.columns) + "\r\n")

@@ -466,7 +466,8 @@ def test_an_adapters_suffix_is_used_unless_told_otherwise(run, tiny_model, monke
 
 
 @pytest.mark.parametrize("option, device, expected", [
-    ("auto", "cpu", [False]), ("on", "cpu", [False]), ("off", "cpu", []), ("auto", "cuda", [True]), ("on", "cuda", [True]),
+    ("auto", "cpu", [False]), ("on", "cpu", [False]), ("off", "cpu", []), ("auto", "cuda", [True]),
+    ("on", "cuda", [True]),
     ("off", "cuda", [])])
 def test_fast_is_for_a_cpu_by_default_and_has_graphs_on_a_gpu(tiny_model, monkeypatch, option, device, expected):
     calls = []
