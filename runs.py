@@ -14,7 +14,6 @@ import subprocess
 import sys
 import warnings
 from datetime import timedelta
-from functools import partial
 from io import StringIO
 from pathlib import Path
 
@@ -182,18 +181,13 @@ def process_group(device):
 # --- Files of a run ---
 
 
-def write_atomically(path, save):
-    """save(f) into a binary file, see `pictures.atomically`. Raises UserError, with the old file unharmed."""
-    try:
-        with atomically(path) as temporary, open(temporary, "wb") as f:
-            save(f)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        raise UserError(f"{path} cannot be written ({reason(error)}); what was there before is unharmed")
-
-
 def save_state(path, state):
     """Write a state that `load_state` reads. Raises UserError, with the old file unharmed."""
-    write_atomically(path, partial(torch.save, state))
+    try:
+        with atomically(path) as temporary, open(temporary, "wb") as f:
+            torch.save(state, f)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        raise UserError(f"{path} cannot be written ({reason(error)}); what was there before is unharmed")
 
 
 def load_state(path, missing="there is nothing to resume; check --name or leave out --resume",

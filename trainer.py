@@ -23,21 +23,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from photos.pictures import reason
-from runs import (
-    Signals,
-    UserError,
-    average,
-    curves,
-    from_first,
-    load_state,
-    peak_memory,
-    ranks,
-    read_log,
-    save_state,
-    write_atomically,
-    write_csv,
-)
+import runs
+from photos.pictures import png, reason, write_bytes
+from runs import UserError, average, ranks
 
 READ = 20  # steps on a GPU after which their losses are read, for which the CPU has to wait
 NAMED = ("name", "prompt", "t")  # of a batch: what is told of it where its loss is not finite
@@ -77,19 +65,15 @@ def knee(values, tolerance=0.05):
 
 def open_state(folder, damaged="start anew under another --name"):
     """The state of the run in `folder`. Raises UserError."""
-    return load_state(folder / "state.pt", damaged=damaged, keys=("step", "settings", "options", "masters"))
+    return runs.load_state(folder / "state.pt", damaged=damaged, keys=("step", "settings", "options", "masters"))
 
 
-def differences(saved, settings):
-    """What of `settings` a run was not begun with, as text; "" if nothing. A key with a space is not an option."""
-    return ", ".join(f"{key} changed" if " " in key else f"--{key.replace('_', '-')} {value} (was {saved.get(key)})"
-                     for key, value in settings.items() if saved.get(key) != value)
-
-
-def compare(folder, saved, settings):
-    """Raise UserError where the run in `folder` was begun with other settings."""
-    if changed := differences(saved, settings):
-        raise UserError(f"{folder} was begun with other settings: {changed}; start anew under another --name")
+def compare(path, saved, settings, mend="start anew under another --name"):
+    """Raise UserError where what lies at `path` was begun with other settings. A key with a space is not an option."""
+    changed = [f"{key} changed" if " " in key else f"--{key.replace('_', '-')} {value} (was {saved.get(key)})"
+               for key, value in settings.items() if saved.get(key) != value]
+    if changed:
+        raise UserError(f"{path} was begun with other settings: {', '.join(changed)}; {mend}")
 
 
 class Trainer:
@@ -130,7 +114,7 @@ class Trainer:
         if self.main:
             for part in ("checkpoints", "samples"):
                 (folder / part).mkdir(parents=True, exist_ok=True)
-            write_csv(folder / "log.csv", self.columns, self.rows)
+            runs.write_csv(folder / "log.csv", self.columns, self.rows)
 
     # --- the state, and the files ---
 
@@ -149,16 +133,16 @@ class Trainer:
         copy(self.parameters, self.masters)
         self.step = state["step"]
         self.rows = [{k: row[k] for k in row if k in self.columns}
-                     for row in read_log(self.folder / "log.csv", self.step)]
+                     for row in runs.read_log(self.folder / "log.csv", self.step)]
 
     def save(self):
         """The caller's files, then the state: so what the state has reached exists, whenever the run is killed."""
         if self.main:
             mark = self.past_knee()[0] if self.watch else None
-            self.picture("curves.png", curves(self.rows, self.columns[1:-2], mark))
+            self.picture("curves.png", runs.curves(self.rows, self.columns[1:-2], mark))
             if self.export:
                 self.export(self.step, dict(zip(self.names, self.ema, strict=True)))
-            save_state(self.folder / "state.pt", {
+            runs.save_state(self.folder / "state.pt", {
                 "step": self.step, "settings": self.settings, "options": self.options, "masters": self.masters,
                 "ema": self.ema, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                 "extra": self.extra.state_dict() if self.extra else {}})
@@ -174,7 +158,7 @@ class Trainer:
             raise UserError(f"{self.folder}/log.csv cannot be written ({reason(error)})")
 
     def picture(self, name, image):
-        write_atomically(self.folder / name, lambda f: image.save(f, "PNG"))
+        write_bytes(self.folder / name, png(image))
 
     def look(self):
         """The columns of `validate`, by the EMA weights."""
@@ -239,8 +223,7 @@ class Trainer:
         about = {key: [str(v) for b in batches for v in (b[key].tolist() if torch.is_tensor(b[key]) else b[key])]
                  for key in batches[0]}
         path = self.folder / f"nan_rank{ranks()[0]}.json"
-        content = json.dumps({"step": step, **{k: str(v) for k, v in row.items()}, **about}, indent=1)
-        write_atomically(path, lambda f: f.write(content.encode()))
+        write_bytes(path, json.dumps({"step": step, **{k: str(v) for k, v in row.items()}, **about}, indent=1))
         raise UserError(f"step {step}: loss {row['loss']:g}, gradient norm {row['grad_norm']:g}: stopped; {path} names "
                         f"the samples, the save of step {self.saved} is unharmed; try a smaller --lr")
 
@@ -257,7 +240,7 @@ class Trainer:
         bar = tqdm(total=self.steps, initial=self.step, desc=self.label or None, unit="step", disable=not self.main,
                    dynamic_ncols=True)
         try:
-            with contextlib.closing(bar), Signals() as signals:  # closed: an error begins on a line of its own
+            with contextlib.closing(bar), runs.Signals() as signals:  # closed: an error begins on a line of its own
                 stop = self.loop(batches(self.step, signals), signals, bar)
         except KeyboardInterrupt:
             print(f"stopped at once: steps after {self.saved} are lost; {self.resume}", file=sys.stderr)
@@ -290,7 +273,7 @@ class Trainer:
             bar.update()
             stop = any([row.pop("stop") for row in rows])  # of any rank
             also = {"samples_per_s": self.samples * len(rows) / (time.perf_counter() - started),
-                    "memory_gb": peak_memory(self.device) or 0.0}
+                    "memory_gb": runs.peak_memory(self.device) or 0.0}
             rows = [{"step": step} | row | also for (step, *_), row in zip(unread, rows, strict=True)]
             bar.set_postfix({k: f"{v:.4g}" for k, v in rows[-1].items() if k != "step"}, refresh=False)
             if due:
@@ -302,7 +285,7 @@ class Trainer:
             if stop:
                 return signals.caught or signal.SIGTERM
             if due and self.patience:
-                step, passed = from_first(self.past_knee)
+                step, passed = runs.from_first(self.past_knee)
                 if passed:
                     self.knee_step = step
                     return 0
