@@ -63,6 +63,13 @@ def knee(values, tolerance=0.05):
     return int(np.argmax(y <= y.min() + tolerance * (y[0] - y.min())))
 
 
+def knee_of(rows, column, tolerance=0.05):
+    """(steps of the validations among the rows of a log, the step of the knee of `column`); ([], None) without any."""
+    rows = [row for row in rows if column in row]
+    values = [row[column] * (-1 if "psnr" in column else 1) for row in rows]
+    return [row["step"] for row in rows], rows[knee(values, tolerance)]["step"] if rows else None
+
+
 def open_state(folder, damaged="start anew under another --name"):
     """The state of the run in `folder`. Raises UserError."""
     return runs.load_state(folder / "state.pt", damaged=damaged, keys=("step", "settings", "options", "masters"))
@@ -169,11 +176,8 @@ class Trainer:
 
     def past_knee(self):
         """(step of the knee of the watched column or None, whether it lies `patience` validations back)."""
-        rows = [row for row in self.rows if self.watch in row]
-        if not rows:
-            return None, False
-        k = knee([row[self.watch] * (-1 if "psnr" in self.watch else 1) for row in rows], self.tolerance)
-        return rows[k]["step"], 0 < k <= len(rows) - 1 - self.patience
+        steps, bend = knee_of(self.rows, self.watch, self.tolerance)
+        return bend, bend in steps[1:len(steps) - self.patience]
 
     # --- the loop ---
 

@@ -26,23 +26,13 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
+import runs
 import weights
 from objective import noised
 from photos.degrade import to_tensor
 from photos.pairs import digest, photo_paths, scan, split
 from photos.pictures import read, write_bytes
-from runs import (
-    DTYPES,
-    UserError,
-    add_device_options,
-    check_ranges,
-    claimed,
-    command,
-    load_state,
-    resolve_device,
-    save_state,
-    write_csv,
-)
+from runs import DTYPES, UserError
 from sanasr import DCAE, Gemma2, GemmaTokenizer, LinearDiT, build_prompt, fingerprint, save_module, tokenize_prompt
 from trainer import Trainer, open_state
 
@@ -131,7 +121,7 @@ def write_tags(args):
             rows.append({"image": path.name, "tags": ", ".join(tags(path, read(path).rgb))})
         except Exception:  # on broken files the decoders raise anything
             bad += 1
-    write_csv(args.to, ["image", "tags"], rows)
+    runs.write_csv(args.to, ["image", "tags"], rows)
     print(f"wrote {args.to}: {len(rows)} pictures" + (f", {bad} unreadable" if bad else ""))
     return 0
 
@@ -216,10 +206,10 @@ def train(args):
                 "seed": args.seed, "batch": args.batch, "lr": args.lr, "dtype": args.dtype}
     path = args.out / "latents.pt"
     made_of = [settings[key] for key in ("the photos", "the autoencoder", "latents", "seed", "dtype")]
-    data = load_state(path, damaged="delete it") if path.exists() else {}
+    data = runs.load_state(path, damaged="delete it") if path.exists() else {}
     if data.get("made_of") != made_of:
         data = make_latents(args, vae, photos, held[:VALIDATED], side) | {"made_of": made_of}
-        save_state(path, data)
+        runs.save_state(path, data)
     scale = 1 / data["z"].float().std().item()
     tokenizer = open_tokenizer(args.out / "tokenizer")
 
@@ -292,7 +282,7 @@ def export(args):
     return 0
 
 
-@command
+@runs.command
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -306,17 +296,17 @@ def main(argv=None):
     add("--every", type=int, default=500, metavar="N", help="validate and save every N steps (default %(default)s)")
     add("--batch", type=int, default=4, help="latents a step (default %(default)s)")
     add("--lr", type=float, default=5e-4, help="peak learning rate (default %(default)s)")
-    add_device_options(add, workers=4)
+    runs.add_device_options(add, workers=4)
     args = parser.parse_args(argv)
     if args.command != "export" and not args.data:
         parser.error("--data is needed: a folder of clean photos")
     if args.command != "train" and not args.to:
         parser.error("--to names what to write")
-    check_ranges(args)
+    runs.check_ranges(args)
     if args.command != "train":
         return {"export": export, "tags": write_tags}[args.command](args)
-    resolve_device(args)
-    with claimed(args.out):
+    runs.resolve_device(args)
+    with runs.claimed(args.out):
         return train(args)
 
 
