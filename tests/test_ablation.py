@@ -17,16 +17,12 @@ from sanasr import SanaSR, open_weights
 
 
 @pytest.fixture
-def run(tmp_path, tiny_model, monkeypatch):
+def run(here, tiny_model, monkeypatch):
     """run(options…) makes the tables in out/; run.calls lists the rows it scored and its runs of train.py."""
-    monkeypatch.chdir(tmp_path)
-    lr = tmp_path / "lr"
-    lr.mkdir()
     for i in range(3):
-        save_photo(tmp_path / "hr" / f"{i}.png", 128, 128, i)
-        Image.open(tmp_path / "hr" / f"{i}.png").resize((32, 32), Image.BOX).save(lr / f"{i}.png")
-        save_photo(tmp_path / "hq" / f"{i}.png", 128, 128, i + 5)
-    (tmp_path / "tags.csv").write_text("image,tags\n0.png,tree\n1.png,blurry tree\n2.png,tree\n")
+        for folder, side, seed in (("hr", 128, i), ("lr", 32, i), ("hq", 128, i + 5)):
+            save_photo(here / folder / f"{i}.png", side, side, seed)
+    (here / "tags.csv").write_text("image,tags\n0.png,tree\n1.png,blurry tree\n2.png,tree\n")
 
     def start(*options):
         return ablation.main(["--lr", "lr", "--hr", "hr", "--model", str(tiny_model), "--metrics", "psnr,ssim",

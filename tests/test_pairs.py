@@ -57,12 +57,11 @@ def test_scan_reads_only_what_changed(tmp_path, monkeypatch):
         assert scan([folder], 96, index, 1)[0] == second
 
 
-@pytest.mark.parametrize("folder, crop", [("missing", 96), ("empty", 96), ("photos", 4096)])
-def test_scan_without_photos_is_an_error(folder, crop, photos, tmp_path):
+def test_scan_without_photos_is_an_error(photos, tmp_path):
     (tmp_path / "empty").mkdir()
-    path = photos if folder == "photos" else tmp_path / folder
-    with pytest.raises(UserError, match=f"^--data .*{path.name}"):
-        scan([path], crop, tmp_path / "index.json", 1)
+    for path, crop in ((tmp_path / "missing", 96), (tmp_path / "empty", 96), (photos, 4096)):
+        with pytest.raises(UserError, match=f"^--data .*{path.name}"):
+            scan([path], crop, tmp_path / "index.json", 1)
 
 
 # --- the hold-out rule ---
@@ -138,22 +137,24 @@ def test_real_pairs_are_cut_together(found, tmp_path):
     sample = data[next(n for n in range(5) if found[data.place(n)[1]] == photo)]
     difference = torch.nn.functional.avg_pool2d(sample["x_L"] - sample["x_H"], 4)
     assert difference.abs().mean() < 0.03, "no blur, noise or shift: the real LR picture was used"
+
+
+def test_real_pictures_must_be_a_quarter_and_their_names_unique(found, tmp_path):
+    def refused(message, photos=found):
+        with pytest.raises(UserError, match=message):
+            match_lq(photos, tmp_path)
+    photo, small, turned = named(found, "a.png"), tmp_path / "a_LR4.png", Image.Exif()
     Image.new("RGB", (33, 28)).save(small)
-    with pytest.raises(UserError, match="33x28"):
-        match_lq(found, tmp_path / "lq")
-    turned = Image.Exif()
+    refused("33x28")
     turned[0x0112] = 6
     Image.new("RGB", (28, 32)).save(small, exif=turned)
-    assert match_lq(found, tmp_path / "lq") == lq, "32x28 once it is upright"
-    Image.new("RGB", (32, 28)).save(tmp_path / "lq" / "a.png")
-    with pytest.raises(UserError, match="a.png and .*a_LR4.png have the same name"):
-        match_lq(found, tmp_path / "lq")
-    (tmp_path / "lq" / "a.png").unlink()
-    with pytest.raises(UserError, match="have the same name"):
-        match_lq([*found, photo._replace(path="elsewhere/a.png")], tmp_path / "lq")
-    small.rename(tmp_path / "lq" / "unknown.png")
-    with pytest.raises(UserError, match="no picture there"):
-        match_lq(found, tmp_path / "lq")
+    assert match_lq(found, tmp_path) == {photo.path: str(small)}, "32x28 once it is upright"
+    refused("have the same name", [*found, photo._replace(path="elsewhere/a.png")])
+    Image.new("RGB", (32, 28)).save(tmp_path / "a.png")
+    refused("a.png and .*a_LR4.png have the same name")
+    (tmp_path / "a.png").unlink()
+    small.rename(tmp_path / "unknown.png")
+    refused("no picture there")
 
 
 def test_validation_pictures_are_those_of_this_run(found, tmp_path):
