@@ -392,8 +392,7 @@ def prune(args):
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1],
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = runs.parser(__doc__)
     add, size = p.add_argument, p.add_mutually_exclusive_group().add_argument
     add_data_options(add)
     add("--model", default="embedded", metavar="NAME|FOLDER", help="see `python -m weights`")

@@ -1,6 +1,7 @@
 """What the commands share: errors, options, devices, states that resume, tables and charts, ranks, signals."""
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import errno
@@ -126,6 +127,14 @@ def peak_memory(device):
 
 
 # --- Options ---
+
+
+def parser(doc):
+    """A parser whose help is the docstring of a command's module."""
+    summary, _, rest = doc.partition("\n\n")
+    return argparse.ArgumentParser(description=summary, epilog=rest,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
 
 RANGES = {  # option: (least, most); where the least is a string, the number lies above it
     **dict.fromkeys(("steps", "every", "batch", "accumulate", "rank", "pairs", "val_steps", "samples", "draws",

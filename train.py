@@ -16,7 +16,6 @@ names. Starts from the model's own adapter where it has one (--init none: from n
 adapter.safetensors (EMA weights), checkpoints/, samples/, log.csv, curves.png, state.pt (to resume), val/ (the fixed
 validation pairs). Settings are the paper's Appendix B; 100 000 steps took it 8 GPUs.
 """
-import argparse
 import math
 import sys
 from contextlib import nullcontext
@@ -247,8 +246,7 @@ NOT_OPTIONS = ("run", "name", "device", "resume", "select")
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1],
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = runs.parser(__doc__)
     add_data_options(p.add_argument_group("photos").add_argument)
     add = p.add_argument_group("the run").add_argument
     add("--learn", choices=["adapter", "autoencoder"], default="adapter", help="what is trained")

@@ -16,7 +16,6 @@ eval.py's, one CSV image by image. --out keeps stages/NAME.csv, ablations/NAME.c
 ablations.csv (the tables). Rows that have their CSV are not made again; after Ctrl-C, rerun to resume. A row of 128²
 pairs takes 4 s of CPU time a pair, most of it the metrics, and an ablation its steps besides.
 """
-import argparse
 import copy
 import csv
 import json
@@ -32,13 +31,14 @@ from PIL import ImageFilter
 from tqdm import tqdm
 
 import metrics
+import runs
 import train
 import weights
 from fast import load_model
 from metrics.score import evaluate, folder_pairs, load_all, pick, shown, write_scores
 from photos.pairs import find_tags
 from photos.pictures import bicubic, write_bytes
-from runs import UserError, check_ranges, command, pick_device, pick_dtype, write_csv
+from runs import UserError, pick_device, pick_dtype, write_csv
 from sanasr import conditioning, fingerprint, open_weights
 
 STAGES = {
@@ -171,8 +171,7 @@ def available(names, device):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runs.parser(__doc__)
     add = parser.add_argument
     add("--lr", required=True, metavar="DIR", help="low-quality photos")
     add("--hr", required=True, metavar="DIR", help="their references, four times the size, matched by file name")
@@ -189,13 +188,13 @@ def parse(argv=None):
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     args = parser.parse_args(argv)
     args.device = pick_device(args.device)
-    check_ranges(args)
+    runs.check_ranges(args)
     args.pairs = folder_pairs(args.lr, args.hr)[:args.limit]
     args.metrics = available(args.metrics, args.device)
     return args
 
 
-@command
+@runs.command
 def main(argv=None):
     args = parse(argv)
     model = load_model(args.model, args.device, pick_dtype("auto", args.device), args.adapter)

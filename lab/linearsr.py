@@ -19,7 +19,6 @@ have their CSV are not made again. Whole models of models/, also from another ma
 resume. --options: of all these trainings, as linearsr.train's. ms: the median of the pictures; GMAC: of one of 512 ×
 512; both without the text encoder.
 """
-import argparse
 import csv
 import itertools
 import json
@@ -31,6 +30,7 @@ from statistics import median
 from torch import float32, nn
 from tqdm import tqdm
 
+import runs
 import weights
 from fast import load_model
 from lab.ablation import Bicubic, available, bootstrap, keep_settings, score, tabulate
@@ -41,7 +41,7 @@ from metrics.score import folder_pairs
 from objective import Conditions, Latents
 from photos.pairs import TrainingData
 from photos.pictures import png, write_bytes
-from runs import UserError, check_ranges, command, curves, pick_device, pick_dtype, workers
+from runs import UserError, pick_device, pick_dtype
 from sanasr import LinearDiT, conditioning, fingerprint
 
 SEEDS = 0, 1
@@ -76,7 +76,7 @@ def losses(args):
     model = load_model(args.model, args.device, float32)
     shared = LinearDiT.from_pretrained(weights.folder(args.model) / "transformer", float32, args.device)
     args.crop, args.suffix = shared.config["sample_size"] * model.vae.factor, conditioning(model.metadata)["suffix"]
-    args.tags, args.lq, args.workers, args.seed = args.tags or "none", None, workers(4), 0
+    args.tags, args.lq, args.workers, args.seed = args.tags or "none", None, runs.workers(4), 0
     data = TrainingData(args, args.out)
     if not data.pairs:
         raise UserError("--data: at least two photos are needed, one of them to be held out")
@@ -193,7 +193,7 @@ def draw(path, table):
         if value := found.get(f"steps-{row['step']}-{seed}", {}).get(metric):
             row[f"{metric}, seed {seed}"] = float(value)
     if names := sorted({key for row in rows for key in row} - {"step"}):
-        write_bytes(path, png(curves(rows, names)))
+        write_bytes(path, png(runs.curves(rows, names)))
 
 
 def table(args):
@@ -226,8 +226,7 @@ def table(args):
 
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1],
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = runs.parser(__doc__)
     add = p.add_argument
     add("command", choices=["losses", "table", "models"])
     add("--model", default="linearsr-embedded", metavar="NAME|FOLDER", help="LinearSR (default: %(default)s)")
@@ -253,7 +252,7 @@ def parse(argv=None):
     add("--limit", type=int, metavar="N", help="use the first N pairs")
     add("--metrics", default="psnr,ssim,lpips,dists,niqe")
     args = p.parse_args(argv)
-    check_ranges(args)
+    runs.check_ranges(args)
     args.device = pick_device(args.device)
     needed = {"losses": ["data"], "table": ["lr", "hr"], "models": ["pretrained"]}[args.command]
     if lacking := [f"--{name}" for name in needed if not getattr(args, name)]:
@@ -264,7 +263,7 @@ def parse(argv=None):
     return args
 
 
-@command
+@runs.command
 def main(argv=None):
     args = parse(argv)
     try:

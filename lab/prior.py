@@ -12,7 +12,6 @@ crops of 256 pixels are encoded once. Photos of 128 pixels or more are continued
 held-out photos (one in 16, see `photos.pairs.held_out`) with right, empty and shuffled prompts. The bundled prior took
 --batch 32 --lr 1e-3 --steps 1000 --latents 5000 and 14 minutes on two CPU cores.
 """
-import argparse
 import json
 import re
 import shutil
@@ -284,7 +283,7 @@ def export(args):
 
 @runs.command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runs.parser(__doc__)
     add = parser.add_argument
     add("command", choices=["train", "export", "tags"])
     add("--data", nargs="+", metavar="DIR", help="folders of clean photos, searched recursively")

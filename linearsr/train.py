@@ -20,7 +20,6 @@ samples/, log.csv, curves.png (a red line marks the knee), state.pt (to resume),
 """
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -326,8 +325,7 @@ SETTINGS = ("data", "lq", "min_side", "model", "crop", "tags", "suffix", "mild",
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1],
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = runs.parser(__doc__)
     p.add_argument("--stage", choices=[*STAGES, "export"], required=True)
     add = p.add_argument_group("photos").add_argument
     add_data_options(add)

@@ -135,30 +135,25 @@ def bare_name(path):
 
 def match_lq(photos, folder):
     """{path of a photo: path of its LR picture in `folder`}. Raises UserError for a pair that is not 1 : 4."""
-    suffixes = picture_suffixes(Image.OPEN)
-    by_name, of = {}, {}
+    suffixes, large, small, pairs = picture_suffixes(Image.OPEN), {}, {}, {}  # large, small: {bare name: [paths]}
     for path in sorted(Path(folder).rglob("*")):
         if path.suffix.lower() in suffixes:
-            by_name.setdefault(bare_name(path), []).append(path)
+            small.setdefault(bare_name(path), []).append(str(path))
     for photo in photos:
-        of.setdefault(bare_name(photo.path), []).append(photo.path)
-    for name in of.keys() & by_name.keys():
-        for same in (of[name], by_name[name]):
+        large.setdefault(bare_name(photo.path), []).append(photo.path)
+    for photo in (p for p in photos if bare_name(p.path) in small):
+        for same in (large[bare_name(photo.path)], small[bare_name(photo.path)]):
             if len(same) > 1:
                 raise UserError(f"--lq {folder}: {same[0]} and {same[1]} have the same name; rename one")
-    by_name = {name: path for name, (path, *_) in by_name.items()}
-    pairs = {p.path: by_name[bare_name(p.path)] for p in photos if bare_name(p.path) in by_name}
+        pairs[photo.path] = path = small[bare_name(photo.path)][0]
+        with Image.open(path) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            width, height = image.size[::-1] if turned else image.size
+        if (width * SCALE, height * SCALE) != (photo.width, photo.height):
+            raise UserError(f"{path} is {width}x{height}, but {photo.path} is {photo.width}x{photo.height}, "
+                            f"not {SCALE} times that")
     if not pairs:
         raise UserError(f"--lq {folder}: no picture there has the name of a photo")
-    for photo in photos:
-        if photo.path in pairs:
-            with Image.open(pairs[photo.path]) as image:
-                turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
-                width, height = image.size[::-1] if turned else image.size
-                if (width * SCALE, height * SCALE) != (photo.width, photo.height):
-                    raise UserError(f"{pairs[photo.path]} is {width}x{height}, but {photo.path} is "
-                             f"{photo.width}x{photo.height}, not {SCALE} times that")
-            pairs[photo.path] = str(pairs[photo.path])
     return pairs
 
 

@@ -17,7 +17,6 @@ import tiny
 import torch
 from conftest import ENVIRONMENT, ROOT, in_a_process, noise, relative, save_photo
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from seeded import seeded_state_dict
 
@@ -28,7 +27,7 @@ import weights
 from photos import pairs, tagger
 from photos.degrade import sharpen, to_tensor
 from runs import peak_memory, read_log
-from sanasr import DCAE, LinearDiT, SanaSR, inject_lora, lora_modules, lora_parameters, save_lora
+from sanasr import DCAE, LinearDiT, SanaSR, inject_lora, lora_modules, lora_parameters, read_lora, save_lora
 
 QUICK = ["--tags", "none", "--steps", "3", "--no-lpips", "--crop", "96", "--batch", "1", "--workers", "0", "--val", "0"]
 
@@ -74,8 +73,8 @@ def same(a, b):
 
 def trained(folder):
     """The metadata and the ranks of a run's adapter."""
-    with safe_open(folder / "adapter.safetensors", "pt") as f:
-        return f.metadata(), {f.get_tensor(k).shape[0] for k in f.keys() if ".lora_A." in k}
+    adapter, metadata = read_lora(folder / "adapter.safetensors")
+    return metadata, {len(x) for key, x in adapter.items() if ".lora_A." in key}
 
 
 # --- what a run leaves ---
@@ -434,17 +433,17 @@ def test_select_ranks_by_the_scores_of_the_evaluator(line, monkeypatch, here):
 @pytest.mark.slow
 def test_one_step_at_official_size(capsys):
     """Batch 1, 512 crop, checkpointing, seeded weights: within 20 GB. Prints CPU seconds by part and the peak."""
-    parts, models = {}, {}
-    for part, cls in (("vae", DCAE), ("transformer", LinearDiT)):
-        with torch.device("meta"):
-            models[part] = cls(json.loads((ROOT / "tests/data/official_configs" / f"{part}.config.json").read_text()))
-        manifest = [(k, v.shape) for k, v in models[part].state_dict().items()]
-        models[part].load_state_dict(seeded_state_dict(manifest), assign=True)
-        models[part].requires_grad_(False)
-    dit, vae = models["transformer"], objective.Latents(models["vae"], 0.41407)
+    parts, configs = {}, ROOT / "tests/data/official_configs"
+    with torch.device("meta"):
+        models = [cls(json.loads((configs / f"{part}.config.json").read_text()))
+                  for part, cls in (("transformer", LinearDiT), ("vae", DCAE))]
+    for model in models:
+        model.load_state_dict(seeded_state_dict((k, v.shape) for k, v in model.state_dict().items()), assign=True)
+        model.requires_grad_(False)
+    dit, vae = models[0], objective.Latents(models[1], 0.41407)
     torch.manual_seed(0)
     inject_lora(dit, 64)
-    dit.checkpointing = models["vae"].decoder.checkpointing = True
+    dit.checkpointing = vae.vae.decoder.checkpointing = True
     parameters = list(lora_parameters(dit).values())
     optimizer = torch.optim.AdamW(parameters, 5e-5)
     before = [p.detach().clone() for p in parameters]
