@@ -28,12 +28,11 @@ from pathlib import Path
 from statistics import median
 
 from torch import float32, nn
-from tqdm import tqdm
 
 import runs
 import weights
 from fast import load_model
-from lab.ablation import Bicubic, available, bootstrap, keep_settings, score, tabulate
+from lab.ablation import Bicubic, available, bootstrap, keep_settings, make_rows, score
 from lab.profile import count
 from linearsr import train as training
 from linearsr.flow import Held, Network, interval
@@ -210,18 +209,12 @@ def table(args):
         "steps": args.pretrained and args.steps, "best": args.best, "fine-steps": args.best and args.fine_steps,
         "options": args.options or None})
 
-    def written():
-        costs = {name: json.loads((folder / f"{name}.json").read_text()) for name in rows
-                 if (folder / f"{name}.json").exists()}
-        text = tabulate(folder, {name: what for name, (what, _) in rows.items()}, costs)
-        draw(args.out / "steps.png", folder.with_suffix(".csv"))
-        return text
-    bar = tqdm([name for name in wanted if not (folder / f"{name}.csv").exists()], unit="row")
-    for name in bar:
-        bar.set_postfix_str(name)
-        rows[name][1](folder / f"{name}.csv")
-        written()
-    print(f"\n{args.model} and {args.sanasr}, {len(args.pairs)} pairs\n\n{written()}")
+    def costs():
+        return {path.stem: json.loads(path.read_text()) for path in (folder / f"{name}.json" for name in rows)
+                if path.exists()}
+    text = make_rows(folder, rows, wanted, costs)
+    draw(args.out / "steps.png", folder.with_suffix(".csv"))
+    print(f"\n{args.model} and {args.sanasr}, {len(args.pairs)} pairs\n\n{text}")
     return 0
 
 
@@ -266,11 +259,7 @@ def parse(argv=None):
 @runs.command
 def main(argv=None):
     args = parse(argv)
-    try:
-        return {"losses": losses, "table": table, "models": models}[args.command](args)
-    except KeyboardInterrupt:
-        print("interrupted; rerun to resume", file=sys.stderr)
-        return 130
+    return {"losses": losses, "table": table, "models": models}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,11 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
+def state(folder, name="state.pt"):
+    """What a run keeps to be resumed."""
+    return torch.load(folder / name, weights_only=True)
+
+
 def save_photo(path, width, height, seed):
     """A smooth random picture of any size, written in the format of its suffix."""
     rgb = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)

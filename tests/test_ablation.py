@@ -100,8 +100,10 @@ def test_an_interrupted_training_goes_on(run, monkeypatch, tmp_path, capsys):
     only = ["--only", "method", *TRAIN]
     with monkeypatch.context() as patch:
         patch.setattr(Signals, "__enter__", stop_after_one)
-        assert run(*only) == 130
-    assert "interrupted" in capsys.readouterr().err and not (tmp_path / "out/ablations/method.csv").exists()
+        with pytest.raises(SystemExit) as ended:
+            run(*only)
+    assert ended.value.code == 130 and "interrupted" in capsys.readouterr().err
+    assert not (tmp_path / "out/ablations/method.csv").exists()
     assert run(*only) == 0
     assert "--resume" in run.calls[-2][1] and list(rows(tmp_path / "out/ablations.csv")) == ["method"]
     assert [row["step"] for row in read_log(tmp_path / "out/ablations/method/log.csv")] == [0, 1, 2]

@@ -29,8 +29,6 @@ def stream(found, **options):
     return Pairs(found, [""] * len(found), 96, (8, 3, 3), (70, 650), 5, **options)
 
 
-# --- scanning ---
-
 def test_scan_drops_and_counts(photos, tmp_path):
     found, report = scan([photos, photos / "deep"], 96, tmp_path / "index.json", 2)
     assert len(found) == 5 and len({p.sha256 for p in found}) == 5
@@ -61,8 +59,6 @@ def test_scan_without_photos_is_an_error(photos, tmp_path):
             scan([path], crop, tmp_path / "index.json", 1)
 
 
-# --- the hold-out rule ---
-
 def test_one_photo_in_16_is_held_out_by_its_hash():
     hashes = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(3200)]
     held = held_out(hashes)
@@ -76,8 +72,6 @@ def test_tiny_sets_hold_out_their_smallest_hashes(count, expected):
         hashes = [f"{start}{i:02x}" for i in range(count)]
         assert held_out(hashes) == set(hashes[:expected])
 
-
-# --- training and validation pairs ---
 
 def test_every_epoch_takes_each_photo_once_in_another_order(found):
     data = stream(found)
@@ -159,8 +153,6 @@ def test_validation_pictures_are_those_of_this_run(found, tmp_path):
         validation_pairs(found[:n], {}, 96, 5, tmp_path / "val")
         assert [len(list((tmp_path / "val" / kind).iterdir())) for kind in ("lr", "hr")] == [n, n]
 
-
-# --- tags ---
 
 @pytest.fixture
 def seen(monkeypatch):

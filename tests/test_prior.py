@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, state
 from PIL import Image, ImageFilter
 
 from lab import prior
@@ -69,7 +69,7 @@ def test_it_trains_resumes_and_becomes_a_model(run, tmp_path):
     latents = (folder / "latents.pt").stat().st_mtime_ns
     run("--steps", "30")
     assert (folder / "latents.pt").stat().st_mtime_ns == latents
-    a, b = (torch.load(f / "state.pt", weights_only=True)["masters"] for f in (whole, folder))
+    a, b = (state(f)["masters"] for f in (whole, folder))
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     with pytest.raises(SystemExit, match="begun with other settings: --lr 0.1"):
         run("--steps", "45", "--lr", "0.1")
@@ -83,7 +83,7 @@ def test_it_trains_resumes_and_becomes_a_model(run, tmp_path):
     adapter.unlink()
     model = SanaSR.from_pretrained(tmp_path / "model")
     assert model.restore(Image.new("RGB", (24, 24)), "tree").size == (96, 96)
-    z = torch.load(folder / "latents.pt", weights_only=True)["z"].float()
+    z = state(folder, "latents.pt")["z"].float()
     assert model.scaling_factor == pytest.approx(1 / z.std().item(), abs=1e-5)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import ROOT, noise, save_photo
+from conftest import ROOT, noise, save_photo, state
 from PIL import Image
 
 import metrics
@@ -18,7 +18,7 @@ import train
 from objective import REC_AND_ALIGN, Latents, fill_defaults, in_float32, losses, omega
 from photos.degrade import to_tensor
 from photos.pairs import TrainingData
-from sanasr import DCAE, LinearDiT, SanaSR, inject_lora, lora_parameters, save_lora
+from sanasr import DCAE, LinearDiT, SanaSR
 
 CONFIGS = ROOT / "tests/data/official_configs"
 QUICK = ["--tags", "none", "--lpips", "alex", "--crop", "96", "--workers", "0", "--device", "cpu"]
@@ -33,11 +33,8 @@ def deep(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(tiny.CONFIGS, "transformer", (LinearDiT, config))
         folder = tiny.tiny_model(tmp_path_factory.mktemp("deep") / "model")
-    dit = LinearDiT.from_pretrained(folder / "transformer")
-    inject_lora(dit, rank=4, targets="attn+ffn")
-    for i, p in enumerate(lora_parameters(dit).values()):
-        p.data = 0.1 * noise(*p.shape, seed=i, dtype=torch.float32)
-    save_lora(dit, folder / "adapter.safetensors", {"timestep": "999.0", "protocol": "lq", "suffix": "main"})
+    about = {"timestep": "999.0", "protocol": "lq", "suffix": "main"}
+    tiny.tiny_adapter(folder / "adapter.safetensors", folder, targets="attn+ffn", metadata=about)
     return folder
 
 
@@ -286,7 +283,7 @@ def test_healing_trains_on_the_pruned_model_and_merges(run, photos, tmp_path, mo
 
 def test_an_interrupted_calibration_is_resumed_as_if_it_had_not_been(run, monkeypatch, capsys, tmp_path):
     def sums(out):
-        saved = torch.load(out / "calibration.pt", weights_only=True)
+        saved = state(out, "calibration.pt")
         return saved["step"], torch.cat([x.flatten() for x in saved["sums"].values()])
     step, want = sums(run("whole", "--keep", 3, steps=4))
     loss, calls, out = prune.calibration_loss, [], tmp_path / "parts"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from conftest import ENVIRONMENT, ROOT, in_a_process, noise, relative, save_photo
+from conftest import ENVIRONMENT, ROOT, in_a_process, noise, relative, save_photo, state
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from seeded import seeded_state_dict
@@ -27,7 +27,7 @@ import weights
 from photos import pairs, tagger
 from photos.degrade import sharpen, to_tensor
 from runs import peak_memory, read_log
-from sanasr import DCAE, LinearDiT, SanaSR, inject_lora, lora_modules, lora_parameters, read_lora, save_lora
+from sanasr import DCAE, LinearDiT, SanaSR, inject_lora, lora_modules, lora_parameters, read_lora
 
 QUICK = ["--tags", "none", "--steps", "3", "--no-lpips", "--crop", "96", "--batch", "1", "--workers", "0", "--val", "0"]
 
@@ -62,10 +62,6 @@ def on_loss(monkeypatch):
     return start
 
 
-def state(folder):
-    return torch.load(folder / "state.pt", weights_only=True)
-
-
 def same(a, b):
     a, b = load_file(a), load_file(b)
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -76,8 +72,6 @@ def trained(folder):
     adapter, metadata = read_lora(folder / "adapter.safetensors")
     return metadata, {len(x) for key, x in adapter.items() if ".lora_A." in key}
 
-
-# --- what a run leaves ---
 
 def trained_on(photos, folder):
     """The photos below a folder that are not held out."""
@@ -157,26 +151,14 @@ def test_usm_sharpens_the_pictures_that_are_learned(run, on_loss):
     assert torch.allclose(sharp, sharpen(plain), atol=1e-4)
 
 
-# --- where it starts ---
-
-def made_adapter(path, model, rank, targets):
-    """An adapter file for the tiny model, with random B."""
-    dit = LinearDiT.from_pretrained(model / "transformer")
-    inject_lora(dit, rank, targets=targets)
-    for i, p in enumerate(lora_parameters(dit).values()):
-        p.data = 0.05 * noise(*p.shape, seed=i).float()
-    save_lora(dit, path)
-    return path
-
-
 def test_init_decides_rank_and_targets_and_all_say_so(here, run, tiny_model, capsys):
-    both = made_adapter(here / "both.safetensors", tiny_model, 4, "attn+ffn")
+    both = tiny.tiny_adapter(here / "both.safetensors", tiny_model, 4, "attn+ffn")
     folder = run("as-init", "--steps", 1, "--init", both)
     metadata, ranks = trained(folder)
     assert same(folder / "checkpoints" / "000000.safetensors", both) and not same(folder / "adapter.safetensors", both)
     assert ranks == {4} and (metadata["rank"], metadata["lora_targets"]) == ("4", "attn+ffn")
     assert "(rank 4, attn+ffn)" in capsys.readouterr().out
-    attn = made_adapter(here / "attn.safetensors", tiny_model, 4, "attn")
+    attn = tiny.tiny_adapter(here / "attn.safetensors", tiny_model, 4, "attn")
     mixed = run("mixed", "--steps", 1, "--init", attn, "--rank", 16, "--lora-targets", "attn+ffn")
     metadata, ranks = trained(mixed)
     assert ranks == {4, 16} and (metadata["rank"], metadata["lora_targets"]) == ("4 16", "attn+ffn")
@@ -194,7 +176,7 @@ def test_init_decides_rank_and_targets_and_all_say_so(here, run, tiny_model, cap
 
 def test_a_models_own_adapter_is_where_training_starts(here, run, tiny_model):
     model = shutil.copytree(tiny_model, here / "model")
-    own = made_adapter(model / "adapter.safetensors", model, 4, "attn")
+    own = tiny.tiny_adapter(model / "adapter.safetensors", model, 4, "attn")
     folder = run("r", "--model", model, "--steps", 1, "--val", 1)
     assert same(folder / "checkpoints" / "000000.safetensors", own) and not same(folder / "adapter.safetensors", own)
     lr, hr = (Image.open(next((folder / "val" / kind).iterdir())) for kind in ("lr", "hr"))
@@ -204,8 +186,6 @@ def test_a_models_own_adapter_is_where_training_starts(here, run, tiny_model):
     assert start == pytest.approx(with_own, abs=1e-5) and abs(start - without) > 1e-4
     assert trained(run("none", "--model", model, "--steps", 1, "--init", "none"))[1] == {64}
 
-
-# --- stopped, killed, resumed ---
 
 def test_killed_and_resumed_equals_uninterrupted(here, run, line):
     options = ["--steps", "20", "--every", "10"]
@@ -267,8 +247,6 @@ def test_a_full_disk_leaves_the_last_state(here, run, monkeypatch):
     assert not list((here / "runs").rglob("*.tmp"))
 
 
-# --- the same gradients another way ---
-
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_precision_errs_like_rounded_weights(here, run, dtype):
     """The measure is what rounding the weights to bfloat16 does to a gradient that is computed in float32."""
@@ -294,8 +272,6 @@ def test_accumulated_batches_and_two_processes_equal_one_batch_of_twice_the_size
         for x, y in zip(read_log(one / "log.csv"), read_log(way / "log.csv"), strict=True):
             assert all(math.isclose(x[k], y[k], rel_tol=1e-4) for k in x if k in ("loss", *objective.TERMS))
 
-
-# --- what is refused ---
 
 def test_resume_refuses_what_changed(here, run, photos, tiny_model, monkeypatch):
     hq, model = shutil.copytree(photos, here / "hq"), shutil.copytree(tiny_model, here / "model")
@@ -379,8 +355,6 @@ def test_workers_never_exceed_the_cores(line):
     assert train.parse(line("nobody", "--workers", 999)).workers == len(os.sched_getaffinity(0))
 
 
-# --- which checkpoint is the best ---
-
 def test_knee_stops_the_run(run, monkeypatch):
     values = iter([10, 6, 3, 1, 0.9, 0.8, 0.7, 0.6, 0.5])
     monkeypatch.setattr(train.Networks, "validate", lambda *a: (
@@ -427,8 +401,6 @@ def test_select_ranks_by_the_scores_of_the_evaluator(line, monkeypatch, here):
     with pytest.raises(SystemExit, match="checkpoints is empty"):
         train.main(["--name", "r", "--select", "psnr", "--device", "cpu"])
 
-
-# --- official size ---
 
 @pytest.mark.slow
 def test_one_step_at_official_size(capsys):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, in_a_process, save_photo
+from conftest import ENVIRONMENT, in_a_process, save_photo, state
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -51,10 +51,6 @@ def run(line):
 
 def settings(folder):
     return json.loads((folder / "settings.json").read_text())
-
-
-def state(folder):
-    return torch.load(folder / "state.pt", weights_only=True)
 
 
 def error_of(*options):
@@ -302,9 +298,6 @@ def test_bad_options(options, message, capsys, photos):
     with pytest.raises(SystemExit) as end:
         main("--stage", "experts", "--data", photos, *options)
     assert message in f"{end.value.code} {capsys.readouterr().err}"
-
-
-# --- lab/linearsr.py ---
 
 
 def test_lab_measures_losses_and_makes_the_table(run, photos, tiny_model, capsys):
