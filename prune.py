@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import runs
@@ -189,17 +188,6 @@ def link_parts(source, out):
                 shutil.copyfile(path, temporary)
 
 
-def chart(scores, kept):
-    """A bar chart of the scores: kept blocks blue, dropped ones grey."""
-    canvas = Image.new("RGB", (30 * len(scores) + 10, 230), "white")
-    draw = ImageDraw.Draw(canvas)
-    for i, score in enumerate(scores):
-        x, top = 30 * i + 10, 210 - 200 * score / max(*scores, 1e-300)
-        draw.rectangle((x, top, x + 20, 210), "#1040c0" if i in kept else "#c0c0c0")
-        draw.text((x + 10, 214), str(i), "black", anchor="ma")
-    return canvas
-
-
 def write_model(args, model, scores, kept, about):
     """Write the pruned model, saliency.csv and saliency.png. about: what its config says of it."""
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
@@ -208,7 +196,8 @@ def write_model(args, model, scores, kept, about):
     save_module(pruned, args.out / "transformer", metadata=about)
     rows = [{"block": i, "score": s, "rank": order.index(i) + 1, "kept": int(i in kept)} for i, s in enumerate(scores)]
     write_csv(args.out / "saliency.csv", list(rows[0]), rows)
-    write_bytes(args.out / "saliency.png", png(chart(scores, kept)))
+    picture = runs.curves([{"step": row["block"]} | row for row in rows], ["score", "rank", "kept"])
+    write_bytes(args.out / "saliency.png", png(picture))
     before, after = (sum(p.numel() for p in dit.parameters()) / 1e6 for dit in (model.dit, pruned))
     print(f"{len(kept)} of {len(scores)} blocks kept: {after:.2f} of {before:.2f} M parameters; dropped "
           f"{', '.join(str(i) for i in range(len(scores)) if i not in kept)}; {args.out}")

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
+from torch.utils.data import DataLoader
 
 import weights
 from photos.pictures import atomically, one_line, reason, write_bytes
@@ -356,8 +357,15 @@ def outlive_signals(worker):
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
 
 
-def batches(loader, signals):
-    """The loader's batches. A signal may end a worker that has just started: then the batches end without an error."""
+def batches(dataset, size, steps, workers, signals, pin_memory=False):
+    """This rank's batches of `size` samples of an endless dataset: yields one for each of `steps`, a range.
+
+    A signal may end a worker that has just started: then the batches end without an error.
+    """
+    rank, world = ranks()
+    mine = ([(n * world + rank) * size + i for i in range(size)] for n in steps)
+    loader = DataLoader(dataset, batch_sampler=mine, num_workers=workers, worker_init_fn=outlive_signals,
+                        pin_memory=pin_memory)
     try:
         yield from loader
     except RuntimeError:

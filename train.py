@@ -23,7 +23,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import autoencoder
@@ -134,22 +133,16 @@ def train(args):
         "--batch times --accumulate times the processes": batch}
     about = metadata(args, settings, data, networks.terms, batch)
 
-    def look():
-        if not data.pairs:
-            return {}
-        scores, grid = networks.validate(data.pairs, data.val_prompts)
-        trainer.picture(f"samples/{trainer.step:06d}.png", grid)
-        return scores
-
     def export(step, averaged):
         for path in (args.run / "checkpoints" / f"{step:06d}.safetensors", args.run / "adapter.safetensors"):
             save_lora(networks.model.dit, path, about | {"step": str(step)}, averaged)
 
     # the loop
+    validate = partial(networks.validate, data.pairs, data.val_prompts) if data.pairs else None
     trainer = Trainer(
         args.run, networks.adapter, networks.loss, settings, options=args.options, steps=args.steps, every=args.every,
         lr=args.lr, device=args.device, terms=networks.terms, watched=WATCHED, weight_decay=WEIGHT_DECAY, clip=CLIP,
-        ema=EMA, validate=look, accumulate=args.accumulate, fp16=args.dtype == "fp16", samples=batch, export=export,
+        ema=EMA, validate=validate, accumulate=args.accumulate, fp16=args.dtype == "fp16", samples=batch, export=export,
         watch="val_lpips", patience=args.knee, resume=f"`--name {args.name} --resume` resumes")
     if trainer.main:
         introduce(args, networks, data, batch)
@@ -186,14 +179,10 @@ def introduce(args, networks, data, batch):
 
 def training_batches(args, model, data, first, signals):
     """This rank's batches of the steps from `first` on."""
-    side, (rank, world) = args.crop // model.vae.factor, ranks()
+    side, steps = args.crop // model.vae.factor, range(first * args.accumulate, args.steps * args.accumulate)
     pairs = Pairs(data.photos, data.prompts, args.crop, (model.dit.config["in_channels"], side, side),
                   PROTOCOLS[args.protocol][1], args.seed, data.lq, args.usm, args.mild)
-    mine = ([(n * world + rank) * args.batch + i for i in range(args.batch)]
-            for n in range(first * args.accumulate, args.steps * args.accumulate))
-    loader = DataLoader(pairs, batch_sampler=mine, num_workers=args.workers, worker_init_fn=runs.outlive_signals,
-                        pin_memory=args.device.type == "cuda")
-    return runs.batches(loader, signals)
+    return runs.batches(pairs, args.batch, steps, args.workers, signals, args.device.type == "cuda")
 
 
 # --- The choice of a checkpoint ---
@@ -253,16 +242,13 @@ def parser():
     add("--model", default="embedded", metavar="NAME|FOLDER", help="the prior, see `python -m weights`")
     add("--name", default="default", help="the run is kept in runs/NAME")
     add("--resume", action="store_true", help="go on with the run of that name, with its settings")
-    add("--select", choices=list(METRICS), metavar="METRIC", help="rank the run's checkpoints by a metric of "
-        "eval.py, copy the best to best.safetensors")
+    add("--select", choices=list(METRICS), metavar="METRIC", help="copy the best checkpoint by this metric of eval.py")
     add("--steps", type=int, default=100_000)
     add("--every", type=int, default=1000, metavar="N", help="validate, draw samples and save every N steps")
     add("--batch", type=int, help="per process (default: 4, autoencoder 8)")
     add("--accumulate", type=int, default=1, metavar="N", help="batches a step: 8 on one card make the paper's 32")
-    add("--knee", type=int, default=0, metavar="N", help="stop N validations past the knee of validation LPIPS "
-        "(LinearSR's early stopping)")
-    add("--checkpointing", choices=["none", "decoder", "all"], default="none", help="less memory, more time: recompute "
-        "activations; all for cards of 24 GB")
+    add("--knee", type=int, default=0, metavar="N", help="stop N validations past the knee of validation LPIPS")
+    add("--checkpointing", choices=["none", "decoder", "all"], default="none", help="recompute; all for cards of 24 GB")
     runs.add_device_options(add, workers=12)
     add = p.add_argument_group("the method").add_argument
     add("--lr", type=float, help="(default: 5e-5, autoencoder 3e-4)")

@@ -88,13 +88,13 @@ class Trainer:
 
     def __init__(self, folder, parameters, loss, settings, *, steps, every, lr, device, samples, options=None,
                  terms=(), watched=(), warmup=0, decay=0.0, betas=(0.9, 0.999), weight_decay=1e-2, clip=1.0, ema=0.999,
-                 accumulate=1, fp16=False, validate=dict, export=None, extra=None, backward=None, label="", watch=None,
+                 accumulate=1, fp16=False, validate=None, export=None, extra=None, backward=None, label="", watch=None,
                  patience=0, tolerance=0.05, resume="rerun to resume"):
         """parameters: {name: parameter}, all that is trained. Where one is of half precision, a float32 master moves.
         loss(batch): {"loss": scalar, **terms}; backward(batch), by default loss(batch)["loss"].backward(), leaves the
         gradients and returns the same. settings: what the run depends on; a state of other settings is refused.
         options: kept in the state besides. samples: of a step, on all ranks. every: steps between validations;
-        validate(): {column: number}, of `watched`, with the EMA weights in place.
+        validate(): ({column: number}, of `watched`, a picture for samples/ or None), with the EMA weights in place.
         export(step, {name: EMA weights}) writes the caller's files; extra: an object whose state_dict is kept, too.
         warmup: steps; decay: the share of the steps at the end over which the rate falls to zero.
         patience: stop that many validations past the `knee` of the column `watch`; `knee_step` then names it.
@@ -168,11 +168,14 @@ class Trainer:
         write_bytes(self.folder / name, png(image))
 
     def look(self):
-        """The columns of `validate`, by the EMA weights."""
-        if not self.main:
+        """The columns of `validate`, by the EMA weights; writes its picture."""
+        if not self.main or not self.validate:
             return {}
         with holding(self.parameters, self.ema), torch.no_grad():
-            return self.validate()
+            scores, picture = self.validate()
+        if picture:
+            self.picture(f"samples/{self.step:06d}.png", picture)
+        return scores
 
     def past_knee(self):
         """(step of the knee of the watched column or None, whether it lies `patience` validations back)."""

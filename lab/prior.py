@@ -210,7 +210,11 @@ def train(args):
         data = make_latents(args, vae, photos, held[:VALIDATED], side) | {"made_of": made_of}
         runs.save_state(path, data)
     scale = 1 / data["z"].float().std().item()
-    tokenizer = open_tokenizer(args.out / "tokenizer")
+    if not (args.out / "tokenizer" / "tokenizer.json").exists():
+        lines = (weights.HERE / "ram" / "tags.txt").read_text(encoding="utf-8").split("\n")
+        bpe = train_tokenizer(lines, TEXT_ENCODER["vocab_size"])
+        write_bytes(args.out / "tokenizer" / "tokenizer.json", json.dumps(bpe, ensure_ascii=False))
+    tokenizer = GemmaTokenizer(args.out / "tokenizer")
 
     def tokens(words, suffix="appendix"):
         ids = [torch.tensor(tokenize_prompt(tokenizer, build_prompt(w, suffix))[0]) for w in words]
@@ -238,7 +242,7 @@ def train(args):
         noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(device)
         t = torch.linspace(50, 950, len(z), device=device)
         prompts = {"right": words, "empty": [[]] * len(z), "shuffled": words[1:] + words[:1]}
-        return {f"val_{k}": flow_loss(model, z, t, noise, *tokens(v)).item() for k, v in prompts.items()}
+        return {f"val_{k}": flow_loss(model, z, t, noise, *tokens(v)).item() for k, v in prompts.items()}, None
 
     torch.manual_seed(args.seed)
     model = Prior().to(device)
@@ -247,15 +251,6 @@ def train(args):
                    every=args.every, lr=args.lr, warmup=WARMUP, decay=DECAY, betas=(0.9, 0.98), device=device,
                    samples=args.batch, fp16=args.dtype == "fp16", watched=("val_right", "val_empty", "val_shuffled"),
                    validate=look, label="prior").run(batches)
-
-
-def open_tokenizer(folder):
-    """The tokenizer of RAM's tags in `folder`, trained where it is missing."""
-    if not (folder / "tokenizer.json").exists():
-        lines = (weights.HERE / "ram" / "tags.txt").read_text(encoding="utf-8").split("\n")
-        bpe = train_tokenizer(lines, TEXT_ENCODER["vocab_size"])
-        write_bytes(folder / "tokenizer.json", json.dumps(bpe, ensure_ascii=False))
-    return GemmaTokenizer(folder)
 
 
 def export(args):

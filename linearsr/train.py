@@ -198,15 +198,14 @@ def fit(folder, k, args, network, start, data, pairs, conditions, held, judge):
             return network(z, torch.full(z.shape[:1], t, device=device), c, m, lr).float()
 
     def look():
-        """Columns of the log. val_flow_K: held-out loss on the interval of expert K; val_flow: on that of the training;
-        val_psnr (RGB), val_lpips (AlexNet): of restorations in --val-steps steps."""
+        """Columns of the log and a picture. val_flow_K: held-out loss on the interval of expert K; val_flow: on that of
+        the training; val_psnr (RGB), val_lpips (AlexNet): of restorations in --val-steps steps."""
         with autocast():
             flow = [held.flow(network, interval(j, boundaries)).mean().item() for j in range(len(boundaries) + 1)]
             pictures = held.restored(velocity, args.val_steps)
         scores, grid = held.judged(pictures, judge)
-        trainer.picture(f"samples/{trainer.step:06d}.png", grid)
         own = held_flow(flow, boundaries) if k is None else flow[k]
-        return {"val_flow": own, **{f"val_flow_{j}": v for j, v in enumerate(flow)}, **scores}
+        return {"val_flow": own, **{f"val_flow_{j}": v for j, v in enumerate(flow)}, **scores}, grid
 
     def export(step, averaged):
         path = folder / "checkpoints" / f"{step:06d}.safetensors"
