@@ -75,14 +75,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return choose_dtypes(device, DTYPES.get(name))[0]
 
 
-def set_flags(repeatable=False, one_shape=False, tf32=False):
+def set_flags(repeatable=False, tf32=False):
     """PyTorch's global switches for GPUs. Each command sets them here, first of all, and nowhere else.
 
     repeatable: a resumed run repeats an uninterrupted one: for trainings.
-    one_shape: cuDNN searches its fastest algorithm at each new shape: where all batches have one, not for pictures.
     tf32: float32 matrix products and convolutions with 10 bits of mantissa, several times as fast: for trainings.
     """
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = repeatable, one_shape and not repeatable
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = repeatable, False
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
@@ -200,17 +199,16 @@ def save_state(path, state):
         raise UserError(f"{path} cannot be written ({reason(error)}); what was there before is unharmed")
 
 
-def load_state(path, missing="there is nothing to resume; check --name or leave out --resume",
-               damaged="start anew under another --name", device="cpu", keys=()):
+def load_state(path, damaged="start anew under another --name", keys=()):
     """A state that `save_state` wrote, a dict with these keys at least. No pickle in it is executed.
 
-    Raises UserError in one line, which tells what to do: `missing`, `damaged`.
+    Raises UserError in one line, which tells what to do: `damaged`.
     """
     try:
         with warnings.catch_warnings(action="ignore"):  # about pickles, in several lines
-            state = torch.load(path, map_location=device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path}: {missing}")
+        raise UserError(f"{path}: there is nothing to resume; check --name or leave out --resume")
     except pickle.UnpicklingError:
         raise UserError(f"{path} cannot be read (it holds more than tensors and numbers); {damaged}")
     except Exception as error:  # a damaged archive raises anything
@@ -233,15 +231,15 @@ def write_csv(path, columns, rows, digits=".6g", end="\r\n"):
 
 
 @contextlib.contextmanager
-def claimed(folder, name=""):
-    """A context in which no other process may claim `folder`, or the part `name` of it. The folder is made if missing.
+def claimed(folder):
+    """A context in which no other process may claim `folder`. The folder is made if missing.
 
     The claim ends with the process, however that ends. Where the file system knows no locks, all are let in.
     Raises UserError in one line where another process has the folder, or where it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / f".{name}.lock", "a")
+        lock = open(folder / ".lock", "a")
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({reason(error)})")
     with lock:

@@ -70,9 +70,9 @@ def knee_of(rows, column, tolerance=0.05):
     return [row["step"] for row in rows], rows[knee(values, tolerance)]["step"] if rows else None
 
 
-def open_state(folder, damaged="start anew under another --name"):
+def open_state(folder):
     """The state of the run in `folder`. Raises UserError."""
-    return runs.load_state(folder / "state.pt", damaged=damaged, keys=("step", "settings", "options", "masters"))
+    return runs.load_state(folder / "state.pt", keys=("step", "settings", "options", "masters"))
 
 
 def compare(path, saved, settings, mend="start anew under another --name"):
@@ -88,14 +88,14 @@ class Trainer:
 
     def __init__(self, folder, parameters, loss, settings, *, steps, every, lr, device, samples, options=None,
                  terms=(), watched=(), warmup=0, decay=0.0, betas=(0.9, 0.999), weight_decay=1e-2, clip=1.0, ema=0.999,
-                 accumulate=1, fp16=False, validate=None, export=None, extra=None, backward=None, label="", watch=None,
+                 accumulate=1, fp16=False, validate=None, export=None, backward=None, label="", watch=None,
                  patience=0, tolerance=0.05, resume="rerun to resume"):
         """parameters: {name: parameter}, all that is trained. Where one is of half precision, a float32 master moves.
         loss(batch): {"loss": scalar, **terms}; backward(batch), by default loss(batch)["loss"].backward(), leaves the
         gradients and returns the same. settings: what the run depends on; a state of other settings is refused.
         options: kept in the state besides. samples: of a step, on all ranks. every: steps between validations;
         validate(): ({column: number}, of `watched`, a picture for samples/ or None), with the EMA weights in place.
-        export(step, {name: EMA weights}) writes the caller's files; extra: an object whose state_dict is kept, too.
+        export(step, {name: EMA weights}) writes the caller's files.
         warmup: steps; decay: the share of the steps at the end over which the rate falls to zero.
         patience: stop that many validations past the `knee` of the column `watch`; `knee_step` then names it.
         Raises UserError where the folder's state is of other settings or does not fit.
@@ -104,7 +104,7 @@ class Trainer:
         self.settings, self.options, self.samples = settings, options or {}, samples
         self.steps, self.every, self.lr, self.warmup, self.decay = steps, every, lr, warmup, decay
         self.clip, self.ema_decay, self.accumulate, self.device = clip, ema, accumulate, device
-        self.validate, self.export, self.extra, self.backward = validate, export, extra, backward or self.eager
+        self.validate, self.export, self.backward = validate, export, backward or self.eager
         self.watch, self.patience, self.tolerance, self.knee_step = watch, patience, tolerance, None
         self.names, self.parameters = list(parameters), list(parameters.values())
         self.masters = [p.detach().float() for p in self.parameters]  # of a float32 parameter the same memory
@@ -132,8 +132,6 @@ class Trainer:
             copy(self.ema, state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
-            if self.extra:
-                self.extra.load_state_dict(state["extra"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"{self.folder}/state.pt does not fit this training ({reason(error)[:200]}); start anew "
                             "under another --name")
@@ -151,8 +149,7 @@ class Trainer:
                 self.export(self.step, dict(zip(self.names, self.ema, strict=True)))
             runs.save_state(self.folder / "state.pt", {
                 "step": self.step, "settings": self.settings, "options": self.options, "masters": self.masters,
-                "ema": self.ema, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                "extra": self.extra.state_dict() if self.extra else {}})
+                "ema": self.ema, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()})
         self.saved = self.step
 
     def note(self, row):

@@ -374,10 +374,7 @@ def parse(argv=None):
         p.set_defaults(**{key: settings[key] for key in (*SETTINGS, *own) if key in settings})
         args = p.parse_args(argv)
     args.root = root
-    try:
-        args.boundaries = list(check_boundaries(args.boundaries))
-    except ValueError as error:
-        p.error(f"--boundaries: {error}")
+    args.boundaries = list(check_boundaries(args.boundaries))
     if args.stage == "export":
         if not args.to:
             p.error("--to names the folder to write")

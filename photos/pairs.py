@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import weights
 from photos.degrade import SCALE, degrade, enlarge, sharpen, to_image, to_tensor
-from photos.pictures import bicubic, one_line, picture_suffixes, png, read, reason, write_bytes
+from photos.pictures import bicubic, picture_suffixes, png, read, reason, write_bytes
 from runs import UserError, from_first, write_csv
 from sanasr import build_prompt, clean_tags
 
@@ -243,8 +243,7 @@ def read_tags(path):
             rows = csv.DictReader(f)
             if not {"image", "tags"} <= set(rows.fieldnames or ()):
                 raise UserError(f"{path}: the first line must name the columns image and tags")
-            return {Path(row["image"]).name: clean_tags(split_tags(row["tags"]))
-                    for row in rows if row["image"]}
+            return {Path(row["image"]).name: clean_tags(split_tags(row["tags"])) for row in rows if row["image"]}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: {reason(error, path)}")
 
@@ -259,7 +258,7 @@ def find_tags(kind, names, picture, device=None):
 
     kind: none, ram, dape, or a CSV file. picture(i): the RGB picture i that a tagger looks at, or None for no tags.
     device: the tagger's, by default a GPU where there is one. The tagger is gone when this returns.
-    Raises UserError in one line, for broken weights of the tagger too.
+    Raises UserError, and ValueError for broken weights of the tagger.
     """
     if kind == "none":
         return [[] for _ in names]
@@ -269,14 +268,11 @@ def find_tags(kind, names, picture, device=None):
     if not names:
         return []
     from photos.tagger import open_tagger
-    try:
-        tagger = open_tagger(kind, device)
-        if not tagger:
-            return None
-        seen = (picture(i) for i in tqdm(range(len(names)), "tagging", unit="img", disable=None))
-        return [tagger.tags(image) if image else [] for image in seen]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{one_line(error)}")
+    tagger = open_tagger(kind, device)
+    if not tagger:
+        return None
+    seen = (picture(i) for i in tqdm(range(len(names)), "tagging", unit="img", disable=None))
+    return [tagger.tags(image) if image else [] for image in seen]
 
 
 def photo_tags(kind, protocol, photos, lq, cache):
@@ -300,7 +296,7 @@ def photo_tags(kind, protocol, photos, lq, cache):
     keys, known = [(p.sha256, kind, seen(p)) for p in photos], {}
     if cache.is_file():
         with open(cache, newline="", encoding="utf-8") as f:
-            known = {(row["sha256"], row.get("tagger"), row.get("picture")): row for row in csv.DictReader(f)}
+            known = {(row["sha256"], row["tagger"], row["picture"]): row for row in csv.DictReader(f)}
     new = [i for i, key in enumerate(keys) if key not in known]
     if new:
         found = find_tags(kind, [names[i] for i in new],
@@ -310,7 +306,7 @@ def photo_tags(kind, protocol, photos, lq, cache):
         columns = ["image", "tags", "sha256", "tagger", "picture"]
         for i, tags in zip(new, found, strict=True):
             known[keys[i]] = dict(zip(columns, (names[i], ", ".join(tags), *keys[i]), strict=True))
-        write_csv(cache, columns, [row for key, row in known.items() if key[1]])  # no tagger: of an older version
+        write_csv(cache, columns, known.values())
     return [split_tags(known[key]["tags"]) for key in keys]
 
 
@@ -331,8 +327,8 @@ def tagger_input(photo, lq_path, protocol):
 class TrainingData:
     """Photos and their prompts, the held-out validation pairs and theirs.
 
-    photos, held: [Photo], to train on and held out; lq: {photo: its LR picture}; prompts: of the photos, with their
-    `tags`; pairs: [(name, LR image, HR image)], val_prompts: theirs, of x_L, as at test time; report: one line;
+    photos: [Photo], to train on; lq: {photo: its LR picture}; prompts: of the photos, with their `tags`;
+    pairs: [(name, LR image, HR image)], val_prompts: theirs, of x_L, as at test time; report: one line;
     fingerprints: what a resumed run compares.
     """
 
@@ -352,8 +348,8 @@ class TrainingData:
             val_tags = find_tags(args.tags, names, lambda i: bicubic(pairs[i][1])) if tags else None
             report += f"; {len(held)} held out, {len(pairs)} for validation"
             report += f"; {len(lq)} have real LR pictures" if lq else ""
-            return photos, held, lq, tags, pairs, val_tags, report
-        self.photos, self.held, self.lq, tags, self.pairs, val_tags, self.report = from_first(look)
+            return photos, lq, tags, pairs, val_tags, report
+        self.photos, self.lq, tags, self.pairs, val_tags, self.report = from_first(look)
         if tags is None:  # the tagger's weights are unavailable
             args.tags = "none"
         self.tags = tags or [[] for _ in self.photos]

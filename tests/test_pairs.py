@@ -210,5 +210,5 @@ def test_without_the_taggers_weights_there_are_no_tags(found, tmp_path, monkeypa
     def corrupt(*_):
         raise ValueError("ram.pth: not a readable checkpoint")
     monkeypatch.setattr(tagger.Tagger, "from_pretrained", corrupt)
-    with pytest.raises(UserError, match="^ram.pth"):
+    with pytest.raises(ValueError, match="^ram.pth"):
         photo_tags("ram", "hq", found, {}, tmp_path / "tags.csv")
