@@ -25,6 +25,7 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -66,18 +67,10 @@ VARIANTS = {  # name: (what, options of train.py)
 }
 
 
-class Bicubic:
-    """In the place of a model: x_L."""
-
-    def restore(self, image, prompt, scale):
-        return bicubic(image, scale)
-
-
-class Unsharp(Bicubic):
-    """In the place of a model: x_L + 3 (x_L − blurred x_L), the filter that a trained model must beat."""
-
-    def restore(self, image, prompt, scale):
-        return super().restore(image, prompt, scale).filter(ImageFilter.UnsharpMask(1.5, percent=300, threshold=0))
+# in the place of a model: x_L, and x_L + 3 (x_L − blurred x_L), the filter that a trained model must beat
+BICUBIC = SimpleNamespace(restore=lambda image, prompt, scale: bicubic(image, scale))
+UNSHARP = SimpleNamespace(restore=lambda image, prompt, scale: bicubic(image, scale).filter(
+    ImageFilter.UnsharpMask(1.5, percent=300, threshold=0)))
 
 
 def without_update(model):
@@ -102,7 +95,7 @@ def restorer(args, adapter):
 def stage(name, args, model, path):
     """Make one row of the table of stages."""
     if name in ("bicubic", "unsharp"):
-        return score(Bicubic() if name == "bicubic" else Unsharp(), args.pairs, path, args)
+        return score(BICUBIC if name == "bicubic" else UNSHARP, args.pairs, path, args)
     if name == "autoencoder":
         return score(without_update(model), args.pairs, path, args)
     if name == "ceiling":
@@ -180,11 +173,6 @@ def bootstrap(differences, n=10_000):
     return np.quantile(means, [0.025, 0.975])
 
 
-def available(names, device):
-    """Those of the metrics whose weights can be had, see `load_all`."""
-    return list(load_all(pick(names, True), device))
-
-
 def parse(argv=None):
     parser = runs.parser(__doc__)
     add = parser.add_argument
@@ -205,7 +193,7 @@ def parse(argv=None):
     args.device = pick_device(args.device)
     runs.check_ranges(args)
     args.pairs = folder_pairs(args.lr, args.hr)[:args.limit]
-    args.metrics = available(args.metrics, args.device)
+    args.metrics = list(load_all(pick(args.metrics, True), args.device))  # those whose weights are available
     return args
 
 

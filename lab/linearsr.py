@@ -27,16 +27,16 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from torch import float32, nn
+from torch import float32
 
 import runs
 import weights
 from fast import load_model
-from lab.ablation import Bicubic, available, bootstrap, keep_settings, make_rows, score
+from lab.ablation import BICUBIC, bootstrap, keep_settings, make_rows, score
 from lab.profile import count
 from linearsr import train as training
 from linearsr.flow import Held, Network, interval
-from metrics.score import folder_pairs
+from metrics.score import folder_pairs, load_all, pick
 from objective import Conditions, Latents
 from photos.pairs import TrainingData
 from photos.pictures import png, write_bytes
@@ -59,17 +59,6 @@ VARIANTS = {  # name: (what, options of linearsr.train, the row whose experts ar
 # --- losses ---
 
 
-class Off(nn.Module):
-    """In the place of a stem: no condition."""
-
-    def __init__(self, stem):
-        super().__init__()
-        self.width = stem.config["width"]
-
-    def forward(self, x):
-        return x.new_zeros(len(x), self.width, x.shape[2] // 8, x.shape[3] // 8)
-
-
 def losses(args):
     """Print the table of losses."""
     model = load_model(args.model, args.device, float32)
@@ -79,13 +68,16 @@ def losses(args):
     data = TrainingData(args, args.out)
     if not data.pairs:
         raise UserError("--data: at least two photos are needed, one of them to be held out")
+
+    def no_condition(x):  # in the place of a stem
+        return x.new_zeros(len(x), model.stem.config["width"], x.shape[2] // 8, x.shape[3] // 8)
     held = Held(data.pairs, data.val_prompts, Latents(model.vae, model.scaling_factor), Conditions(model), args.device)
     print(f"{args.model}: {data.report}, {args.draws} times each")
     print(f"{'t':16}{'expert':>10}{'shared':>10}{'no condition':>14}   expert − shared (95 %)")
     for k, expert in enumerate(model.experts):
         ends = interval(k, model.boundaries)
         own, common, off = (held.flow(Network(dit, stem), ends, args.draws).mean(1) for dit, stem in (
-            (expert, model.stem), (shared, model.stem), (shared, Off(model.stem))))
+            (expert, model.stem), (shared, model.stem), (shared, no_condition)))
         low, high = bootstrap(own - common)
         print(f"{ends[0]:5.3f} to {ends[1]:5.3f}  {own.mean():10.4f}{common.mean():10.4f}{off.mean():14.4f}   "
               f"{(own - common).mean():+.4f} ({low:+.4f} to {high:+.4f})", flush=True)
@@ -118,7 +110,7 @@ def table_rows(args):
         score(model, args.pairs, path, args, tags, **options)
         write_bytes(path.with_suffix(".json"), json.dumps({"ms": f"{median(model.ms):.0f}", "GMAC": f"{gmac:.1f}"}))
 
-    rows = {"bicubic": ("bicubic", lambda path: score(Bicubic(), args.pairs, path, args)),
+    rows = {"bicubic": ("bicubic", lambda path: score(BICUBIC, args.pairs, path, args)),
             "sana-sr": ("SANA-SR, 1 step", lambda path: make(path, args.sanasr))}
     if args.tags:
         rows["sana-sr-tags"] = "SANA-SR, 1 step, tags", lambda path: make(path, args.sanasr, args.tags)
@@ -198,7 +190,7 @@ def draw(path, table):
 def table(args):
     """Make the rows that are lacking, and the table. Returns the exit code."""
     args.pairs = folder_pairs(args.lr, args.hr)[:args.limit]
-    args.metrics = available(args.metrics, args.device)
+    args.metrics = list(load_all(pick(args.metrics, True), args.device))
     rows, folder, model = table_rows(args), args.out / "rows", weights.folder(args.model)
     wanted = chosen(args, rows, "row")
     keep_settings(folder, {
