@@ -2,6 +2,7 @@
 import hashlib
 from argparse import Namespace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -200,15 +201,11 @@ def test_the_tags_cache_tells_taggers_and_pictures_apart(found, tmp_path, seen):
 
 
 def test_without_the_taggers_weights_there_are_no_tags(found, tmp_path, monkeypatch, capsys):
-    def unavailable(*_):
-        raise weights.Unavailable("ram is not on this machine")
-    monkeypatch.setattr(tagger.Tagger, "from_pretrained", unavailable)
+    absent = weights.Unavailable("ram is not on this machine")
+    monkeypatch.setattr(tagger.Tagger, "from_pretrained", Mock(side_effect=absent))
     assert photo_tags("ram", "hq", found, {}, tmp_path / "tags.csv") is None
     assert "ram is not on this machine" in capsys.readouterr().err
     assert not (tmp_path / "tags.csv").exists(), "once the weights are there, tags are found"
-
-    def corrupt(*_):
-        raise ValueError("ram.pth: not a readable checkpoint")
-    monkeypatch.setattr(tagger.Tagger, "from_pretrained", corrupt)
+    monkeypatch.setattr(tagger.Tagger, "from_pretrained", Mock(side_effect=ValueError("ram.pth: not readable")))
     with pytest.raises(ValueError, match="^ram.pth"):
         photo_tags("ram", "hq", found, {}, tmp_path / "tags.csv")

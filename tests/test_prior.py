@@ -1,5 +1,6 @@
 """lab/prior.py: tokenizer, tags, a short training and its export."""
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -31,11 +32,8 @@ def test_tokenizer_training_merges_the_frequent_and_loses_nothing(tmp_path):
     ("inet_n01494475_hammerhead.webp", ["hammerhead"]), ("inet_n15075141_toilet_tissue.webp", ["toilet tissue"]),
     ("debian_BytheWater.webp", ["bythe water"]), ("debian_Bridge_by_Sander_Klootwijk.webp", ["bridge"]),
     ("urban_100.webp", ["building", "city"]), ("IMG_0001.jpg", [])])
-def test_tags_of_file_names(name, expected):
+def test_tags_are_a_files_name_and_its_colours(name, expected):
     assert prior.tags(name, Image.new("RGB", (8, 8), (60, 100, 140))) == [*expected, "blue"]
-
-
-def test_tags_of_colours():
     image = Image.new("RGB", (40, 40))
     assert prior.tags("1.png", image) == ["dark"]
     image.paste((250, 20, 30), (0, 0, 24, 40))
@@ -90,11 +88,7 @@ def test_it_trains_resumes_and_becomes_a_model(run, tmp_path):
 @pytest.mark.parametrize("name, lower", [("fp32", False), ("bf16", True)])
 def test_latents_are_encoded_in_the_dtype_that_is_asked_for(run, monkeypatch, name, lower):
     seen, encode = set(), DCAE.encode
-
-    def spy(self, x):
-        seen.add(torch.is_autocast_enabled("cpu"))
-        return encode(self, x)
-    monkeypatch.setattr(DCAE, "encode", spy)
+    monkeypatch.setattr(DCAE, "encode", lambda *a: seen.add(torch.is_autocast_enabled("cpu")) or encode(*a))
     run("--steps", "1", "--dtype", name)
     assert seen == {lower}
 
@@ -106,10 +100,7 @@ def test_the_log_keeps_rows_and_columns_apart_where_a_run_is_resumed(tmp_path):
         Trainer(tmp_path, {"p": p}, lambda batch: {"loss": p.sum(), **{k: p.sum() * v for k, v in terms.items()}}, {},
                 steps=steps, every=1, lr=0.1, device=torch.device("cpu"), samples=1, terms=terms).run(batches)
         return read_log(tmp_path / "log.csv")
-
-    def killed(first, signals):
-        raise KeyboardInterrupt
-    assert [row["step"] for row in fit({"a": 2, "b": 3}, 1, killed)] == [0]
+    assert [row["step"] for row in fit({"a": 2, "b": 3}, 1, Mock(side_effect=KeyboardInterrupt))] == [0]
     fit({"a": 2, "b": 3}, 1, lambda *_: iter([{}]))
     _, first, second = rows = fit({"b": 3, "c": 4}, 2, lambda *_: iter([{}]))
     assert [row["step"] for row in rows] == [0, 1, 2]

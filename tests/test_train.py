@@ -11,6 +11,7 @@ import sys
 import time
 from argparse import Namespace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -313,9 +314,7 @@ def test_resume_refuses_what_changed(here, run, photos, tiny_model, monkeypatch)
 
 
 def test_resumed_by_its_own_line_where_something_was_unavailable(line, monkeypatch):
-    def unavailable(*_):
-        raise weights.Unavailable("not on this machine")
-    monkeypatch.setattr(tagger.Tagger, "from_pretrained", unavailable)
+    monkeypatch.setattr(tagger.Tagger, "from_pretrained", Mock(side_effect=weights.Unavailable("not here")))
     assert train.main(line("r", "--tags", "ram", "--steps", 1)) == 0
     assert train.main(line("r", "--tags", "ram", "--steps", 2, "--resume")) == 0
     with pytest.raises(SystemExit, match=r"--tags dape \(was none\)"):
@@ -341,10 +340,7 @@ def test_bad_settings_are_one_line(here, line, capsys, options, message):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_photo_that_vanishes_is_one_line(run, monkeypatch, workers):
-    scan = pairs.scan
-
-    def gone(path):
-        raise OSError(errno.ENOENT, "No such file or directory")
+    scan, gone = pairs.scan, Mock(side_effect=OSError(errno.ENOENT, "No such file or directory"))
     monkeypatch.setattr(pairs, "scan", lambda *a: [scan(*a), monkeypatch.setattr(pairs, "read", gone)][0])
     with pytest.raises(SystemExit, match=r"^error: /.*can no longer be read: No such file") as error:
         run("r", "--workers", workers)
