@@ -24,7 +24,7 @@ from tqdm import tqdm
 import weights
 from photos.degrade import SCALE, degrade, enlarge, sharpen, to_image, to_tensor
 from photos.pictures import bicubic, picture_suffixes, png, read, reason, write_bytes
-from runs import UserError, from_first, write_csv
+from runs import UserError, from_first
 from sanasr import build_prompt, clean_tags
 
 # --- Finding photos ---
@@ -243,14 +243,10 @@ def read_tags(path):
             rows = csv.DictReader(f)
             if not {"image", "tags"} <= set(rows.fieldnames or ()):
                 raise UserError(f"{path}: the first line must name the columns image and tags")
-            return {Path(row["image"]).name: clean_tags(split_tags(row["tags"])) for row in rows if row["image"]}
+            return {Path(row["image"]).name: clean_tags(filter(None, map(str.strip, (row["tags"] or "").split(","))))
+                    for row in rows if row["image"]}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: {reason(error, path)}")
-
-
-def split_tags(line):
-    """"tree, road" -> ["tree", "road"]."""
-    return [tag.strip() for tag in (line or "").split(",") if tag.strip()]
 
 
 def find_tags(kind, names, picture, device=None):
@@ -280,7 +276,7 @@ def photo_tags(kind, protocol, photos, lq, cache):
 
     They describe x_H in the hq protocol and x_L in the lq protocol: the whole photo's LR picture, enlarged; where no
     real one exists it is made by the degradation seeded with the photo's hash.
-    cache: a CSV file of what a tagger found before, by photo, tagger and the picture it looked at.
+    cache: a JSON file of what a tagger found before, by photo, tagger and the picture it looked at.
     """
     names = [Path(p.path).name for p in photos]
     if kind not in ("ram", "dape"):
@@ -293,21 +289,17 @@ def photo_tags(kind, protocol, photos, lq, cache):
         if protocol == "hq":
             return "x_H"
         return f"x_L {weights.sha256(lq[photo.path])}" if photo.path in lq else "x_L"
-    keys, known = [(p.sha256, kind, seen(p)) for p in photos], {}
-    if cache.is_file():
-        with open(cache, newline="", encoding="utf-8") as f:
-            known = {(row["sha256"], row["tagger"], row["picture"]): row for row in csv.DictReader(f)}
+    keys = [" ".join((p.sha256, kind, seen(p))) for p in photos]
+    known = json.loads(cache.read_text()) if cache.is_file() else {}
     new = [i for i, key in enumerate(keys) if key not in known]
     if new:
         found = find_tags(kind, [names[i] for i in new],
                           lambda n: tagger_input(photos[new[n]], lq.get(photos[new[n]].path), protocol))
         if found is None:
             return None
-        columns = ["image", "tags", "sha256", "tagger", "picture"]
-        for i, tags in zip(new, found, strict=True):
-            known[keys[i]] = dict(zip(columns, (names[i], ", ".join(tags), *keys[i]), strict=True))
-        write_csv(cache, columns, known.values())
-    return [split_tags(known[key]["tags"]) for key in keys]
+        known |= {keys[i]: tags for i, tags in zip(new, found, strict=True)}
+        write_bytes(cache, json.dumps(known))
+    return [known[key] for key in keys]
 
 
 def tagger_input(photo, lq_path, protocol):
@@ -341,7 +333,7 @@ class TrainingData:
             photos, report = scan(args.data, max(args.crop, min_side), folder / "data.json", args.workers)
             photos, held = split(photos)
             lq = match_lq(photos + held, args.lq) if args.lq else {}
-            tags = photo_tags(args.tags, protocol, photos, lq, folder / "tags.csv")
+            tags = photo_tags(args.tags, protocol, photos, lq, folder / "tags.json")
             seed = args.seed if pairs_seed is None else pairs_seed
             pairs = validation_pairs(held[:args.val], lq, args.crop, seed, val_folder, getattr(args, "mild", 0.0))
             names = [photo.path for photo in held[:args.val]]

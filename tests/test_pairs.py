@@ -178,14 +178,14 @@ def test_tags_of_a_file(found, tmp_path, capsys):
 
 @pytest.mark.parametrize("protocol", ["hq", "lq"])
 def test_tags_by_a_tagger_are_made_once(protocol, found, tmp_path, seen):
-    first, again = (photo_tags("ram", protocol, found, {}, tmp_path / "tags.csv") for _ in range(2))
+    first, again = (photo_tags("ram", protocol, found, {}, tmp_path / "tags.json") for _ in range(2))
     assert first == again == [["ram", f"{p.width}", f"tag {i}"] for i, p in enumerate(found, 1)] and len(seen) == 5
     sharp = np.asarray(read(found[0].path).rgb)
     assert np.array_equal(np.asarray(seen[0]), sharp) == (protocol == "hq"), "lq tags come from the degraded picture"
 
 
 def test_the_tags_cache_tells_taggers_and_pictures_apart(found, tmp_path, seen):
-    photo, lq, cache = named(found, "a.png"), tmp_path / "a_LR4.png", tmp_path / "tags.csv"
+    photo, lq, cache = named(found, "a.png"), tmp_path / "a_LR4.png", tmp_path / "tags.json"
 
     def tags():
         ways = [("ram", "hq", {}), ("dape", "hq", {}), ("ram", "lq", {}), ("ram", "lq", {photo.path: str(lq)})]
@@ -203,9 +203,9 @@ def test_the_tags_cache_tells_taggers_and_pictures_apart(found, tmp_path, seen):
 def test_without_the_taggers_weights_there_are_no_tags(found, tmp_path, monkeypatch, capsys):
     absent = weights.Unavailable("ram is not on this machine")
     monkeypatch.setattr(tagger.Tagger, "from_pretrained", Mock(side_effect=absent))
-    assert photo_tags("ram", "hq", found, {}, tmp_path / "tags.csv") is None
+    assert photo_tags("ram", "hq", found, {}, tmp_path / "tags.json") is None
     assert "ram is not on this machine" in capsys.readouterr().err
-    assert not (tmp_path / "tags.csv").exists(), "once the weights are there, tags are found"
+    assert not (tmp_path / "tags.json").exists(), "once the weights are there, tags are found"
     monkeypatch.setattr(tagger.Tagger, "from_pretrained", Mock(side_effect=ValueError("ram.pth: not readable")))
     with pytest.raises(ValueError, match="^ram.pth"):
-        photo_tags("ram", "hq", found, {}, tmp_path / "tags.csv")
+        photo_tags("ram", "hq", found, {}, tmp_path / "tags.json")
