@@ -16,6 +16,7 @@ Leaves in runs/NAME: vae/ (EMA weights, an official folder), samples/, log.csv, 
 """
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 import weights
 from metrics import DISTS, LPIPS
@@ -32,7 +33,7 @@ from photos.degrade import SCALE, enlarge, to_image, to_tensor
 from photos.kinds import KINDS, PAIRS_VERSION, SIDE, write_pairs
 from photos.pairs import digest, scan, split
 from photos.pictures import read
-from runs import DTYPES, UserError, batches, outlive_signals, ranks, set_flags
+from runs import DTYPES, UserError, batches, ranks, set_flags
 from sanasr import DCAE, save_module
 from trainer import Trainer, holding
 
@@ -129,7 +130,7 @@ class Restoration:
 
     def __init__(self, args, net):
         self.args, self.net = args, net
-        self.lpips = LPIPS.from_pretrained("alex").to(args.device) if args.perceptual else None
+        self.judge = LPIPS.from_pretrained("alex").to(args.device)
         self.critic = Critic().to(args.device) if args.critic else None
         self.features = features(args.device) if args.critic else None
 
@@ -143,10 +144,10 @@ class Restoration:
         leaf = y.detach().requires_grad_()  # the critic must not learn from what moves D
         terms = {"l1": (leaf - x_h).abs().mean()}
         weighted = terms["l1"]
-        if self.lpips:
+        if self.args.perceptual:
             top, left = batch["shift"][0].tolist()
             shares = self.args.perceptual * (1 - (1 - TAUGHT) * batch["taught"])
-            distances = self.lpips(leaf[:, :, top:, left:].clamp(-1, 1), x_h[:, :, top:, left:])
+            distances = self.judge(leaf[:, :, top:, left:].clamp(-1, 1), x_h[:, :, top:, left:])
             terms["lpips"], weighted = distances.mean(), weighted + (shares * distances).mean()
         judged = 0
         if self.critic:
@@ -161,23 +162,25 @@ class Restoration:
         loss = (y * gradient).sum() + judged
         return {"loss": loss + (weighted - loss).detach()} | terms  # the value is the weighted sum, the gradient loss's
 
-
-@torch.no_grad()
-def validate(restore, pairs, lpips, device):
-    """({column: score}, a grid x_L | x̂ | x_H of two of each kind); pairs: [(kind, lr, hr)]. val_clean: of D(E(x_H))."""
-    scores, rows = {}, []
-    for kind, lr, hr in pairs:
-        x_l, x_h = (x[None].to(device) for x in (enlarge(lr), to_tensor(hr) * 2 - 1))
-        x = ((restore(x_l).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
-        scores.setdefault(f"val_{kind}", []).append(lpips(x, x_h).item())
-        scores.setdefault("val_psnr", []).append(-10 * ((x - x_h).square().mean() / 4).log10().item())
-        if len(scores[f"val_{kind}"]) <= 2:
-            rows.append(torch.cat([x_l, x, x_h], 3)[0].cpu() / 2 + 0.5)
-        if kind == "soft":
-            scores.setdefault("val_clean", []).append(lpips(restore(x_h).clamp(-1, 1), x_h).item())
-    means = {name: sum(values) / len(values) for name, values in scores.items()}
-    means["val_lpips"] = sum(sum(scores[f"val_{kind}"]) for kind in KINDS if f"val_{kind}" in scores) / len(pairs)
-    return means, to_image(torch.cat(rows, 1))
+    def validate(self, pairs):
+        """({column: score}, a grid x_L | x̂ | x_H of two of each kind); pairs: [(kind, lr, hr)]. val_clean:
+        of D(E(x_H))."""
+        scores, rows = {}, []
+        self.net.eval()
+        for kind, lr, hr in pairs:
+            x_l, x_h = (x[None].to(self.args.device) for x in (enlarge(lr), to_tensor(hr) * 2 - 1))
+            x = ((self.restore(x_l).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+            scores.setdefault(f"val_{kind}", []).append(self.judge(x, x_h).item())
+            scores.setdefault("val_psnr", []).append(-10 * ((x - x_h).square().mean() / 4).log10().item())
+            if len(scores[f"val_{kind}"]) <= 2:
+                rows.append(torch.cat([x_l, x, x_h], 3)[0].cpu() / 2 + 0.5)
+            if kind == "soft":
+                clean = self.restore(x_h).clamp(-1, 1)
+                scores.setdefault("val_clean", []).append(self.judge(clean, x_h).item())
+        self.net.train()
+        means = {name: sum(values) / len(values) for name, values in scores.items()}
+        means["val_lpips"] = sum(sum(scores[f"val_{kind}"]) for kind in KINDS if f"val_{kind}" in scores) / len(pairs)
+        return means, to_image(torch.cat(rows, 1))
 
 
 def prepare_pairs(args):
@@ -200,11 +203,11 @@ def prepare_pairs(args):
 def train(args):
     """The whole run, as the module's docstring says. Returns the exit code."""
     set_flags(repeatable=True, tf32=True)
-    device, rank, world = args.device, *ranks()
+    world = ranks()[1]
     torch.manual_seed(args.seed)
-    net = DCAE.from_pretrained(args.init or weights.folder(args.model) / "vae", torch.float32, device)
+    net = DCAE.from_pretrained(args.init or weights.folder(args.model) / "vae", torch.float32, args.device)
     net.train().requires_grad_(True).to(memory_format=torch.channels_last)
-    loss, judge = Restoration(args, net), LPIPS.from_pretrained("alex").to(device)
+    loss = Restoration(args, net)
     folder, names, pairs = prepare_pairs(args)
     parameters = dict(net.named_parameters())
     if loss.critic:
@@ -213,29 +216,20 @@ def train(args):
         "the pairs": folder.name, "the constants": [WINDOW, ALIGNED, TAUGHT, WARMUP, DECAY, EMA],
         "--batch times the processes": args.batch * world}
 
-    def look():
-        net.eval()
-        scores, grid = validate(loss.restore, pairs, judge, device)
-        net.train()
-        trainer.picture(f"samples/{trainer.step:06d}.png", grid)
-        return scores
-
     def export(step, averaged):
         with holding(trainer.parameters, averaged.values()):
             save_module(net, args.run / "vae", torch.float16)
 
     def training_batches(first, signals):
         views = Views(folder, names, args.teacher, args.seed, 1 / 8, real=bool(args.critic))
-        mine = ([(n * world + rank) * args.batch + i for i in range(args.batch)] for n in range(first, args.steps))
-        return batches(DataLoader(views, batch_sampler=mine, num_workers=args.workers,
-                                  worker_init_fn=outlive_signals), signals)
+        return batches(views, args.batch, range(first, args.steps), args.workers, signals)
 
     watched = ["val_lpips", *(f"val_{kind}" for kind in KINDS), "val_clean", "val_psnr"]
     terms = ["l1"] + ["lpips"] * bool(args.perceptual) + ["critic", "judged"] * bool(args.critic)
     trainer = Trainer(args.run, parameters, loss, settings, options=args.options, steps=args.steps, every=args.every,
-                      lr=args.lr, device=device, samples=args.batch * world, terms=terms, watched=watched,
-                      warmup=WARMUP, decay=DECAY, betas=(0.9, 0.99), weight_decay=0.0, ema=EMA, validate=look,
-                      export=export, resume=f"`--name {args.name} --resume` resumes")
+                      lr=args.lr, device=args.device, samples=args.batch * world, terms=terms, watched=watched,
+                      warmup=WARMUP, decay=DECAY, betas=(0.9, 0.99), weight_decay=0.0, ema=EMA, export=export,
+                      validate=partial(loss.validate, pairs), resume=f"`--name {args.name} --resume` resumes")
     return trainer.run(training_batches)
 
 

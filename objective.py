@@ -233,18 +233,22 @@ class Conditions:
 # --- Settings that depend on the model ---
 
 
+def fill_crop(args, model):
+    """Fill in crop, pixels, where it is None. Raises UserError where it does not fit the model."""
+    args.crop = args.crop or model.dit.config["sample_size"] * model.vae.factor
+    if args.crop % model.vae.factor or args.crop < MIN_SIZE:
+        raise UserError(f"--crop {args.crop}: it must be a multiple of {model.vae.factor} and at least {MIN_SIZE}")
+
+
 def fill_defaults(args, model, metadata=None):
     """Fill in crop, timestep, suffix, tags and lpips of train.py's or prune.py's arguments where they are None.
 
     metadata: of the adapter that is trained further or pruned; its words go before the defaults. tags and lpips: what
     the model's provenance.json names, else those of the paper. Raises UserError for a crop that does not fit the model.
     """
-    args.crop = args.crop or model.dit.config["sample_size"] * model.vae.factor
-    if args.crop % model.vae.factor or args.crop < MIN_SIZE:
-        raise UserError(f"--crop {args.crop}: it must be a multiple of {model.vae.factor} and at least {MIN_SIZE}")
+    fill_crop(args, model)
     how = conditioning(metadata or {}, args.suffix, args.timestep, default_timestep=PROTOCOLS[args.protocol][0])
     args.suffix, args.timestep = how["suffix"], how["timestep"]
     about = model.folder / "provenance.json"
-    defaults = {"tags": "ram", "lpips": "vgg"} | (json.loads(about.read_text()).get("training", {}) if about.is_file()
-                                                  else {})
-    args.tags, args.lpips = args.tags or defaults["tags"], args.lpips or defaults["lpips"]
+    own = json.loads(about.read_text()).get("training", {}) if about.is_file() else {}
+    args.tags, args.lpips = args.tags or own.get("tags", "ram"), args.lpips or own.get("lpips", "vgg")

@@ -24,9 +24,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+import runs
 import train
 import weights
 from fast import load_model
@@ -35,21 +35,9 @@ from metrics.score import evaluate, folder_pairs, mean, pick
 from objective import Conditions, Latents, Update, calibration_loss, fill_defaults, in_float32, load_lpips, omega
 from photos.pairs import TrainingData, add_data_options, find_tags
 from photos.pictures import atomically, bicubic, png, read_rgb, write_bytes
-from runs import (
-    DTYPES,
-    Signals,
-    UserError,
-    add_device_options,
-    check_ranges,
-    claimed,
-    command,
-    load_state,
-    resolve_device,
-    save_state,
-    write_csv,
-)
+from runs import DTYPES, UserError, write_csv
 from sanasr import LinearDiT, SanaSR, fingerprint, save_module
-from trainer import differences
+from trainer import compare as compare_settings
 
 KEPT = 16 / 28  # of the blocks: of SANA-0.6B's what fits into the paper's budget, 0.35e9 parameters
 MAX_DROP = 0.03  # of any metric, relative to the unpruned model, in its worse direction
@@ -97,7 +85,7 @@ class Calibration:
     def samples(self, first, last, signals=None):
         """Yields batches of one sample, numbers `first` to `last` - 1 of those that train.py draws."""
         args = argparse.Namespace(**vars(self.args) | {"steps": last})
-        for batch in train.training_batches(args, self.model, self.data, first, signals or Signals()):
+        for batch in train.training_batches(args, self.model, self.data, first, signals or runs.Signals()):
             batch |= {k: v.to(args.device) for k, v in batch.items() if torch.is_tensor(v)}
             batch["c"], batch["m"] = self.conditions(batch["prompt"])
             yield batch
@@ -110,9 +98,8 @@ def calibrate(args, dit, calibration, settings, every=50):
     """
     path, step, fisher, f = args.out / "calibration.pt", 0, Fisher(dit), in_float32(dit)
     if args.resume and path.exists():
-        saved = load_state(path, damaged="delete it to calibrate anew", keys=("step", "settings", "sums"))
-        if changed := differences(saved["settings"], settings):
-            raise UserError(f"--resume: {path} was begun with other settings: {changed}; choose another --out")
+        saved = runs.load_state(path, damaged="delete it to calibrate anew", keys=("step", "settings", "sums"))
+        compare_settings(path, saved["settings"], settings, "choose another --out")
         step = saved["step"]
         if step > args.steps:
             raise UserError(f"--resume: {path} holds {step} steps already, more than --steps {args.steps}")
@@ -121,7 +108,7 @@ def calibrate(args, dit, calibration, settings, every=50):
                 total.copy_(saved["sums"][key])
         except (KeyError, RuntimeError, TypeError):
             raise UserError(f"{path} does not fit this transformer; delete it to calibrate anew")
-    with Signals() as signals, tqdm(total=args.steps, initial=step, desc="calibrating", dynamic_ncols=True) as bar:
+    with runs.Signals() as signals, tqdm(total=args.steps, initial=step, desc="calibrating", dynamic_ncols=True) as bar:
         for batch in calibration.samples(step, args.steps, signals):
             loss, fisher.weight = calibration_loss(calibration.update(f, batch=batch)), omega(batch["t"].item())
             if not loss.isfinite():
@@ -131,11 +118,11 @@ def calibrate(args, dit, calibration, settings, every=50):
             bar.set_postfix(loss=f"{loss.item():.4g}", refresh=False)
             bar.update()
             if step % every == 0 and step < args.steps:
-                save_state(path, {"step": step, "settings": settings, "sums": fisher.sums})
+                runs.save_state(path, {"step": step, "settings": settings, "sums": fisher.sums})
             if signals.caught:
                 break
         if step > bar.initial:
-            save_state(path, {"step": step, "settings": settings, "sums": fisher.sums})
+            runs.save_state(path, {"step": step, "settings": settings, "sums": fisher.sums})
     if signals.caught:
         print(f"interrupted; step {step} is saved, --resume goes on")
         sys.exit(128 + signals.caught)
@@ -201,17 +188,6 @@ def link_parts(source, out):
                 shutil.copyfile(path, temporary)
 
 
-def chart(scores, kept):
-    """A bar chart of the scores: kept blocks blue, dropped ones grey."""
-    canvas = Image.new("RGB", (30 * len(scores) + 10, 230), "white")
-    draw = ImageDraw.Draw(canvas)
-    for i, score in enumerate(scores):
-        x, top = 30 * i + 10, 210 - 200 * score / max(*scores, 1e-300)
-        draw.rectangle((x, top, x + 20, 210), "#1040c0" if i in kept else "#c0c0c0")
-        draw.text((x + 10, 214), str(i), "black", anchor="ma")
-    return canvas
-
-
 def write_model(args, model, scores, kept, about):
     """Write the pruned model, saliency.csv and saliency.png. about: what its config says of it."""
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
@@ -220,7 +196,8 @@ def write_model(args, model, scores, kept, about):
     save_module(pruned, args.out / "transformer", metadata=about)
     rows = [{"block": i, "score": s, "rank": order.index(i) + 1, "kept": int(i in kept)} for i, s in enumerate(scores)]
     write_csv(args.out / "saliency.csv", list(rows[0]), rows)
-    write_bytes(args.out / "saliency.png", png(chart(scores, kept)))
+    picture = runs.curves([{"step": row["block"]} | row for row in rows], ["score", "rank", "kept"])
+    write_bytes(args.out / "saliency.png", png(picture))
     before, after = (sum(p.numel() for p in dit.parameters()) / 1e6 for dit in (model.dit, pruned))
     print(f"{len(kept)} of {len(scores)} blocks kept: {after:.2f} of {before:.2f} M parameters; dropped "
           f"{', '.join(str(i) for i in range(len(scores)) if i not in kept)}; {args.out}")
@@ -404,8 +381,7 @@ def prune(args):
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1],
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = runs.parser(__doc__)
     add, size = p.add_argument, p.add_mutually_exclusive_group().add_argument
     add_data_options(add)
     add("--model", default="embedded", metavar="NAME|FOLDER", help="see `python -m weights`")
@@ -421,7 +397,7 @@ def parser():
     add("--timestep", type=float, metavar="N", help="τ in (0, 1000] (default: the adapter's, else the protocol's)")
     add("--lpips", choices=["vgg", "alex"], help="network of the LPIPS loss, as in train.py")
     add("--checkpointing", choices=["none", "decoder", "all"], default="none", help="as in train.py")
-    add_device_options(add, workers=4)
+    runs.add_device_options(add, workers=4)
     add("--compare", action="store_true", help="also measure every score, and ε_p, by the loss without each block")
     add("--samples", type=int, default=16, help="that --compare measures the loss on")
     add("--heal", type=int, default=0, metavar="N", help="also train an adapter on it for N steps, merged into healed/")
@@ -438,8 +414,8 @@ def parse(argv=None):
     args.calibrates = args.saliency != "magnitude" or args.compare
     if not args.data and (args.calibrates or args.heal or (args.validate and not args.pairs)):
         p.error("--data names the folders of photos; only --saliency magnitude does without")
-    check_ranges(args)
-    resolve_device(args)
+    runs.check_ranges(args)
+    runs.resolve_device(args)
     if args.dtype == "fp16":
         p.error("--dtype fp16: squared gradients lie below its range; take bf16 or fp32")
     if not args.resume and any((args.out / name).exists() for name in ("calibration.pt", "transformer")):
@@ -449,10 +425,10 @@ def parse(argv=None):
     return args
 
 
-@command
+@runs.command
 def main(argv=None):
     args = parse(argv)
-    with claimed(args.out):
+    with runs.claimed(args.out):
         return prune(args)
 
 

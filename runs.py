@@ -1,6 +1,7 @@
 """What the commands share: errors, options, devices, states that resume, tables and charts, ranks, signals."""
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import errno
@@ -14,7 +15,6 @@ import subprocess
 import sys
 import warnings
 from datetime import timedelta
-from functools import partial
 from io import StringIO
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
+from torch.utils.data import DataLoader
 
 import weights
 from photos.pictures import atomically, one_line, reason, write_bytes
@@ -74,14 +75,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return choose_dtypes(device, DTYPES.get(name))[0]
 
 
-def set_flags(repeatable=False, one_shape=False, tf32=False):
+def set_flags(repeatable=False, tf32=False):
     """PyTorch's global switches for GPUs. Each command sets them here, first of all, and nowhere else.
 
     repeatable: a resumed run repeats an uninterrupted one: for trainings.
-    one_shape: cuDNN searches its fastest algorithm at each new shape: where all batches have one, not for pictures.
     tf32: float32 matrix products and convolutions with 10 bits of mantissa, several times as fast: for trainings.
     """
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = repeatable, one_shape and not repeatable
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = repeatable, False
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
@@ -127,6 +127,14 @@ def peak_memory(device):
 
 
 # --- Options ---
+
+
+def parser(doc):
+    """A parser whose help is the docstring of a command's module."""
+    summary, _, rest = doc.partition("\n\n")
+    return argparse.ArgumentParser(description=summary, epilog=rest,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
 
 RANGES = {  # option: (least, most); where the least is a string, the number lies above it
     **dict.fromkeys(("steps", "every", "batch", "accumulate", "rank", "pairs", "val_steps", "samples", "draws",
@@ -182,31 +190,25 @@ def process_group(device):
 # --- Files of a run ---
 
 
-def write_atomically(path, save):
-    """save(f) into a binary file, see `pictures.atomically`. Raises UserError, with the old file unharmed."""
+def save_state(path, state):
+    """Write a state that `load_state` reads. Raises UserError, with the old file unharmed."""
     try:
         with atomically(path) as temporary, open(temporary, "wb") as f:
-            save(f)
+            torch.save(state, f)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         raise UserError(f"{path} cannot be written ({reason(error)}); what was there before is unharmed")
 
 
-def save_state(path, state):
-    """Write a state that `load_state` reads. Raises UserError, with the old file unharmed."""
-    write_atomically(path, partial(torch.save, state))
-
-
-def load_state(path, missing="there is nothing to resume; check --name or leave out --resume",
-               damaged="start anew under another --name", device="cpu", keys=()):
+def load_state(path, damaged="start anew under another --name", keys=()):
     """A state that `save_state` wrote, a dict with these keys at least. No pickle in it is executed.
 
-    Raises UserError in one line, which tells what to do: `missing`, `damaged`.
+    Raises UserError in one line, which tells what to do: `damaged`.
     """
     try:
         with warnings.catch_warnings(action="ignore"):  # about pickles, in several lines
-            state = torch.load(path, map_location=device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path}: {missing}")
+        raise UserError(f"{path}: there is nothing to resume; check --name or leave out --resume")
     except pickle.UnpicklingError:
         raise UserError(f"{path} cannot be read (it holds more than tensors and numbers); {damaged}")
     except Exception as error:  # a damaged archive raises anything
@@ -229,15 +231,15 @@ def write_csv(path, columns, rows, digits=".6g", end="\r\n"):
 
 
 @contextlib.contextmanager
-def claimed(folder, name=""):
-    """A context in which no other process may claim `folder`, or the part `name` of it. The folder is made if missing.
+def claimed(folder):
+    """A context in which no other process may claim `folder`. The folder is made if missing.
 
     The claim ends with the process, however that ends. Where the file system knows no locks, all are let in.
     Raises UserError in one line where another process has the folder, or where it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / f".{name}.lock", "a")
+        lock = open(folder / ".lock", "a")
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({reason(error)})")
     with lock:
@@ -353,8 +355,15 @@ def outlive_signals(worker):
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
 
 
-def batches(loader, signals):
-    """The loader's batches. A signal may end a worker that has just started: then the batches end without an error."""
+def batches(dataset, size, steps, workers, signals, pin_memory=False):
+    """This rank's batches of `size` samples of an endless dataset: yields one for each of `steps`, a range.
+
+    A signal may end a worker that has just started: then the batches end without an error.
+    """
+    rank, world = ranks()
+    mine = ([(n * world + rank) * size + i for i in range(size)] for n in steps)
+    loader = DataLoader(dataset, batch_sampler=mine, num_workers=workers, worker_init_fn=outlive_signals,
+                        pin_memory=pin_memory)
     try:
         yield from loader
     except RuntimeError:

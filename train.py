@@ -16,7 +16,6 @@ names. Starts from the model's own adapter where it has one (--init none: from n
 adapter.safetensors (EMA weights), checkpoints/, samples/, log.csv, curves.png, state.pt (to resume), val/ (the fixed
 validation pairs). Settings are the paper's Appendix B; 100 000 steps took it 8 GPUs.
 """
-import argparse
 import math
 import sys
 from contextlib import nullcontext
@@ -24,124 +23,26 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import autoencoder
+import objective
+import runs
 import weights
 from fast import load_model
 from metrics import LPIPS, METRICS
 from metrics.score import evaluate, folder_pairs, mean
-from objective import (
-    PROTOCOLS,
-    TERMS,
-    Conditions,
-    Latents,
-    fill_defaults,
-    in_float32,
-    lattice,
-    load_lpips,
-    losses,
-    prior,
-)
+from objective import PROTOCOLS, TERMS
 from photos.degrade import enlarge, to_image, to_tensor
 from photos.pairs import Pairs, TrainingData, absolute, add_data_options, find_tags
-from photos.pictures import bicubic, read_rgb
-from runs import (
-    DTYPES,
-    UserError,
-    add_device_options,
-    batches,
-    check_ranges,
-    claimed,
-    command,
-    outlive_signals,
-    process_group,
-    ranks,
-    resolve_device,
-    set_flags,
-    write_atomically,
-    write_csv,
-)
-from sanasr import (
-    fingerprint,
-    inject_lora,
-    load_lora,
-    lora_modules,
-    lora_parameters,
-    one_step,
-    read_lora,
-    save_lora,
-)
+from photos.pictures import bicubic, read_rgb, write_bytes
+from runs import DTYPES, UserError, ranks
+from sanasr import fingerprint, inject_lora, load_lora, lora_modules, lora_parameters, one_step, read_lora, save_lora
 from trainer import Trainer, compare, open_state
 
 EMA, CLIP, WEIGHT_DECAY = 0.999, 1.0, 1e-2
 WATCHED = ("val_lpips", "val_psnr", "val_lattice")
 GAIN, LOSS = 0.01, 0.2  # of LPIPS, the least that counts as better; of PSNR in dB, the most that may be lost
-
-# --- Validation, and the choice of a checkpoint ---
-
-
-@torch.no_grad()
-def validate(f, vae, pairs, conditions, tau, lpips):
-    """({mean LPIPS (AlexNet), PSNR, lattice over the 8-bit results of `pairs`}, a grid x_L | x̂ | x_H of the first six).
-
-    This PSNR is over R, G and B; eval.py's is over the luma Y, and some dB higher. lattice: see `objective.lattice`.
-    """
-    device, scores, rows = next(lpips.parameters()).device, [], []
-    for (_, lr, hr), (c, m) in zip(pairs, conditions, strict=True):
-        x_l, x_h = enlarge(lr)[None].to(device), (to_tensor(hr) * 2 - 1)[None].to(device)
-        x = vae.decode(one_step(f, vae.encode(x_l), torch.full((1,), tau, device=device), c, m))
-        x = ((x.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
-        psnr = 10 * math.log10(4 / max((x - x_h).square().mean().item(), 1e-10))
-        scores.append((lpips(x, x_h).item(), psnr, lattice(x - x_h)))
-        rows.append(torch.cat([x_l, x, x_h], 3)[0].cpu() / 2 + 0.5)
-    means = [sum(column) / len(pairs) for column in zip(*scores, strict=True)]
-    return dict(zip(WATCHED, means, strict=True)), to_image(torch.cat(rows[:6], 1))
-
-
-def select(args):
-    """Rank the checkpoints of a run by the mean of one metric and copy the best to best.safetensors.
-
-    Scored are the run's validation pictures; `--lq DIR --data DIR` names others.
-    """
-    settings = open_state(args.run)["settings"]
-    lr, hr = (args.lq, args.data[0]) if args.lq else (args.run / "val" / "lr", args.run / "val" / "hr")
-    tagger = settings["tags"] if settings["tags"] in ("ram", "dape") else "none"
-    pairs = folder_pairs(lr, hr)
-    prompts = find_tags(tagger, [p.name for p in pairs], lambda i: bicubic(read_rgb(pairs[i].lr)), args.device)
-    scores = {}
-    for path in tqdm(sorted((args.run / "checkpoints").glob("*.safetensors")), "scoring checkpoints"):
-        model = load_model(settings["model"], args.device, DTYPES[args.dtype], path, "auto")
-        rows = evaluate(model, pairs, [args.select], device=args.device, prompts=prompts)
-        scores[path] = mean(rows)[args.select]
-    if not scores:
-        raise UserError(f"--select: {args.run}/checkpoints is empty; --resume writes the next one")
-    order = sorted(scores, key=scores.get, reverse=METRICS[args.select].better == "higher")
-    write_csv(args.run / "select.csv", ["checkpoint", args.select],
-              [{"checkpoint": path.name, args.select: scores[path]} for path in order])
-    copy_file(order[0], args.run / "best.safetensors")
-    print("\n".join(f"{path.stem}  {args.select} {scores[path]:.4f}" for path in order))
-    print(f"best: {order[0].name}, copied to {args.run}/best.safetensors")
-    return 0
-
-
-def copy_file(source, target):
-    content = source.read_bytes()
-    write_atomically(target, lambda f: f.write(content))
-
-
-def verdict(rows):
-    """What the validations of a log say of the training: a line, "" where there are fewer than two."""
-    seen = [row for row in rows if "val_lpips" in row]
-    if len(seen) < 2:
-        return ""
-    first, last = seen[0], seen[-1]
-    text = (f"held-out LPIPS {first['val_lpips']:.4f} to {last['val_lpips']:.4f}, PSNR {first['val_psnr']:.2f} to "
-            f"{last['val_psnr']:.2f} dB, lattice {first['val_lattice']:.4f} to {last['val_lattice']:.4f}")
-    gained = first["val_lpips"] - last["val_lpips"] >= GAIN and first["val_psnr"] - last["val_psnr"] <= LOSS
-    return text + ("" if gained else ": nothing was gained; keep the model as it was, or train longer")
-
 
 # --- Training ---
 
@@ -173,62 +74,84 @@ def start_adapter(args, model):
     return metadata
 
 
+class Networks:
+    """The networks of Algorithm 1, of which only the adapter learns; fills in the arguments that depend on them."""
+
+    def __init__(self, args):
+        self.args, self.terms = args, [name for name in TERMS if not getattr(args, f"no_{name}")]
+        self.model = model = load_model(args.model, args.device, DTYPES[args.dtype], adapter=False)
+        objective.fill_defaults(args, model, start_adapter(args, model))
+        model.vae.requires_grad_(False)
+        model.vae.decoder.checkpointing = args.checkpointing != "none"
+        model.dit.checkpointing = args.checkpointing == "all"
+        self.adapter, self.conditions = lora_parameters(model.dit), objective.Conditions(model)
+        self.f, self.f0 = objective.in_float32(model.dit), objective.prior(model.dit)
+        self.vae = objective.Latents(model.vae, model.scaling_factor)
+        self.lpips, args.lpips = (objective.load_lpips(args.lpips, args.device, self.vae.dtype)
+                                  if "lpips" in self.terms else (None, "none"))
+        self.judge = LPIPS.from_pretrained("alex").to(args.device)
+
+    def loss(self, batch):
+        """A batch of `training_batches` -> {"loss": scalar, term: scalar, …}."""
+        batch |= {k: v.to(self.args.device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
+        c, m = self.conditions(batch["prompt"])
+        return objective.losses(self.f, self.f0, self.vae, batch | {"c": c, "m": m}, self.args.timestep, self.lpips,
+                                self.terms)
+
+    @torch.no_grad()
+    def validate(self, pairs, prompts):
+        """({mean LPIPS (AlexNet), PSNR, lattice over the 8-bit results of `pairs`}, a grid x_L | x̂ | x_H of six).
+
+        This PSNR is over R, G and B; eval.py's is over the luma Y, and some dB higher. See `objective.lattice`.
+        """
+        device, scores, rows = self.args.device, [], []
+        for (_, lr, hr), prompt in zip(pairs, prompts, strict=True):
+            x_l, x_h = enlarge(lr)[None].to(device), (to_tensor(hr) * 2 - 1)[None].to(device)
+            tau = torch.full((1,), self.args.timestep, device=device)
+            x = self.vae.decode(one_step(self.f, self.vae.encode(x_l), tau, *self.conditions([prompt])))
+            x = ((x.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+            psnr = 10 * math.log10(4 / max((x - x_h).square().mean().item(), 1e-10))
+            scores.append((self.judge(x, x_h).item(), psnr, objective.lattice(x - x_h)))
+            rows.append(torch.cat([x_l, x, x_h], 3)[0].cpu() / 2 + 0.5)
+        means = [sum(column) / len(pairs) for column in zip(*scores, strict=True)]
+        return dict(zip(WATCHED, means, strict=True)), to_image(torch.cat(rows[:6], 1))
+
+
 def train(args):
     """The whole run, as the module's docstring says. Returns the exit code."""
-    set_flags(repeatable=True, tf32=True)
-    device, world = args.device, ranks()[1]
-    batch = args.batch * args.accumulate * world
+    runs.set_flags(repeatable=True, tf32=True)
+    batch = args.batch * args.accumulate * ranks()[1]
 
-    # the networks, of which only the adapter learns
-    model = load_model(args.model, device, DTYPES[args.dtype], adapter=False)
-    fill_defaults(args, model, start_adapter(args, model))
-    model.vae.requires_grad_(False)
-    model.vae.decoder.checkpointing, model.dit.checkpointing = args.checkpointing != "none", args.checkpointing == "all"
-    adapter = lora_parameters(model.dit)
-    f, f0, vae = in_float32(model.dit), prior(model.dit), Latents(model.vae, model.scaling_factor)
-    terms = [name for name in TERMS if not getattr(args, f"no_{name}")]
-    lpips, args.lpips = load_lpips(args.lpips, device, vae.dtype) if "lpips" in terms else (None, "none")
-    judge = LPIPS.from_pretrained("alex").to(device)
-
-    # the photos, their prompts, the validation pairs
+    # the networks, the photos, and what a resumed run compares
+    networks = Networks(args)
     data = TrainingData(args, args.run, args.protocol, val_folder=args.run / "val")
-    conditions = Conditions(model)
-    conditions.prepare(sorted({*data.prompts, *data.val_prompts}))
+    networks.conditions.prepare(sorted({*data.prompts, *data.val_prompts}))
     settings = {k: getattr(args, k) for k in SETTINGS} | data.fingerprints | {
-        "the model": fingerprint(model.folder / "transformer"), "the losses": {k: TERMS[k].weight for k in terms},
+        "the model": fingerprint(networks.model.folder / "transformer"),
         "the first adapter": weights.sha256(args.init) if args.init != "none" else "none",
-        "the constants": [EMA, CLIP, WEIGHT_DECAY], "--batch times --accumulate times the processes": batch}
-    about = metadata(args, settings, data, terms, batch)
-
-    def loss(sample):
-        sample |= {k: v.to(device, non_blocking=True) for k, v in sample.items() if torch.is_tensor(v)}
-        c, m = conditions(sample["prompt"])
-        return losses(f, f0, vae, sample | {"c": c, "m": m}, args.timestep, lpips, terms)
-
-    def look():
-        if not data.pairs:
-            return {}
-        prompts = [conditions([p]) for p in data.val_prompts]
-        scores, grid = validate(f, vae, data.pairs, prompts, args.timestep, judge)
-        trainer.picture(f"samples/{trainer.step:06d}.png", grid)
-        return scores
+        "the losses": {k: TERMS[k].weight for k in networks.terms}, "the constants": [EMA, CLIP, WEIGHT_DECAY],
+        "--batch times --accumulate times the processes": batch}
+    about = metadata(args, settings, data, networks.terms, batch)
 
     def export(step, averaged):
         for path in (args.run / "checkpoints" / f"{step:06d}.safetensors", args.run / "adapter.safetensors"):
-            save_lora(model.dit, path, about | {"step": str(step)}, averaged)
+            save_lora(networks.model.dit, path, about | {"step": str(step)}, averaged)
 
+    # the loop
+    validate = partial(networks.validate, data.pairs, data.val_prompts) if data.pairs else None
     trainer = Trainer(
-        args.run, adapter, loss, settings, options=args.options, steps=args.steps, every=args.every, lr=args.lr,
-        device=device, terms=terms, watched=WATCHED, weight_decay=WEIGHT_DECAY, clip=CLIP, ema=EMA, validate=look,
-        accumulate=args.accumulate, fp16=args.dtype == "fp16", samples=batch, export=export, watch="val_lpips",
-        patience=args.knee, resume=f"`--name {args.name} --resume` resumes")
+        args.run, networks.adapter, networks.loss, settings, options=args.options, steps=args.steps, every=args.every,
+        lr=args.lr, device=args.device, terms=networks.terms, watched=WATCHED, weight_decay=WEIGHT_DECAY, clip=CLIP,
+        ema=EMA, validate=validate, accumulate=args.accumulate, fp16=args.dtype == "fp16", samples=batch, export=export,
+        watch="val_lpips", patience=args.knee, resume=f"`--name {args.name} --resume` resumes")
     if trainer.main:
-        introduce(args, model, data, adapter, terms, batch)
-    code = trainer.run(partial(training_batches, args, model, data))
+        introduce(args, networks, data, batch)
+    code = trainer.run(partial(training_batches, args, networks.model, data))
     if code or not trainer.main:
         return code
     if trainer.knee_step is not None:
-        copy_file(args.run / "checkpoints" / f"{trainer.knee_step:06d}.safetensors", args.run / "knee.safetensors")
+        knee = args.run / "checkpoints" / f"{trainer.knee_step:06d}.safetensors"
+        write_bytes(args.run / "knee.safetensors", knee.read_bytes())
         print(f"stopped past the knee of validation LPIPS, step {trainer.knee_step} (knee.safetensors)")
     print("; ".join(filter(None, (f"{args.run}/adapter.safetensors, step {trainer.step}", verdict(trainer.rows)))))
     return 0
@@ -243,26 +166,64 @@ def metadata(args, settings, data, terms, batch):
     return {k: str(v) for k, v in (about | {k: settings[k] for k in names}).items()}
 
 
-def introduce(args, model, data, adapter, terms, batch):
+def introduce(args, networks, data, batch):
     """Print what is about to be trained."""
-    used = " and ".join(map(str, sorted({len(m.lora_A.weight) for m in lora_modules(model.dit).values()})))
+    used = sorted({len(m.lora_A.weight) for m in lora_modules(networks.model.dit).values()})
     low, high = PROTOCOLS[args.protocol][1]
-    print(f"{data.report}\n{args.model}: {sum(p.numel() for p in adapter.values()) / 1e6:.2f} M parameters (rank "
-          f"{used}, {args.lora_targets}), from {Path(args.init).name}; τ {args.timestep:g}, t {low} to {high}; losses "
-          f"{' '.join(terms)}, LPIPS {args.lpips}\n{batch} crops of {args.crop} a step; {args.dtype} on {args.device}; "
-          f"seed {args.seed}; torch {torch.__version__}; {len(set(data.prompts))} prompts; {args.run}", flush=True)
+    print(f"{data.report}\n{args.model}: {sum(p.numel() for p in networks.adapter.values()) / 1e6:.2f} M parameters "
+          f"(rank {' and '.join(map(str, used))}, {args.lora_targets}), from {Path(args.init).name}; τ "
+          f"{args.timestep:g}, t {low} to {high}; losses {' '.join(networks.terms)}, LPIPS {args.lpips}\n{batch} crops "
+          f"of {args.crop} a step; {args.dtype} on {args.device}; seed {args.seed}; torch {torch.__version__}; "
+          f"{len(set(data.prompts))} prompts; {args.run}", flush=True)
 
 
 def training_batches(args, model, data, first, signals):
     """This rank's batches of the steps from `first` on."""
-    side, (rank, world) = args.crop // model.vae.factor, ranks()
+    side, steps = args.crop // model.vae.factor, range(first * args.accumulate, args.steps * args.accumulate)
     pairs = Pairs(data.photos, data.prompts, args.crop, (model.dit.config["in_channels"], side, side),
                   PROTOCOLS[args.protocol][1], args.seed, data.lq, args.usm, args.mild)
-    mine = ([(n * world + rank) * args.batch + i for i in range(args.batch)]
-            for n in range(first * args.accumulate, args.steps * args.accumulate))
-    loader = DataLoader(pairs, batch_sampler=mine, num_workers=args.workers, worker_init_fn=outlive_signals,
-                        pin_memory=args.device.type == "cuda")
-    return batches(loader, signals)
+    return runs.batches(pairs, args.batch, steps, args.workers, signals, args.device.type == "cuda")
+
+
+# --- The choice of a checkpoint ---
+
+
+def select(args):
+    """Rank the checkpoints of a run by the mean of one metric and copy the best to best.safetensors.
+
+    Scored are the run's validation pictures; `--lq DIR --data DIR` names others.
+    """
+    settings = open_state(args.run)["settings"]
+    lr, hr = (args.lq, args.data[0]) if args.lq else (args.run / "val" / "lr", args.run / "val" / "hr")
+    tagger = settings["tags"] if settings["tags"] in ("ram", "dape") else "none"
+    pairs = folder_pairs(lr, hr)
+    prompts = find_tags(tagger, [p.name for p in pairs], lambda i: bicubic(read_rgb(pairs[i].lr)), args.device)
+    scores = {}
+    for path in tqdm(sorted((args.run / "checkpoints").glob("*.safetensors")), "scoring checkpoints"):
+        model = load_model(settings["model"], args.device, DTYPES[args.dtype], path, "auto")
+        rows = evaluate(model, pairs, [args.select], device=args.device, prompts=prompts)
+        scores[path] = mean(rows)[args.select]
+    if not scores:
+        raise UserError(f"--select: {args.run}/checkpoints is empty; --resume writes the next one")
+    order = sorted(scores, key=scores.get, reverse=METRICS[args.select].better == "higher")
+    runs.write_csv(args.run / "select.csv", ["checkpoint", args.select],
+                   [{"checkpoint": path.name, args.select: scores[path]} for path in order])
+    write_bytes(args.run / "best.safetensors", order[0].read_bytes())
+    print("\n".join(f"{path.stem}  {args.select} {scores[path]:.4f}" for path in order))
+    print(f"best: {order[0].name}, copied to {args.run}/best.safetensors")
+    return 0
+
+
+def verdict(rows):
+    """What the validations of a log say of the training: a line, "" where there are fewer than two."""
+    seen = [row for row in rows if "val_lpips" in row]
+    if len(seen) < 2:
+        return ""
+    first, last = seen[0], seen[-1]
+    text = (f"held-out LPIPS {first['val_lpips']:.4f} to {last['val_lpips']:.4f}, PSNR {first['val_psnr']:.2f} to "
+            f"{last['val_psnr']:.2f} dB, lattice {first['val_lattice']:.4f} to {last['val_lattice']:.4f}")
+    gained = first["val_lpips"] - last["val_lpips"] >= GAIN and first["val_psnr"] - last["val_psnr"] <= LOSS
+    return text + ("" if gained else ": nothing was gained; keep the model as it was, or train longer")
 
 
 # --- The command ---
@@ -274,25 +235,21 @@ NOT_OPTIONS = ("run", "name", "device", "resume", "select")
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1],
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = runs.parser(__doc__)
     add_data_options(p.add_argument_group("photos").add_argument)
     add = p.add_argument_group("the run").add_argument
     add("--learn", choices=["adapter", "autoencoder"], default="adapter", help="what is trained")
     add("--model", default="embedded", metavar="NAME|FOLDER", help="the prior, see `python -m weights`")
     add("--name", default="default", help="the run is kept in runs/NAME")
     add("--resume", action="store_true", help="go on with the run of that name, with its settings")
-    add("--select", choices=list(METRICS), metavar="METRIC", help="rank the run's checkpoints by a metric of "
-        "eval.py, copy the best to best.safetensors")
+    add("--select", choices=list(METRICS), metavar="METRIC", help="copy the best checkpoint by this metric of eval.py")
     add("--steps", type=int, default=100_000)
     add("--every", type=int, default=1000, metavar="N", help="validate, draw samples and save every N steps")
     add("--batch", type=int, help="per process (default: 4, autoencoder 8)")
     add("--accumulate", type=int, default=1, metavar="N", help="batches a step: 8 on one card make the paper's 32")
-    add("--knee", type=int, default=0, metavar="N", help="stop N validations past the knee of validation LPIPS "
-        "(LinearSR's early stopping)")
-    add("--checkpointing", choices=["none", "decoder", "all"], default="none", help="less memory, more time: recompute "
-        "activations; all for cards of 24 GB")
-    add_device_options(add, workers=12)
+    add("--knee", type=int, default=0, metavar="N", help="stop N validations past the knee of validation LPIPS")
+    add("--checkpointing", choices=["none", "decoder", "all"], default="none", help="recompute; all for cards of 24 GB")
+    runs.add_device_options(add, workers=12)
     add = p.add_argument_group("the method").add_argument
     add("--lr", type=float, help="(default: 5e-5, autoencoder 3e-4)")
     add("--rank", type=int, help="of the adapter; its scale is 1 (default: that of --init, else 64)")
@@ -341,20 +298,20 @@ def parse(argv=None):
     args.lr = default[1] if args.lr is None else args.lr
     if all(getattr(args, f"no_{name}") for name in TERMS):
         p.error(f"no loss is left: leave out one of {' '.join(f'--no-{name}' for name in TERMS)}")
-    check_ranges(args)
+    runs.check_ranges(args)
     absolute(args)
     args.options = {k: v for k, v in vars(args).items() if k not in NOT_OPTIONS}
-    resolve_device(args)
+    runs.resolve_device(args)
     args.run = run
     return args
 
 
-@command
+@runs.command
 def main(argv=None):
     args = parse(argv)
     if args.select:
         return select(args)
-    with process_group(args.device), claimed(args.run) if ranks()[0] == 0 else nullcontext():
+    with runs.process_group(args.device), runs.claimed(args.run) if ranks()[0] == 0 else nullcontext():
         if not args.resume and (args.run / "state.pt").exists():
             raise UserError(f"{args.run} holds a run that has just ended: add --resume, or choose another --name")
         return autoencoder.train(args) if args.learn == "autoencoder" else train(args)

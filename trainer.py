@@ -23,21 +23,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from photos.pictures import reason
-from runs import (
-    Signals,
-    UserError,
-    average,
-    curves,
-    from_first,
-    load_state,
-    peak_memory,
-    ranks,
-    read_log,
-    save_state,
-    write_atomically,
-    write_csv,
-)
+import runs
+from photos.pictures import png, reason, write_bytes
+from runs import UserError, average, ranks
 
 READ = 20  # steps on a GPU after which their losses are read, for which the CPU has to wait
 NAMED = ("name", "prompt", "t")  # of a batch: what is told of it where its loss is not finite
@@ -75,21 +63,24 @@ def knee(values, tolerance=0.05):
     return int(np.argmax(y <= y.min() + tolerance * (y[0] - y.min())))
 
 
-def open_state(folder, damaged="start anew under another --name"):
+def knee_of(rows, column, tolerance=0.05):
+    """(steps of the validations among the rows of a log, the step of the knee of `column`); ([], None) without any."""
+    rows = [row for row in rows if column in row]
+    values = [row[column] * (-1 if "psnr" in column else 1) for row in rows]
+    return [row["step"] for row in rows], rows[knee(values, tolerance)]["step"] if rows else None
+
+
+def open_state(folder):
     """The state of the run in `folder`. Raises UserError."""
-    return load_state(folder / "state.pt", damaged=damaged, keys=("step", "settings", "options", "masters"))
+    return runs.load_state(folder / "state.pt", keys=("step", "settings", "options", "masters"))
 
 
-def differences(saved, settings):
-    """What of `settings` a run was not begun with, as text; "" if nothing. A key with a space is not an option."""
-    return ", ".join(f"{key} changed" if " " in key else f"--{key.replace('_', '-')} {value} (was {saved.get(key)})"
-                     for key, value in settings.items() if saved.get(key) != value)
-
-
-def compare(folder, saved, settings):
-    """Raise UserError where the run in `folder` was begun with other settings."""
-    if changed := differences(saved, settings):
-        raise UserError(f"{folder} was begun with other settings: {changed}; start anew under another --name")
+def compare(path, saved, settings, mend="start anew under another --name"):
+    """Raise UserError where what lies at `path` was begun with other settings. A key with a space is not an option."""
+    changed = [f"{key} changed" if " " in key else f"--{key.replace('_', '-')} {value} (was {saved.get(key)})"
+               for key, value in settings.items() if saved.get(key) != value]
+    if changed:
+        raise UserError(f"{path} was begun with other settings: {', '.join(changed)}; {mend}")
 
 
 class Trainer:
@@ -97,14 +88,14 @@ class Trainer:
 
     def __init__(self, folder, parameters, loss, settings, *, steps, every, lr, device, samples, options=None,
                  terms=(), watched=(), warmup=0, decay=0.0, betas=(0.9, 0.999), weight_decay=1e-2, clip=1.0, ema=0.999,
-                 accumulate=1, fp16=False, validate=dict, export=None, extra=None, backward=None, label="", watch=None,
+                 accumulate=1, fp16=False, validate=None, export=None, backward=None, label="", watch=None,
                  patience=0, tolerance=0.05, resume="rerun to resume"):
         """parameters: {name: parameter}, all that is trained. Where one is of half precision, a float32 master moves.
         loss(batch): {"loss": scalar, **terms}; backward(batch), by default loss(batch)["loss"].backward(), leaves the
         gradients and returns the same. settings: what the run depends on; a state of other settings is refused.
         options: kept in the state besides. samples: of a step, on all ranks. every: steps between validations;
-        validate(): {column: number}, of `watched`, with the EMA weights in place.
-        export(step, {name: EMA weights}) writes the caller's files; extra: an object whose state_dict is kept, too.
+        validate(): ({column: number}, of `watched`, a picture for samples/ or None), with the EMA weights in place.
+        export(step, {name: EMA weights}) writes the caller's files.
         warmup: steps; decay: the share of the steps at the end over which the rate falls to zero.
         patience: stop that many validations past the `knee` of the column `watch`; `knee_step` then names it.
         Raises UserError where the folder's state is of other settings or does not fit.
@@ -113,7 +104,7 @@ class Trainer:
         self.settings, self.options, self.samples = settings, options or {}, samples
         self.steps, self.every, self.lr, self.warmup, self.decay = steps, every, lr, warmup, decay
         self.clip, self.ema_decay, self.accumulate, self.device = clip, ema, accumulate, device
-        self.validate, self.export, self.extra, self.backward = validate, export, extra, backward or self.eager
+        self.validate, self.export, self.backward = validate, export, backward or self.eager
         self.watch, self.patience, self.tolerance, self.knee_step = watch, patience, tolerance, None
         self.names, self.parameters = list(parameters), list(parameters.values())
         self.masters = [p.detach().float() for p in self.parameters]  # of a float32 parameter the same memory
@@ -130,7 +121,7 @@ class Trainer:
         if self.main:
             for part in ("checkpoints", "samples"):
                 (folder / part).mkdir(parents=True, exist_ok=True)
-            write_csv(folder / "log.csv", self.columns, self.rows)
+            runs.write_csv(folder / "log.csv", self.columns, self.rows)
 
     # --- the state, and the files ---
 
@@ -141,27 +132,24 @@ class Trainer:
             copy(self.ema, state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
-            if self.extra:
-                self.extra.load_state_dict(state["extra"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"{self.folder}/state.pt does not fit this training ({reason(error)[:200]}); start anew "
                             "under another --name")
         copy(self.parameters, self.masters)
         self.step = state["step"]
         self.rows = [{k: row[k] for k in row if k in self.columns}
-                     for row in read_log(self.folder / "log.csv", self.step)]
+                     for row in runs.read_log(self.folder / "log.csv", self.step)]
 
     def save(self):
         """The caller's files, then the state: so what the state has reached exists, whenever the run is killed."""
         if self.main:
             mark = self.past_knee()[0] if self.watch else None
-            self.picture("curves.png", curves(self.rows, self.columns[1:-2], mark))
+            self.picture("curves.png", runs.curves(self.rows, self.columns[1:-2], mark))
             if self.export:
                 self.export(self.step, dict(zip(self.names, self.ema, strict=True)))
-            save_state(self.folder / "state.pt", {
+            runs.save_state(self.folder / "state.pt", {
                 "step": self.step, "settings": self.settings, "options": self.options, "masters": self.masters,
-                "ema": self.ema, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                "extra": self.extra.state_dict() if self.extra else {}})
+                "ema": self.ema, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()})
         self.saved = self.step
 
     def note(self, row):
@@ -175,22 +163,22 @@ class Trainer:
             raise UserError(f"{self.folder}/log.csv cannot be written ({reason(error)})")
 
     def picture(self, name, image):
-        write_atomically(self.folder / name, lambda f: image.save(f, "PNG"))
+        write_bytes(self.folder / name, png(image))
 
     def look(self):
-        """The columns of `validate`, by the EMA weights."""
-        if not self.main:
+        """The columns of `validate`, by the EMA weights; writes its picture."""
+        if not self.main or not self.validate:
             return {}
         with holding(self.parameters, self.ema), torch.no_grad():
-            return self.validate()
+            scores, picture = self.validate()
+        if picture:
+            self.picture(f"samples/{self.step:06d}.png", picture)
+        return scores
 
     def past_knee(self):
         """(step of the knee of the watched column or None, whether it lies `patience` validations back)."""
-        rows = [row for row in self.rows if self.watch in row]
-        if not rows:
-            return None, False
-        k = knee([row[self.watch] * (-1 if "psnr" in self.watch else 1) for row in rows], self.tolerance)
-        return rows[k]["step"], 0 < k <= len(rows) - 1 - self.patience
+        steps, bend = knee_of(self.rows, self.watch, self.tolerance)
+        return bend, bend in steps[1:len(steps) - self.patience]
 
     # --- the loop ---
 
@@ -240,8 +228,7 @@ class Trainer:
         about = {key: [str(v) for b in batches for v in (b[key].tolist() if torch.is_tensor(b[key]) else b[key])]
                  for key in batches[0]}
         path = self.folder / f"nan_rank{ranks()[0]}.json"
-        content = json.dumps({"step": step, **{k: str(v) for k, v in row.items()}, **about}, indent=1)
-        write_atomically(path, lambda f: f.write(content.encode()))
+        write_bytes(path, json.dumps({"step": step, **{k: str(v) for k, v in row.items()}, **about}, indent=1))
         raise UserError(f"step {step}: loss {row['loss']:g}, gradient norm {row['grad_norm']:g}: stopped; {path} names "
                         f"the samples, the save of step {self.saved} is unharmed; try a smaller --lr")
 
@@ -260,7 +247,7 @@ class Trainer:
         bar = tqdm(total=self.steps, initial=self.step, desc=self.label or None, unit="step", disable=not self.main,
                    dynamic_ncols=True)
         try:
-            with contextlib.closing(bar), Signals() as signals:  # closed: an error begins on a line of its own
+            with contextlib.closing(bar), runs.Signals() as signals:  # closed: an error begins on a line of its own
                 stop = self.loop(batches(self.step, signals), signals, bar)
         except KeyboardInterrupt:
             print(f"stopped at once: steps after {self.saved} are lost; {self.resume}", file=sys.stderr)
@@ -293,7 +280,7 @@ class Trainer:
             bar.update()
             stop = any([row.pop("stop") for row in rows])  # of any rank
             also = {"samples_per_s": self.samples * len(rows) / (time.perf_counter() - started),
-                    "memory_gb": peak_memory(self.device) or 0.0}
+                    "memory_gb": runs.peak_memory(self.device) or 0.0}
             rows = [{"step": step} | row | also for (step, *_), row in zip(unread, rows, strict=True)]
             bar.set_postfix({k: f"{v:.4g}" for k, v in rows[-1].items() if k != "step"}, refresh=False)
             if due:
@@ -305,7 +292,7 @@ class Trainer:
             if stop:
                 return signals.caught or signal.SIGTERM
             if due and self.patience:
-                step, passed = from_first(self.past_knee)
+                step, passed = runs.from_first(self.past_knee)
                 if passed:
                     self.knee_step = step
                     return 0

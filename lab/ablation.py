@@ -16,7 +16,6 @@ eval.py's, one CSV image by image. --out keeps stages/NAME.csv, ablations/NAME.c
 ablations.csv (the tables). Rows that have their CSV are not made again; after Ctrl-C, rerun to resume. A row of 128²
 pairs takes 4 s of CPU time a pair, most of it the metrics, and an ablation its steps besides.
 """
-import argparse
 import copy
 import csv
 import json
@@ -24,7 +23,9 @@ import shlex
 import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -32,13 +33,14 @@ from PIL import ImageFilter
 from tqdm import tqdm
 
 import metrics
+import runs
 import train
 import weights
 from fast import load_model
 from metrics.score import evaluate, folder_pairs, load_all, pick, shown, write_scores
 from photos.pairs import find_tags
 from photos.pictures import bicubic, write_bytes
-from runs import UserError, check_ranges, command, pick_device, pick_dtype, write_csv
+from runs import UserError, pick_device, pick_dtype, write_csv
 from sanasr import conditioning, fingerprint, open_weights
 
 STAGES = {
@@ -65,18 +67,10 @@ VARIANTS = {  # name: (what, options of train.py)
 }
 
 
-class Bicubic:
-    """In the place of a model: x_L."""
-
-    def restore(self, image, prompt, scale):
-        return bicubic(image, scale)
-
-
-class Unsharp(Bicubic):
-    """In the place of a model: x_L + 3 (x_L − blurred x_L), the filter that a trained model must beat."""
-
-    def restore(self, image, prompt, scale):
-        return super().restore(image, prompt, scale).filter(ImageFilter.UnsharpMask(1.5, percent=300, threshold=0))
+# in the place of a model: x_L, and x_L + 3 (x_L − blurred x_L), the filter that a trained model must beat
+BICUBIC = SimpleNamespace(restore=lambda image, prompt, scale: bicubic(image, scale))
+UNSHARP = SimpleNamespace(restore=lambda image, prompt, scale: bicubic(image, scale).filter(
+    ImageFilter.UnsharpMask(1.5, percent=300, threshold=0)))
 
 
 def without_update(model):
@@ -98,10 +92,10 @@ def restorer(args, adapter):
     return load_model(args.model, args.device, pick_dtype("auto", args.device), adapter, "auto")
 
 
-def stage(name, path, args, model):
+def stage(name, args, model, path):
     """Make one row of the table of stages."""
     if name in ("bicubic", "unsharp"):
-        return score(Bicubic() if name == "bicubic" else Unsharp(), args.pairs, path, args)
+        return score(BICUBIC if name == "bicubic" else UNSHARP, args.pairs, path, args)
     if name == "autoencoder":
         return score(without_update(model), args.pairs, path, args)
     if name == "ceiling":
@@ -111,7 +105,7 @@ def stage(name, path, args, model):
           suffix="none" if name == "full-no-suffix" else conditioning(model.metadata)["suffix"])
 
 
-def variant(name, path, args, model):
+def variant(name, args, path):
     """Make one row of the table of ablations: train an adapter, or go on with it, and evaluate it."""
     folder = path.with_suffix("").resolve()
     options = [args.tags if option == "FILE" else option for option in VARIANTS[name][1]]
@@ -130,32 +124,46 @@ def keep_settings(folder, settings):
     """Rows of one table are made alike. Raises UserError where those in `folder` were made with other settings."""
     path = folder / "settings.json"
     old = json.loads(path.read_text()) if path.exists() else {}
-    settings = {k: v if v is None else str(v) for k, v in settings.items()}
-    if changed := [k for k, v in settings.items() if old.get(k) is not None and v is not None and v != old[k]]:
+    settings = {k: str(v) for k, v in settings.items() if v is not None}
+    if changed := [k for k, v in settings.items() if old.get(k, v) != v]:
         raise UserError(f"{folder} holds rows that were made with another {', '.join(changed)}: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, json.dumps(old | {k: v for k, v in settings.items() if v is not None}, indent=1))
+    write_bytes(path, json.dumps(old | settings, indent=1))
 
 
-def tabulate(folder, words, costs=None):
-    """Writes the mean rows found in `folder`, in the order of `words`, to folder.csv; returns them as Markdown.
+def tabulate(folder, words, costs):
+    """Write the mean rows found in `folder`, in the order of `words`, to folder.csv; returns them as Markdown.
 
-    costs: {name: {column: text}}, columns that are no metrics.
+    words: {name: what}; costs: {name: {column: text}}, columns that are no metrics.
     """
     rows = []
     for name, what in words.items():
         if (folder / f"{name}.csv").exists():
             with open(folder / f"{name}.csv", newline="", encoding="utf-8") as f:
                 row = next(row for row in csv.DictReader(f) if row.pop("image") == "mean")
-            rows.append({"name": name, "what": what} | row | (costs or {}).get(name, {}))
+            rows.append({"name": name, "what": what} | row | costs.get(name, {}))
     columns = [m for m in metrics.METRICS if any(m in row for row in rows)]
-    extra = list(dict.fromkeys(column for name in words for column in (costs or {}).get(name, {})))
+    extra = list(dict.fromkeys(column for name in words for column in costs.get(name, {})))
     write_csv(folder.with_suffix(".csv"), ["name", "what", *columns, *extra], rows)
     lines = [[folder.name, *(f"{m.upper()} {metrics.METRICS[m].arrow}" for m in columns), *extra]]
     lines += [["---"] * len(lines[0])]
     lines += [[row["what"], *(shown(m, float(row[m])) if m in row else "" for m in columns),
                *(row.get(column, "") for column in extra)] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def make_rows(folder, rows, names, costs=dict):
+    """Make those of `rows`, {name: (what, function of a path)}, that are in `names` and have no CSV in `folder` yet.
+
+    The table is written after each, see `tabulate`. Returns it as Markdown, "" without any row.
+    """
+    words = {name: what for name, (what, _) in rows.items()}
+    bar = tqdm([name for name in names if not (folder / f"{name}.csv").exists()], folder.name, unit="row")
+    for name in bar:
+        bar.set_postfix_str(name)
+        rows[name][1](folder / f"{name}.csv")
+        tabulate(folder, words, costs())
+    return tabulate(folder, words, costs()) if any(folder.glob("*.csv")) else ""
 
 
 def bootstrap(differences, n=10_000):
@@ -165,14 +173,8 @@ def bootstrap(differences, n=10_000):
     return np.quantile(means, [0.025, 0.975])
 
 
-def available(names, device):
-    """Those of the metrics whose weights can be had, see `load_all`."""
-    return list(load_all(pick(names, True), device))
-
-
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runs.parser(__doc__)
     add = parser.add_argument
     add("--lr", required=True, metavar="DIR", help="low-quality photos")
     add("--hr", required=True, metavar="DIR", help="their references, four times the size, matched by file name")
@@ -189,13 +191,13 @@ def parse(argv=None):
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     args = parser.parse_args(argv)
     args.device = pick_device(args.device)
-    check_ranges(args)
+    runs.check_ranges(args)
     args.pairs = folder_pairs(args.lr, args.hr)[:args.limit]
-    args.metrics = available(args.metrics, args.device)
+    args.metrics = list(load_all(pick(args.metrics, True), args.device))  # those whose weights are available
     return args
 
 
-@command
+@runs.command
 def main(argv=None):
     args = parse(argv)
     model = load_model(args.model, args.device, pick_dtype("auto", args.device), args.adapter)
@@ -206,29 +208,18 @@ def main(argv=None):
               "metrics": ",".join(args.metrics),
               "model": [fingerprint(model.folder / part) for part in ("vae", "transformer")],
               "tags": args.tags and weights.sha256(Path(args.tags))}
-    tables = {"stages": (STAGES, stage, {"adapter": weights.sha256(Path(own)) if Path(own).exists() else "none"})}
+    tables = {"stages": {name: (what, partial(stage, name, args, model)) for name, what in STAGES.items()}}
+    settings = {"stages": {"adapter": weights.sha256(Path(own)) if Path(own).exists() else "none"}}
     if args.data:
-        tables["ablations"] = ({name: what for name, (what, _) in VARIANTS.items()}, variant,
-                               {"data": args.data, "steps": args.steps, "train-args": args.train_args})
-    for title, (_, _, settings) in tables.items():
-        keep_settings(args.out / title, common | settings)
-    todo = [(title, name) for title, (words, _, _) in tables.items() for name in words
-            if name in (args.only or words) and (args.tags or name not in ("tags", "full-tags"))]
-    try:
-        bar = tqdm(todo, unit="row")
-        for title, name in bar:
-            bar.set_postfix_str(name)
-            (words, make, _), path = tables[title], args.out / title / f"{name}.csv"
-            if not path.exists():
-                make(name, path, args, model)
-                tabulate(args.out / title, words)
-    except KeyboardInterrupt:
-        print("interrupted; rerun to resume", file=sys.stderr)
-        return 130
+        tables["ablations"] = {name: (what, partial(variant, name, args)) for name, (what, _) in VARIANTS.items()}
+        settings["ablations"] = {"data": args.data, "steps": args.steps, "train-args": args.train_args}
+    for title in tables:
+        keep_settings(args.out / title, common | settings[title])
+    texts = [make_rows(args.out / title, rows, [name for name in rows if name in (args.only or rows)
+                                                and (args.tags or name not in ("tags", "full-tags"))])
+             for title, rows in tables.items()]
     print(f"\n{args.model}, {len(args.pairs)} pairs" + (f"; ablations of {args.steps} steps" if args.data else ""))
-    for title, (words, *_) in tables.items():
-        if any((args.out / title).glob("*.csv")):
-            print("\n" + tabulate(args.out / title, words))
+    print("".join(f"\n{text}\n" for text in texts if text), end="")
     return 0
 
 

@@ -19,7 +19,6 @@ have their CSV are not made again. Whole models of models/, also from another ma
 resume. --options: of all these trainings, as linearsr.train's. ms: the median of the pictures; GMAC: of one of 512 ×
 512; both without the text encoder.
 """
-import argparse
 import csv
 import itertools
 import json
@@ -28,20 +27,20 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from torch import float32, nn
-from tqdm import tqdm
+from torch import float32
 
+import runs
 import weights
 from fast import load_model
-from lab.ablation import Bicubic, available, bootstrap, keep_settings, score, tabulate
+from lab.ablation import BICUBIC, bootstrap, keep_settings, make_rows, score
 from lab.profile import count
 from linearsr import train as training
 from linearsr.flow import Held, Network, interval
-from metrics.score import folder_pairs
+from metrics.score import folder_pairs, load_all, pick
 from objective import Conditions, Latents
 from photos.pairs import TrainingData
 from photos.pictures import png, write_bytes
-from runs import UserError, check_ranges, command, curves, pick_device, pick_dtype, workers
+from runs import UserError, pick_device, pick_dtype
 from sanasr import LinearDiT, conditioning, fingerprint
 
 SEEDS = 0, 1
@@ -60,33 +59,25 @@ VARIANTS = {  # name: (what, options of linearsr.train, the row whose experts ar
 # --- losses ---
 
 
-class Off(nn.Module):
-    """In the place of a stem: no condition."""
-
-    def __init__(self, stem):
-        super().__init__()
-        self.width = stem.config["width"]
-
-    def forward(self, x):
-        return x.new_zeros(len(x), self.width, x.shape[2] // 8, x.shape[3] // 8)
-
-
 def losses(args):
     """Print the table of losses."""
     model = load_model(args.model, args.device, float32)
     shared = LinearDiT.from_pretrained(weights.folder(args.model) / "transformer", float32, args.device)
     args.crop, args.suffix = shared.config["sample_size"] * model.vae.factor, conditioning(model.metadata)["suffix"]
-    args.tags, args.lq, args.workers, args.seed = args.tags or "none", None, workers(4), 0
+    args.tags, args.lq, args.workers, args.seed = args.tags or "none", None, runs.workers(4), 0
     data = TrainingData(args, args.out)
     if not data.pairs:
         raise UserError("--data: at least two photos are needed, one of them to be held out")
+
+    def no_condition(x):  # in the place of a stem
+        return x.new_zeros(len(x), model.stem.config["width"], x.shape[2] // 8, x.shape[3] // 8)
     held = Held(data.pairs, data.val_prompts, Latents(model.vae, model.scaling_factor), Conditions(model), args.device)
     print(f"{args.model}: {data.report}, {args.draws} times each")
     print(f"{'t':16}{'expert':>10}{'shared':>10}{'no condition':>14}   expert − shared (95 %)")
     for k, expert in enumerate(model.experts):
         ends = interval(k, model.boundaries)
         own, common, off = (held.flow(Network(dit, stem), ends, args.draws).mean(1) for dit, stem in (
-            (expert, model.stem), (shared, model.stem), (shared, Off(model.stem))))
+            (expert, model.stem), (shared, model.stem), (shared, no_condition)))
         low, high = bootstrap(own - common)
         print(f"{ends[0]:5.3f} to {ends[1]:5.3f}  {own.mean():10.4f}{common.mean():10.4f}{off.mean():14.4f}   "
               f"{(own - common).mean():+.4f} ({low:+.4f} to {high:+.4f})", flush=True)
@@ -119,7 +110,7 @@ def table_rows(args):
         score(model, args.pairs, path, args, tags, **options)
         write_bytes(path.with_suffix(".json"), json.dumps({"ms": f"{median(model.ms):.0f}", "GMAC": f"{gmac:.1f}"}))
 
-    rows = {"bicubic": ("bicubic", lambda path: score(Bicubic(), args.pairs, path, args)),
+    rows = {"bicubic": ("bicubic", lambda path: score(BICUBIC, args.pairs, path, args)),
             "sana-sr": ("SANA-SR, 1 step", lambda path: make(path, args.sanasr))}
     if args.tags:
         rows["sana-sr-tags"] = "SANA-SR, 1 step, tags", lambda path: make(path, args.sanasr, args.tags)
@@ -193,13 +184,13 @@ def draw(path, table):
         if value := found.get(f"steps-{row['step']}-{seed}", {}).get(metric):
             row[f"{metric}, seed {seed}"] = float(value)
     if names := sorted({key for row in rows for key in row} - {"step"}):
-        write_bytes(path, png(curves(rows, names)))
+        write_bytes(path, png(runs.curves(rows, names)))
 
 
 def table(args):
     """Make the rows that are lacking, and the table. Returns the exit code."""
     args.pairs = folder_pairs(args.lr, args.hr)[:args.limit]
-    args.metrics = available(args.metrics, args.device)
+    args.metrics = list(load_all(pick(args.metrics, True), args.device))
     rows, folder, model = table_rows(args), args.out / "rows", weights.folder(args.model)
     wanted = chosen(args, rows, "row")
     keep_settings(folder, {
@@ -210,24 +201,17 @@ def table(args):
         "steps": args.pretrained and args.steps, "best": args.best, "fine-steps": args.best and args.fine_steps,
         "options": args.options or None})
 
-    def written():
-        costs = {name: json.loads((folder / f"{name}.json").read_text()) for name in rows
-                 if (folder / f"{name}.json").exists()}
-        text = tabulate(folder, {name: what for name, (what, _) in rows.items()}, costs)
-        draw(args.out / "steps.png", folder.with_suffix(".csv"))
-        return text
-    bar = tqdm([name for name in wanted if not (folder / f"{name}.csv").exists()], unit="row")
-    for name in bar:
-        bar.set_postfix_str(name)
-        rows[name][1](folder / f"{name}.csv")
-        written()
-    print(f"\n{args.model} and {args.sanasr}, {len(args.pairs)} pairs\n\n{written()}")
+    def costs():
+        return {path.stem: json.loads(path.read_text()) for path in (folder / f"{name}.json" for name in rows)
+                if path.exists()}
+    text = make_rows(folder, rows, wanted, costs)
+    draw(args.out / "steps.png", folder.with_suffix(".csv"))
+    print(f"\n{args.model} and {args.sanasr}, {len(args.pairs)} pairs\n\n{text}")
     return 0
 
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1],
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = runs.parser(__doc__)
     add = p.add_argument
     add("command", choices=["losses", "table", "models"])
     add("--model", default="linearsr-embedded", metavar="NAME|FOLDER", help="LinearSR (default: %(default)s)")
@@ -253,7 +237,7 @@ def parse(argv=None):
     add("--limit", type=int, metavar="N", help="use the first N pairs")
     add("--metrics", default="psnr,ssim,lpips,dists,niqe")
     args = p.parse_args(argv)
-    check_ranges(args)
+    runs.check_ranges(args)
     args.device = pick_device(args.device)
     needed = {"losses": ["data"], "table": ["lr", "hr"], "models": ["pretrained"]}[args.command]
     if lacking := [f"--{name}" for name in needed if not getattr(args, name)]:
@@ -264,14 +248,10 @@ def parse(argv=None):
     return args
 
 
-@command
+@runs.command
 def main(argv=None):
     args = parse(argv)
-    try:
-        return {"losses": losses, "table": table, "models": models}[args.command](args)
-    except KeyboardInterrupt:
-        print("interrupted; rerun to resume", file=sys.stderr)
-        return 130
+    return {"losses": losses, "table": table, "models": models}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ crops of 256 pixels are encoded once. Photos of 128 pixels or more are continued
 held-out photos (one in 16, see `photos.pairs.held_out`) with right, empty and shuffled prompts. The bundled prior took
 --batch 32 --lr 1e-3 --steps 1000 --latents 5000 and 14 minutes on two CPU cores.
 """
-import argparse
 import json
 import re
 import shutil
@@ -26,23 +25,13 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
+import runs
 import weights
 from objective import noised
 from photos.degrade import to_tensor
 from photos.pairs import digest, photo_paths, scan, split
 from photos.pictures import read, write_bytes
-from runs import (
-    DTYPES,
-    UserError,
-    add_device_options,
-    check_ranges,
-    claimed,
-    command,
-    load_state,
-    resolve_device,
-    save_state,
-    write_csv,
-)
+from runs import DTYPES, UserError
 from sanasr import DCAE, Gemma2, GemmaTokenizer, LinearDiT, build_prompt, fingerprint, save_module, tokenize_prompt
 from trainer import Trainer, open_state
 
@@ -131,7 +120,7 @@ def write_tags(args):
             rows.append({"image": path.name, "tags": ", ".join(tags(path, read(path).rgb))})
         except Exception:  # on broken files the decoders raise anything
             bad += 1
-    write_csv(args.to, ["image", "tags"], rows)
+    runs.write_csv(args.to, ["image", "tags"], rows)
     print(f"wrote {args.to}: {len(rows)} pictures" + (f", {bad} unreadable" if bad else ""))
     return 0
 
@@ -216,12 +205,16 @@ def train(args):
                 "seed": args.seed, "batch": args.batch, "lr": args.lr, "dtype": args.dtype}
     path = args.out / "latents.pt"
     made_of = [settings[key] for key in ("the photos", "the autoencoder", "latents", "seed", "dtype")]
-    data = load_state(path, damaged="delete it") if path.exists() else {}
+    data = runs.load_state(path, damaged="delete it") if path.exists() else {}
     if data.get("made_of") != made_of:
         data = make_latents(args, vae, photos, held[:VALIDATED], side) | {"made_of": made_of}
-        save_state(path, data)
+        runs.save_state(path, data)
     scale = 1 / data["z"].float().std().item()
-    tokenizer = open_tokenizer(args.out / "tokenizer")
+    if not (args.out / "tokenizer" / "tokenizer.json").exists():
+        lines = (weights.HERE / "ram" / "tags.txt").read_text(encoding="utf-8").split("\n")
+        bpe = train_tokenizer(lines, TEXT_ENCODER["vocab_size"])
+        write_bytes(args.out / "tokenizer" / "tokenizer.json", json.dumps(bpe, ensure_ascii=False))
+    tokenizer = GemmaTokenizer(args.out / "tokenizer")
 
     def tokens(words, suffix="appendix"):
         ids = [torch.tensor(tokenize_prompt(tokenizer, build_prompt(w, suffix))[0]) for w in words]
@@ -249,7 +242,7 @@ def train(args):
         noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(device)
         t = torch.linspace(50, 950, len(z), device=device)
         prompts = {"right": words, "empty": [[]] * len(z), "shuffled": words[1:] + words[:1]}
-        return {f"val_{k}": flow_loss(model, z, t, noise, *tokens(v)).item() for k, v in prompts.items()}
+        return {f"val_{k}": flow_loss(model, z, t, noise, *tokens(v)).item() for k, v in prompts.items()}, None
 
     torch.manual_seed(args.seed)
     model = Prior().to(device)
@@ -258,15 +251,6 @@ def train(args):
                    every=args.every, lr=args.lr, warmup=WARMUP, decay=DECAY, betas=(0.9, 0.98), device=device,
                    samples=args.batch, fp16=args.dtype == "fp16", watched=("val_right", "val_empty", "val_shuffled"),
                    validate=look, label="prior").run(batches)
-
-
-def open_tokenizer(folder):
-    """The tokenizer of RAM's tags in `folder`, trained where it is missing."""
-    if not (folder / "tokenizer.json").exists():
-        lines = (weights.HERE / "ram" / "tags.txt").read_text(encoding="utf-8").split("\n")
-        bpe = train_tokenizer(lines, TEXT_ENCODER["vocab_size"])
-        write_bytes(folder / "tokenizer.json", json.dumps(bpe, ensure_ascii=False))
-    return GemmaTokenizer(folder)
 
 
 def export(args):
@@ -292,9 +276,9 @@ def export(args):
     return 0
 
 
-@command
+@runs.command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runs.parser(__doc__)
     add = parser.add_argument
     add("command", choices=["train", "export", "tags"])
     add("--data", nargs="+", metavar="DIR", help="folders of clean photos, searched recursively")
@@ -306,17 +290,17 @@ def main(argv=None):
     add("--every", type=int, default=500, metavar="N", help="validate and save every N steps (default %(default)s)")
     add("--batch", type=int, default=4, help="latents a step (default %(default)s)")
     add("--lr", type=float, default=5e-4, help="peak learning rate (default %(default)s)")
-    add_device_options(add, workers=4)
+    runs.add_device_options(add, workers=4)
     args = parser.parse_args(argv)
     if args.command != "export" and not args.data:
         parser.error("--data is needed: a folder of clean photos")
     if args.command != "train" and not args.to:
         parser.error("--to names what to write")
-    check_ranges(args)
+    runs.check_ranges(args)
     if args.command != "train":
         return {"export": export, "tags": write_tags}[args.command](args)
-    resolve_device(args)
-    with claimed(args.out):
+    runs.resolve_device(args)
+    with runs.claimed(args.out):
         return train(args)
 
 

@@ -20,7 +20,6 @@ samples/, log.csv, curves.png (a red line marks the knee), state.pt (to resume),
 """
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -32,28 +31,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import runs
 import weights
 from fast import load_model
+from fast.graphs import graphed_backward
 from linearsr import BOUNDARIES, STRIDE, SYSTEM, Stem, check_boundaries, expert_of
 from linearsr.flow import EightBitPairs, EncodedPairs, Held, Network, flow_loss, held_flow, interval, pairs_key, times
 from metrics import LPIPS
-from objective import Conditions, Latents, put
-from photos.degrade import MIN_SIZE
+from objective import Conditions, Latents, fill_crop, put
 from photos.pairs import TrainingData, absolute, add_data_options
-from photos.pictures import one_line, reason, write_bytes
-from runs import (
-    DTYPES,
-    UserError,
-    add_device_options,
-    check_ranges,
-    claimed,
-    command,
-    from_first,
-    process_group,
-    ranks,
-    read_log,
-    resolve_device,
-)
+from photos.pictures import reason, write_bytes
+from runs import DTYPES, UserError, from_first, ranks
 from sanasr import (
     adapters_off,
     build_prompt,
@@ -65,7 +53,7 @@ from sanasr import (
     save_module,
     save_tensors,
 )
-from trainer import Trainer, knee
+from trainer import Trainer, knee_of
 
 STAGES = ["pretrain", "experts", "finetune"]
 LR = {"pretrain": 3e-4, "experts": 3e-4, "finetune": 5e-5}
@@ -85,11 +73,10 @@ def expert_folders(args, stage):
 
 def validations(folder, watch):
     """(steps of a training's validations, the one of its knee). Raises UserError where there are none."""
-    rows = [row for row in read_log(folder / "log.csv") if watch in row]
-    if not rows:
+    steps, bend = knee_of(runs.read_log(folder / "log.csv"), watch, TOLERANCE)
+    if not steps:
         raise UserError(f"{folder / 'log.csv'} has no validations: raise --steps, the next one is noted there")
-    bend = knee([row[watch] * (-1 if watch == "val_psnr" else 1) for row in rows], TOLERANCE)
-    return [row["step"] for row in rows], rows[bend]["step"]
+    return steps, bend
 
 
 def starting_point(folder, args):
@@ -169,53 +156,6 @@ def prepare(network, args, start, k):
 # --- One training: the shared network, or one expert ---
 
 
-class Backward:
-    """The Trainer's `backward` as one CUDA graph, captured at the first call: one launch instead of thousands.
-
-    All batches must have the shapes of the first. The gradients lie where the graph writes them. Where it cannot be
-    captured, a line says why, and kernels are launched one by one.
-    """
-
-    def __init__(self, loss, parameters):
-        self.loss, self.parameters, self.possible, self.graph = loss, parameters, True, None
-
-    def __call__(self, batch):
-        inputs = {key: x for key, x in batch.items() if torch.is_tensor(x)}
-        if self.possible and self.graph is None:
-            try:
-                self.capture({key: x.clone() for key, x in inputs.items()})
-            except Exception as error:  # whatever the driver, Triton or a kernel raises
-                self.possible = False
-                print(f"no CUDA graph, which makes the training slower: {one_line(error)[:300]}", flush=True)
-        if self.graph is None:
-            return self.eager(inputs)
-        torch._foreach_copy_([*self.inputs.values()], [*inputs.values()])
-        self.graph.replay()
-        return self.values
-
-    def eager(self, inputs):
-        self.forget()
-        values = self.loss(inputs)
-        values["loss"].backward()
-        return {name: value.detach() for name, value in values.items()}
-
-    def forget(self):
-        for p in self.parameters:
-            p.grad = None
-
-    def capture(self, inputs):
-        graph, side, now = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
-        side.wait_stream(now)
-        with torch.cuda.stream(side):  # warm up first, so that one-time initialisation is not captured
-            for _ in range(3):
-                self.eager(inputs)
-        now.wait_stream(side)
-        self.forget()  # the warm-up's memory is given back before the graph takes its own
-        with torch.cuda.stream(now), torch.cuda.graph(graph):  # the stream is `now` again, even if the capture fails
-            values = self.eager(inputs)
-        self.graph, self.inputs, self.values = graph, inputs, values
-
-
 def capturable(args):
     """Whether forward and backward can be one CUDA graph."""
     return args.device.type == "cuda" and ranks()[1] == 1 and not args.checkpointing
@@ -258,15 +198,14 @@ def fit(folder, k, args, network, start, data, pairs, conditions, held, judge):
             return network(z, torch.full(z.shape[:1], t, device=device), c, m, lr).float()
 
     def look():
-        """Columns of the log. val_flow_K: held-out loss on the interval of expert K; val_flow: on that of the training;
-        val_psnr (RGB), val_lpips (AlexNet): of restorations in --val-steps steps."""
+        """Columns of the log and a picture. val_flow_K: held-out loss on the interval of expert K; val_flow: on that of
+        the training; val_psnr (RGB), val_lpips (AlexNet): of restorations in --val-steps steps."""
         with autocast():
             flow = [held.flow(network, interval(j, boundaries)).mean().item() for j in range(len(boundaries) + 1)]
             pictures = held.restored(velocity, args.val_steps)
         scores, grid = held.judged(pictures, judge)
-        trainer.picture(f"samples/{trainer.step:06d}.png", grid)
         own = held_flow(flow, boundaries) if k is None else flow[k]
-        return {"val_flow": own, **{f"val_flow_{j}": v for j, v in enumerate(flow)}, **scores}
+        return {"val_flow": own, **{f"val_flow_{j}": v for j, v in enumerate(flow)}, **scores}, grid
 
     def export(step, averaged):
         path = folder / "checkpoints" / f"{step:06d}.safetensors"
@@ -284,7 +223,7 @@ def fit(folder, k, args, network, start, data, pairs, conditions, held, judge):
         steps=args.steps, every=args.every, lr=args.lr, warmup=WARMUP, device=device, samples=args.batch * ranks()[1],
         watched=["val_flow", *(f"val_flow_{j}" for j in range(len(boundaries) + 1)), "val_psnr", "val_lpips"],
         watch=args.watch, tolerance=TOLERANCE, validate=look, export=export, label=label,
-        backward=Backward(loss, list(parameters.values())) if graph else None)
+        backward=graphed_backward(loss, parameters.values()) if graph else None)
     if trainer.main and trainer.step < args.steps:
         print(f"{label}: {sum(p.numel() for p in parameters.values()) / 1e6:.2f} M parameters, t in {ends}, batch "
               f"{trainer.samples}, {args.dtype} on {device}, torch {torch.__version__}; {folder}", flush=True)
@@ -303,9 +242,7 @@ def run_stage(args):
     model = load_model(args.model, device, torch.float32, adapter=False)
     if model.vae.factor != 4 * STRIDE:
         raise UserError(f"--model {args.model}: its latents are {model.vae.factor} times smaller, not {4 * STRIDE}")
-    args.crop = args.crop or model.dit.config["sample_size"] * model.vae.factor
-    if args.crop % model.vae.factor or args.crop < MIN_SIZE:
-        raise UserError(f"--crop {args.crop}: it must be a multiple of {model.vae.factor} and at least {MIN_SIZE}")
+    fill_crop(args, model)
     model.vae.requires_grad_(False)
     latents, judge = Latents(model.vae, model.scaling_factor), LPIPS.from_pretrained("alex").to(device)
 
@@ -330,7 +267,7 @@ def run_stage(args):
         dit = deepcopy(model.dit)
         dit.checkpointing = args.checkpointing
         network = Network(dit, Stem({"width": dit.config["cross_attention_dim"]}).to(device))
-        with claimed(folder) if main else contextlib.nullcontext():
+        with runs.claimed(folder) if main else contextlib.nullcontext():
             code = fit(folder, None if args.stage == "pretrain" else k, args, network, start, data, pairs, conditions,
                        held, judge)
         network = dit = None
@@ -387,8 +324,7 @@ SETTINGS = ("data", "lq", "min_side", "model", "crop", "tags", "suffix", "mild",
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1],
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = runs.parser(__doc__)
     p.add_argument("--stage", choices=[*STAGES, "export"], required=True)
     add = p.add_argument_group("photos").add_argument
     add_data_options(add)
@@ -410,7 +346,7 @@ def parser():
     add("--checkpointing", action="store_true", help="less memory, more time: recompute activations")
     add("--to", metavar="DIR", help="export: the folder to write")
     add("--of", choices=STAGES, help="export: of this stage (default: the last one there is)")
-    add_device_options(add, workers=12)
+    runs.add_device_options(add, workers=12)
     add = p.add_argument_group("the method").add_argument
     add("--boundaries", nargs="*", type=float, default=list(BOUNDARIES), metavar="T", help="of the experts' intervals; "
         "none: one expert (default: %(default)s)")
@@ -438,35 +374,32 @@ def parse(argv=None):
         p.set_defaults(**{key: settings[key] for key in (*SETTINGS, *own) if key in settings})
         args = p.parse_args(argv)
     args.root = root
-    try:
-        args.boundaries = list(check_boundaries(args.boundaries))
-    except ValueError as error:
-        p.error(f"--boundaries: {error}")
+    args.boundaries = list(check_boundaries(args.boundaries))
     if args.stage == "export":
         if not args.to:
             p.error("--to names the folder to write")
         return args
     if not args.data:
         p.error("--data names the folders of photos")
-    check_ranges(args)
+    runs.check_ranges(args)
     absolute(args)
     if args.stage == "pretrain" and (args.expert is not None or args.pretrained):
         p.error("--expert and --pretrained belong to the later stages")
     if args.expert is not None and not 0 <= args.expert <= len(args.boundaries):
         p.error(f"--expert must be 0 to {len(args.boundaries)}, not {args.expert}")
     args.lr = args.lr or LR[args.stage]
-    resolve_device(args)
+    runs.resolve_device(args)
     if args.dtype == "fp16":
         p.error("--dtype fp16: no loss scaling here; take bf16 or fp32")
     return args
 
 
-@command
+@runs.command
 def main(argv=None):
     args = parse(argv)
     if args.stage == "export":
         return export(args)
-    with process_group(args.device):
+    with runs.process_group(args.device):
         return run_stage(args)
 
 

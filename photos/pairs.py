@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 import weights
 from photos.degrade import SCALE, degrade, enlarge, sharpen, to_image, to_tensor
-from photos.pictures import bicubic, one_line, picture_suffixes, png, read, reason, write_bytes
-from runs import UserError, from_first, write_csv
+from photos.pictures import bicubic, picture_suffixes, png, read, reason, write_bytes
+from runs import UserError, from_first
 from sanasr import build_prompt, clean_tags
 
 # --- Finding photos ---
@@ -135,30 +135,25 @@ def bare_name(path):
 
 def match_lq(photos, folder):
     """{path of a photo: path of its LR picture in `folder`}. Raises UserError for a pair that is not 1 : 4."""
-    suffixes = picture_suffixes(Image.OPEN)
-    by_name, of = {}, {}
+    suffixes, large, small, pairs = picture_suffixes(Image.OPEN), {}, {}, {}  # large, small: {bare name: [paths]}
     for path in sorted(Path(folder).rglob("*")):
         if path.suffix.lower() in suffixes:
-            by_name.setdefault(bare_name(path), []).append(path)
+            small.setdefault(bare_name(path), []).append(str(path))
     for photo in photos:
-        of.setdefault(bare_name(photo.path), []).append(photo.path)
-    for name in of.keys() & by_name.keys():
-        for same in (of[name], by_name[name]):
+        large.setdefault(bare_name(photo.path), []).append(photo.path)
+    for photo in (p for p in photos if bare_name(p.path) in small):
+        for same in (large[bare_name(photo.path)], small[bare_name(photo.path)]):
             if len(same) > 1:
                 raise UserError(f"--lq {folder}: {same[0]} and {same[1]} have the same name; rename one")
-    by_name = {name: path for name, (path, *_) in by_name.items()}
-    pairs = {p.path: by_name[bare_name(p.path)] for p in photos if bare_name(p.path) in by_name}
+        pairs[photo.path] = path = small[bare_name(photo.path)][0]
+        with Image.open(path) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            width, height = image.size[::-1] if turned else image.size
+        if (width * SCALE, height * SCALE) != (photo.width, photo.height):
+            raise UserError(f"{path} is {width}x{height}, but {photo.path} is {photo.width}x{photo.height}, "
+                            f"not {SCALE} times that")
     if not pairs:
         raise UserError(f"--lq {folder}: no picture there has the name of a photo")
-    for photo in photos:
-        if photo.path in pairs:
-            with Image.open(pairs[photo.path]) as image:
-                turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
-                width, height = image.size[::-1] if turned else image.size
-                if (width * SCALE, height * SCALE) != (photo.width, photo.height):
-                    raise UserError(f"{pairs[photo.path]} is {width}x{height}, but {photo.path} is "
-                             f"{photo.width}x{photo.height}, not {SCALE} times that")
-            pairs[photo.path] = str(pairs[photo.path])
     return pairs
 
 
@@ -248,15 +243,10 @@ def read_tags(path):
             rows = csv.DictReader(f)
             if not {"image", "tags"} <= set(rows.fieldnames or ()):
                 raise UserError(f"{path}: the first line must name the columns image and tags")
-            return {Path(row["image"]).name: clean_tags(split_tags(row["tags"]))
+            return {Path(row["image"]).name: clean_tags(filter(None, map(str.strip, (row["tags"] or "").split(","))))
                     for row in rows if row["image"]}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: {reason(error, path)}")
-
-
-def split_tags(line):
-    """"tree, road" -> ["tree", "road"]."""
-    return [tag.strip() for tag in (line or "").split(",") if tag.strip()]
 
 
 def find_tags(kind, names, picture, device=None):
@@ -264,7 +254,7 @@ def find_tags(kind, names, picture, device=None):
 
     kind: none, ram, dape, or a CSV file. picture(i): the RGB picture i that a tagger looks at, or None for no tags.
     device: the tagger's, by default a GPU where there is one. The tagger is gone when this returns.
-    Raises UserError in one line, for broken weights of the tagger too.
+    Raises UserError, and ValueError for broken weights of the tagger.
     """
     if kind == "none":
         return [[] for _ in names]
@@ -274,14 +264,11 @@ def find_tags(kind, names, picture, device=None):
     if not names:
         return []
     from photos.tagger import open_tagger
-    try:
-        tagger = open_tagger(kind, device)
-        if not tagger:
-            return None
-        seen = (picture(i) for i in tqdm(range(len(names)), "tagging", unit="img", disable=None))
-        return [tagger.tags(image) if image else [] for image in seen]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{one_line(error)}")
+    tagger = open_tagger(kind, device)
+    if not tagger:
+        return None
+    seen = (picture(i) for i in tqdm(range(len(names)), "tagging", unit="img", disable=None))
+    return [tagger.tags(image) if image else [] for image in seen]
 
 
 def photo_tags(kind, protocol, photos, lq, cache):
@@ -289,7 +276,7 @@ def photo_tags(kind, protocol, photos, lq, cache):
 
     They describe x_H in the hq protocol and x_L in the lq protocol: the whole photo's LR picture, enlarged; where no
     real one exists it is made by the degradation seeded with the photo's hash.
-    cache: a CSV file of what a tagger found before, by photo, tagger and the picture it looked at.
+    cache: a JSON file of what a tagger found before, by photo, tagger and the picture it looked at.
     """
     names = [Path(p.path).name for p in photos]
     if kind not in ("ram", "dape"):
@@ -302,21 +289,17 @@ def photo_tags(kind, protocol, photos, lq, cache):
         if protocol == "hq":
             return "x_H"
         return f"x_L {weights.sha256(lq[photo.path])}" if photo.path in lq else "x_L"
-    keys, known = [(p.sha256, kind, seen(p)) for p in photos], {}
-    if cache.is_file():
-        with open(cache, newline="", encoding="utf-8") as f:
-            known = {(row["sha256"], row.get("tagger"), row.get("picture")): row for row in csv.DictReader(f)}
+    keys = [" ".join((p.sha256, kind, seen(p))) for p in photos]
+    known = json.loads(cache.read_text()) if cache.is_file() else {}
     new = [i for i, key in enumerate(keys) if key not in known]
     if new:
         found = find_tags(kind, [names[i] for i in new],
                           lambda n: tagger_input(photos[new[n]], lq.get(photos[new[n]].path), protocol))
         if found is None:
             return None
-        columns = ["image", "tags", "sha256", "tagger", "picture"]
-        for i, tags in zip(new, found, strict=True):
-            known[keys[i]] = dict(zip(columns, (names[i], ", ".join(tags), *keys[i]), strict=True))
-        write_csv(cache, columns, [row for key, row in known.items() if key[1]])  # no tagger: of an older version
-    return [split_tags(known[key]["tags"]) for key in keys]
+        known |= {keys[i]: tags for i, tags in zip(new, found, strict=True)}
+        write_bytes(cache, json.dumps(known))
+    return [known[key] for key in keys]
 
 
 def tagger_input(photo, lq_path, protocol):
@@ -336,8 +319,8 @@ def tagger_input(photo, lq_path, protocol):
 class TrainingData:
     """Photos and their prompts, the held-out validation pairs and theirs.
 
-    photos, held: [Photo], to train on and held out; lq: {photo: its LR picture}; prompts: of the photos, with their
-    `tags`; pairs: [(name, LR image, HR image)], val_prompts: theirs, of x_L, as at test time; report: one line;
+    photos: [Photo], to train on; lq: {photo: its LR picture}; prompts: of the photos, with their `tags`;
+    pairs: [(name, LR image, HR image)], val_prompts: theirs, of x_L, as at test time; report: one line;
     fingerprints: what a resumed run compares.
     """
 
@@ -350,15 +333,15 @@ class TrainingData:
             photos, report = scan(args.data, max(args.crop, min_side), folder / "data.json", args.workers)
             photos, held = split(photos)
             lq = match_lq(photos + held, args.lq) if args.lq else {}
-            tags = photo_tags(args.tags, protocol, photos, lq, folder / "tags.csv")
+            tags = photo_tags(args.tags, protocol, photos, lq, folder / "tags.json")
             seed = args.seed if pairs_seed is None else pairs_seed
             pairs = validation_pairs(held[:args.val], lq, args.crop, seed, val_folder, getattr(args, "mild", 0.0))
             names = [photo.path for photo in held[:args.val]]
             val_tags = find_tags(args.tags, names, lambda i: bicubic(pairs[i][1])) if tags else None
             report += f"; {len(held)} held out, {len(pairs)} for validation"
             report += f"; {len(lq)} have real LR pictures" if lq else ""
-            return photos, held, lq, tags, pairs, val_tags, report
-        self.photos, self.held, self.lq, tags, self.pairs, val_tags, self.report = from_first(look)
+            return photos, lq, tags, pairs, val_tags, report
+        self.photos, self.lq, tags, self.pairs, val_tags, self.report = from_first(look)
         if tags is None:  # the tagger's weights are unavailable
             args.tags = "none"
         self.tags = tags or [[] for _ in self.photos]

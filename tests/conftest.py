@@ -4,6 +4,7 @@ SANASR_DATA     photos: hq/, realsr/, inputs/
 SANASR_ORACLE   goldens of official size, too large to be carried here
 """
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -40,11 +41,36 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
+def state(folder, name="state.pt"):
+    """What a run keeps to be resumed."""
+    return torch.load(folder / name, weights_only=True)
+
+
 def save_photo(path, width, height, seed):
     """A smooth random picture of any size, written in the format of its suffix."""
     rgb = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(rgb).resize((width, height), Image.BICUBIC).save(path)
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # of a training in its own process
+
+
+def in_a_process(module, owner, function, n, act, argv):
+    """module.main(argv) in a process of its own, which executes the line `act` at the n-th call of owner.function."""
+    script = f"""
+import importlib, os
+module, owner = map(importlib.import_module, ({module!r}, {owner!r}))
+function, count = owner.{function}, []
+def acting(*args):
+    count.append(1)
+    if len(count) == {n}:
+        {act}
+    return function(*args)
+owner.{function} = acting
+raise SystemExit(module.main({[str(a) for a in argv]}))"""
+    return subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True,
+                          start_new_session=True, timeout=300)
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +90,16 @@ def photos(tmp_path_factory):
 def tiny_model(tmp_path_factory):
     """A folder in the official layout: small, seeded, untrained. Copy it before you change it."""
     return tiny.tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working folder, for runs/; one thread, since bits depend on the number of threads."""
+    monkeypatch.chdir(tmp_path)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -9,24 +9,21 @@ from conftest import save_photo
 from PIL import Image
 
 import eval as evaluator
+import metrics
 import train
 from lab import ablation
-from photos.degrade import enlarge, to_image
+from photos.degrade import enlarge, to_image, to_tensor
 from runs import Signals, read_log
 from sanasr import SanaSR, open_weights
 
 
 @pytest.fixture
-def run(tmp_path, tiny_model, monkeypatch):
+def run(here, tiny_model, monkeypatch):
     """run(options…) makes the tables in out/; run.calls lists the rows it scored and its runs of train.py."""
-    monkeypatch.chdir(tmp_path)
-    lr = tmp_path / "lr"
-    lr.mkdir()
     for i in range(3):
-        save_photo(tmp_path / "hr" / f"{i}.png", 128, 128, i)
-        Image.open(tmp_path / "hr" / f"{i}.png").resize((32, 32), Image.BOX).save(lr / f"{i}.png")
-        save_photo(tmp_path / "hq" / f"{i}.png", 128, 128, i + 5)
-    (tmp_path / "tags.csv").write_text("image,tags\n0.png,tree\n1.png,blurry tree\n2.png,tree\n")
+        for folder, side, seed in (("hr", 128, i), ("lr", 32, i), ("hq", 128, i + 5)):
+            save_photo(here / folder / f"{i}.png", side, side, seed)
+    (here / "tags.csv").write_text("image,tags\n0.png,tree\n1.png,blurry tree\n2.png,tree\n")
 
     def start(*options):
         return ablation.main(["--lr", "lr", "--hr", "hr", "--model", str(tiny_model), "--metrics", "psnr,ssim",
@@ -79,11 +76,9 @@ def test_rows_are_what_eval_says(run, tmp_path, tiny_model):
     mine, theirs = rows(tmp_path / "out/stages/full.csv"), rows(tmp_path / "full.csv")
     assert all(mine[name] == theirs[name] for name in ("0.png", "1.png"))
     for i in range(2):
-        result = Image.open(tmp_path / f"full/{i}_x4_bicubic.png")
-        x, y = (np.asarray(image, float) for image in (result, Image.open(tmp_path / f"hr/{i}.png")))
-        weight = np.array([65.481, 128.553, 24.966]) / 255
-        psnr = 10 * np.log10(255 ** 2 / (((x - y) @ weight) ** 2).mean())
-        assert abs(psnr - float(rows(tmp_path / "out/stages/bicubic.csv")[f"{i}.png"]["psnr"])) < 0.02  # rounded Y
+        x, y = (to_tensor(Image.open(tmp_path / name))[None] for name in (f"full/{i}_x4_bicubic.png", f"hr/{i}.png"))
+        psnr = float(rows(tmp_path / "out/stages/bicubic.csv")[f"{i}.png"]["psnr"])
+        assert psnr == pytest.approx(metrics.load("psnr")(x, y).item(), abs=1e-4)
 
 
 def test_without_update_the_result_is_that_of_the_autoencoder(tiny_model):
@@ -104,8 +99,10 @@ def test_an_interrupted_training_goes_on(run, monkeypatch, tmp_path, capsys):
     only = ["--only", "method", *TRAIN]
     with monkeypatch.context() as patch:
         patch.setattr(Signals, "__enter__", stop_after_one)
-        assert run(*only) == 130
-    assert "interrupted" in capsys.readouterr().err and not (tmp_path / "out/ablations/method.csv").exists()
+        with pytest.raises(SystemExit) as ended:
+            run(*only)
+    assert ended.value.code == 130 and "interrupted" in capsys.readouterr().err
+    assert not (tmp_path / "out/ablations/method.csv").exists()
     assert run(*only) == 0
     assert "--resume" in run.calls[-2][1] and list(rows(tmp_path / "out/ablations.csv")) == ["method"]
     assert [row["step"] for row in read_log(tmp_path / "out/ablations/method/log.csv")] == [0, 1, 2]

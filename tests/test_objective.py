@@ -111,8 +111,6 @@ def test_checkpointing_changes_no_gradient(double):
     assert all(torch.equal(a, b) for a, b in zip(plain, double.gradient(), strict=True))
 
 
-# --- LPIPS ---
-
 def pictures():
     x = noise(2, 3, 96, 96).tanh().float()
     return x, (x + 0.3 * noise(2, 3, 96, 96, seed=1).float()).clamp(-1, 1)
@@ -149,8 +147,6 @@ def test_without_vgg16_alexnet_judges_shifted_pictures_on_all_ranks_and_one_line
     assert capsys.readouterr().err == "note: the LPIPS loss uses AlexNet: VGG16 is not on this machine\n"
 
 
-# --- the lattice ---
-
 def test_lattice_is_the_share_that_repeats_in_every_cell():
     pattern, white = noise(2, 3, 32, 32), noise(2, 3, 256, 256, seed=1)
     assert objective.lattice(pattern.repeat(1, 1, 5, 7)) == pytest.approx(1, abs=1e-9)
@@ -161,8 +157,6 @@ def test_lattice_is_the_share_that_repeats_in_every_cell():
     assert objective.lattice(white + dots) == pytest.approx((1 / 64 + 1 / 16) / (1 + 1 / 16), rel=0.1)
     assert objective.lattice(torch.zeros(1, 3, 128, 128)) == 0
 
-
-# --- settings that depend on the model ---
 
 def filled(folder, tags=None, lpips=None):
     model = SanaSR.from_pretrained(folder, adapter=False)

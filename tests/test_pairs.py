@@ -2,6 +2,7 @@
 import hashlib
 from argparse import Namespace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -29,8 +30,6 @@ def stream(found, **options):
     return Pairs(found, [""] * len(found), 96, (8, 3, 3), (70, 650), 5, **options)
 
 
-# --- scanning ---
-
 def test_scan_drops_and_counts(photos, tmp_path):
     found, report = scan([photos, photos / "deep"], 96, tmp_path / "index.json", 2)
     assert len(found) == 5 and len({p.sha256 for p in found}) == 5
@@ -52,20 +51,14 @@ def test_scan_reads_only_what_changed(tmp_path, monkeypatch):
     second, _ = scan([folder], 96, index, 1)
     assert {Path(p.path).name for p in {*second} - {*first}} == {"1.png", "2.png"}
     assert sorted(looked) == ["1.png", "2.png", "broken.jpg", "broken.jpg"]
-    for damage in ("{", "[[1, 2]]", '[{"path": 1}]'):
-        index.write_text(damage)
-        assert scan([folder], 96, index, 1)[0] == second
 
 
-@pytest.mark.parametrize("folder, crop", [("missing", 96), ("empty", 96), ("photos", 4096)])
-def test_scan_without_photos_is_an_error(folder, crop, photos, tmp_path):
+def test_scan_without_photos_is_an_error(photos, tmp_path):
     (tmp_path / "empty").mkdir()
-    path = photos if folder == "photos" else tmp_path / folder
-    with pytest.raises(UserError, match=f"^--data .*{path.name}"):
-        scan([path], crop, tmp_path / "index.json", 1)
+    for path, crop in ((tmp_path / "missing", 96), (tmp_path / "empty", 96), (photos, 4096)):
+        with pytest.raises(UserError, match=f"^--data .*{path.name}"):
+            scan([path], crop, tmp_path / "index.json", 1)
 
-
-# --- the hold-out rule ---
 
 def test_one_photo_in_16_is_held_out_by_its_hash():
     hashes = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(3200)]
@@ -80,8 +73,6 @@ def test_tiny_sets_hold_out_their_smallest_hashes(count, expected):
         hashes = [f"{start}{i:02x}" for i in range(count)]
         assert held_out(hashes) == set(hashes[:expected])
 
-
-# --- training and validation pairs ---
 
 def test_every_epoch_takes_each_photo_once_in_another_order(found):
     data = stream(found)
@@ -138,22 +129,24 @@ def test_real_pairs_are_cut_together(found, tmp_path):
     sample = data[next(n for n in range(5) if found[data.place(n)[1]] == photo)]
     difference = torch.nn.functional.avg_pool2d(sample["x_L"] - sample["x_H"], 4)
     assert difference.abs().mean() < 0.03, "no blur, noise or shift: the real LR picture was used"
+
+
+def test_real_pictures_must_be_a_quarter_and_their_names_unique(found, tmp_path):
+    def refused(message, photos=found):
+        with pytest.raises(UserError, match=message):
+            match_lq(photos, tmp_path)
+    photo, small, turned = named(found, "a.png"), tmp_path / "a_LR4.png", Image.Exif()
     Image.new("RGB", (33, 28)).save(small)
-    with pytest.raises(UserError, match="33x28"):
-        match_lq(found, tmp_path / "lq")
-    turned = Image.Exif()
+    refused("33x28")
     turned[0x0112] = 6
     Image.new("RGB", (28, 32)).save(small, exif=turned)
-    assert match_lq(found, tmp_path / "lq") == lq, "32x28 once it is upright"
-    Image.new("RGB", (32, 28)).save(tmp_path / "lq" / "a.png")
-    with pytest.raises(UserError, match="a.png and .*a_LR4.png have the same name"):
-        match_lq(found, tmp_path / "lq")
-    (tmp_path / "lq" / "a.png").unlink()
-    with pytest.raises(UserError, match="have the same name"):
-        match_lq([*found, photo._replace(path="elsewhere/a.png")], tmp_path / "lq")
-    small.rename(tmp_path / "lq" / "unknown.png")
-    with pytest.raises(UserError, match="no picture there"):
-        match_lq(found, tmp_path / "lq")
+    assert match_lq(found, tmp_path) == {photo.path: str(small)}, "32x28 once it is upright"
+    refused("have the same name", [*found, photo._replace(path="elsewhere/a.png")])
+    Image.new("RGB", (32, 28)).save(tmp_path / "a.png")
+    refused("a.png and .*a_LR4.png have the same name")
+    (tmp_path / "a.png").unlink()
+    small.rename(tmp_path / "unknown.png")
+    refused("no picture there")
 
 
 def test_validation_pictures_are_those_of_this_run(found, tmp_path):
@@ -161,8 +154,6 @@ def test_validation_pictures_are_those_of_this_run(found, tmp_path):
         validation_pairs(found[:n], {}, 96, 5, tmp_path / "val")
         assert [len(list((tmp_path / "val" / kind).iterdir())) for kind in ("lr", "hr")] == [n, n]
 
-
-# --- tags ---
 
 @pytest.fixture
 def seen(monkeypatch):
@@ -187,14 +178,14 @@ def test_tags_of_a_file(found, tmp_path, capsys):
 
 @pytest.mark.parametrize("protocol", ["hq", "lq"])
 def test_tags_by_a_tagger_are_made_once(protocol, found, tmp_path, seen):
-    first, again = (photo_tags("ram", protocol, found, {}, tmp_path / "tags.csv") for _ in range(2))
+    first, again = (photo_tags("ram", protocol, found, {}, tmp_path / "tags.json") for _ in range(2))
     assert first == again == [["ram", f"{p.width}", f"tag {i}"] for i, p in enumerate(found, 1)] and len(seen) == 5
     sharp = np.asarray(read(found[0].path).rgb)
     assert np.array_equal(np.asarray(seen[0]), sharp) == (protocol == "hq"), "lq tags come from the degraded picture"
 
 
 def test_the_tags_cache_tells_taggers_and_pictures_apart(found, tmp_path, seen):
-    photo, lq, cache = named(found, "a.png"), tmp_path / "a_LR4.png", tmp_path / "tags.csv"
+    photo, lq, cache = named(found, "a.png"), tmp_path / "a_LR4.png", tmp_path / "tags.json"
 
     def tags():
         ways = [("ram", "hq", {}), ("dape", "hq", {}), ("ram", "lq", {}), ("ram", "lq", {photo.path: str(lq)})]
@@ -210,15 +201,11 @@ def test_the_tags_cache_tells_taggers_and_pictures_apart(found, tmp_path, seen):
 
 
 def test_without_the_taggers_weights_there_are_no_tags(found, tmp_path, monkeypatch, capsys):
-    def unavailable(*_):
-        raise weights.Unavailable("ram is not on this machine")
-    monkeypatch.setattr(tagger.Tagger, "from_pretrained", unavailable)
-    assert photo_tags("ram", "hq", found, {}, tmp_path / "tags.csv") is None
+    absent = weights.Unavailable("ram is not on this machine")
+    monkeypatch.setattr(tagger.Tagger, "from_pretrained", Mock(side_effect=absent))
+    assert photo_tags("ram", "hq", found, {}, tmp_path / "tags.json") is None
     assert "ram is not on this machine" in capsys.readouterr().err
-    assert not (tmp_path / "tags.csv").exists(), "once the weights are there, tags are found"
-
-    def corrupt(*_):
-        raise ValueError("ram.pth: not a readable checkpoint")
-    monkeypatch.setattr(tagger.Tagger, "from_pretrained", corrupt)
-    with pytest.raises(UserError, match="^ram.pth"):
-        photo_tags("ram", "hq", found, {}, tmp_path / "tags.csv")
+    assert not (tmp_path / "tags.json").exists(), "once the weights are there, tags are found"
+    monkeypatch.setattr(tagger.Tagger, "from_pretrained", Mock(side_effect=ValueError("ram.pth: not readable")))
+    with pytest.raises(ValueError, match="^ram.pth"):
+        photo_tags("ram", "hq", found, {}, tmp_path / "tags.json")

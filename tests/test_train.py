@@ -11,14 +11,13 @@ import sys
 import time
 from argparse import Namespace
 from pathlib import Path
+from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import ROOT, noise, relative, save_photo
+from conftest import ENVIRONMENT, ROOT, in_a_process, noise, relative, save_photo, state
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from seeded import seeded_state_dict
 
@@ -27,28 +26,11 @@ import objective
 import train
 import weights
 from photos import pairs, tagger
-from photos.degrade import sharpen
+from photos.degrade import sharpen, to_tensor
 from runs import peak_memory, read_log
-from sanasr import DCAE, LinearDiT, SanaSR, inject_lora, lora_modules, lora_parameters, save_lora
+from sanasr import DCAE, LinearDiT, SanaSR, inject_lora, lora_modules, lora_parameters, read_lora
 
-ENV = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # of the training in a process of its own
 QUICK = ["--tags", "none", "--steps", "3", "--no-lpips", "--crop", "96", "--batch", "1", "--workers", "0", "--val", "0"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Bits depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty working folder, for runs/."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture
@@ -71,34 +53,14 @@ def run(here, line):
 def on_loss(monkeypatch):
     """on_loss(n, act): act(values, batch, τ) is called at the n-th loss (None: at each) and may replace it."""
     def start(n, act):
-        losses, count = train.losses, []
+        losses, count = objective.losses, []
 
         def acting(f, f0, vae, batch, tau, *rest):
             count.append(1)
             values = losses(f, f0, vae, batch, tau, *rest)
             return (act(values, batch, tau) if n in (None, len(count)) else None) or values
-        monkeypatch.setattr(train, "losses", acting)
+        monkeypatch.setattr(objective, "losses", acting)
     return start
-
-
-def in_a_process(n, act, argv):
-    """Train in a process of its own, which executes the line `act` at the n-th loss."""
-    script = f"""
-import os, train
-losses, count = train.losses, []
-def acting(*args):
-    count.append(1)
-    if len(count) == {n}:
-        {act}
-    return losses(*args)
-train.losses = acting
-raise SystemExit(train.main({argv}))"""
-    return subprocess.run([sys.executable, "-c", script], env=os.environ | ENV, capture_output=True,
-                          start_new_session=True, timeout=300)
-
-
-def state(folder):
-    return torch.load(folder / "state.pt", weights_only=True)
 
 
 def same(a, b):
@@ -108,11 +70,9 @@ def same(a, b):
 
 def trained(folder):
     """The metadata and the ranks of a run's adapter."""
-    with safe_open(folder / "adapter.safetensors", "pt") as f:
-        return f.metadata(), {f.get_tensor(k).shape[0] for k in f.keys() if ".lora_A." in k}
+    adapter, metadata = read_lora(folder / "adapter.safetensors")
+    return metadata, {len(x) for key, x in adapter.items() if ".lora_A." in key}
 
-
-# --- what a run leaves ---
 
 def trained_on(photos, folder):
     """The photos below a folder that are not held out."""
@@ -192,26 +152,14 @@ def test_usm_sharpens_the_pictures_that_are_learned(run, on_loss):
     assert torch.allclose(sharp, sharpen(plain), atol=1e-4)
 
 
-# --- where it starts ---
-
-def made_adapter(path, model, rank, targets):
-    """An adapter file for the tiny model, with random B."""
-    dit = LinearDiT.from_pretrained(model / "transformer")
-    inject_lora(dit, rank, targets=targets)
-    for i, p in enumerate(lora_parameters(dit).values()):
-        p.data = 0.05 * noise(*p.shape, seed=i).float()
-    save_lora(dit, path)
-    return path
-
-
 def test_init_decides_rank_and_targets_and_all_say_so(here, run, tiny_model, capsys):
-    both = made_adapter(here / "both.safetensors", tiny_model, 4, "attn+ffn")
+    both = tiny.tiny_adapter(here / "both.safetensors", tiny_model, 4, "attn+ffn")
     folder = run("as-init", "--steps", 1, "--init", both)
     metadata, ranks = trained(folder)
     assert same(folder / "checkpoints" / "000000.safetensors", both) and not same(folder / "adapter.safetensors", both)
     assert ranks == {4} and (metadata["rank"], metadata["lora_targets"]) == ("4", "attn+ffn")
     assert "(rank 4, attn+ffn)" in capsys.readouterr().out
-    attn = made_adapter(here / "attn.safetensors", tiny_model, 4, "attn")
+    attn = tiny.tiny_adapter(here / "attn.safetensors", tiny_model, 4, "attn")
     mixed = run("mixed", "--steps", 1, "--init", attn, "--rank", 16, "--lora-targets", "attn+ffn")
     metadata, ranks = trained(mixed)
     assert ranks == {4, 16} and (metadata["rank"], metadata["lora_targets"]) == ("4 16", "attn+ffn")
@@ -229,27 +177,22 @@ def test_init_decides_rank_and_targets_and_all_say_so(here, run, tiny_model, cap
 
 def test_a_models_own_adapter_is_where_training_starts(here, run, tiny_model):
     model = shutil.copytree(tiny_model, here / "model")
-    own = made_adapter(model / "adapter.safetensors", model, 4, "attn")
+    own = tiny.tiny_adapter(model / "adapter.safetensors", model, 4, "attn")
     folder = run("r", "--model", model, "--steps", 1, "--val", 1)
     assert same(folder / "checkpoints" / "000000.safetensors", own) and not same(folder / "adapter.safetensors", own)
     lr, hr = (Image.open(next((folder / "val" / kind).iterdir())) for kind in ("lr", "hr"))
-    target = torch.from_numpy(np.array(hr)).permute(2, 0, 1)[None] / 127.5 - 1
-    judge, scores = metrics.LPIPS.from_pretrained("alex"), {}
-    for adapter in (None, False):
-        x = torch.from_numpy(np.array(SanaSR.from_pretrained(model, adapter=adapter).restore(lr)))
-        scores[adapter] = judge(x.permute(2, 0, 1)[None] / 127.5 - 1, target).item()
+    pictures = (SanaSR.from_pretrained(model, adapter=adapter).restore(lr) for adapter in (None, False))
+    with_own, without = (metrics.load("lpips")(to_tensor(x)[None], to_tensor(hr)[None]).item() for x in pictures)
     start = read_log(folder / "log.csv")[0]["val_lpips"]
-    assert start == pytest.approx(scores[None], abs=1e-5) and abs(start - scores[False]) > 1e-4
+    assert start == pytest.approx(with_own, abs=1e-5) and abs(start - without) > 1e-4
     assert trained(run("none", "--model", model, "--steps", 1, "--init", "none"))[1] == {64}
 
-
-# --- stopped, killed, resumed ---
 
 def test_killed_and_resumed_equals_uninterrupted(here, run, line):
     options = ["--steps", "20", "--every", "10"]
     whole, killed = run("whole", *options), here / "runs" / "killed"
-    ended = in_a_process(15, "os.kill(os.getpid(), 9)", line("killed", *options))
-    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    ended = in_a_process("train", "objective", "losses", 15, "os.kill(os.getpid(), 9)", line("killed", *options))
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert state(killed)["step"] == 10
     assert train.main(["--name", "killed", "--resume"]) == 0
     assert same(whole / "adapter.safetensors", killed / "adapter.safetensors")
@@ -271,8 +214,9 @@ def test_a_signal_within_a_step_saves_and_a_second_one_loses(run, on_loss, capsy
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_whole_group_saves(here, line, number):
-    stopped = in_a_process(2, f"os.killpg(0, {int(number)})", line("group", "--workers", 1, "--steps", 1000))
-    assert stopped.returncode == 128 + number, stopped.stderr.decode()
+    stopped = in_a_process("train", "objective", "losses", 2, f"os.killpg(0, {int(number)})",
+                           line("group", "--workers", 1, "--steps", 1000))
+    assert stopped.returncode == 128 + number, stopped.stderr
     assert state(here / "runs" / "group")["step"] == 2
 
 
@@ -304,8 +248,6 @@ def test_a_full_disk_leaves_the_last_state(here, run, monkeypatch):
     assert not list((here / "runs").rglob("*.tmp"))
 
 
-# --- the same gradients another way ---
-
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_precision_errs_like_rounded_weights(here, run, dtype):
     """The measure is what rounding the weights to bfloat16 does to a gradient that is computed in float32."""
@@ -323,7 +265,7 @@ def test_accumulated_batches_and_two_processes_equal_one_batch_of_twice_the_size
     one, ways = run("one", "--batch", 2, "--seed", 2), [run("accumulated", "--accumulate", 2, "--seed", 2)]
     argv = [ROOT / "train.py", *line("two", "--seed", 2)]
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *argv],
-                   check=True, env=os.environ | ENV, capture_output=True)
+                   check=True, env=ENVIRONMENT, capture_output=True)
     a = load_file(one / "adapter.safetensors")
     for way in (*ways, here / "runs" / "two"):
         b = load_file(way / "adapter.safetensors")
@@ -331,8 +273,6 @@ def test_accumulated_batches_and_two_processes_equal_one_batch_of_twice_the_size
         for x, y in zip(read_log(one / "log.csv"), read_log(way / "log.csv"), strict=True):
             assert all(math.isclose(x[k], y[k], rel_tol=1e-4) for k in x if k in ("loss", *objective.TERMS))
 
-
-# --- what is refused ---
 
 def test_resume_refuses_what_changed(here, run, photos, tiny_model, monkeypatch):
     hq, model = shutil.copytree(photos, here / "hq"), shutil.copytree(tiny_model, here / "model")
@@ -374,9 +314,7 @@ def test_resume_refuses_what_changed(here, run, photos, tiny_model, monkeypatch)
 
 
 def test_resumed_by_its_own_line_where_something_was_unavailable(line, monkeypatch):
-    def unavailable(*_):
-        raise weights.Unavailable("not on this machine")
-    monkeypatch.setattr(tagger.Tagger, "from_pretrained", unavailable)
+    monkeypatch.setattr(tagger.Tagger, "from_pretrained", Mock(side_effect=weights.Unavailable("not here")))
     assert train.main(line("r", "--tags", "ram", "--steps", 1)) == 0
     assert train.main(line("r", "--tags", "ram", "--steps", 2, "--resume")) == 0
     with pytest.raises(SystemExit, match=r"--tags dape \(was none\)"):
@@ -402,10 +340,7 @@ def test_bad_settings_are_one_line(here, line, capsys, options, message):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_photo_that_vanishes_is_one_line(run, monkeypatch, workers):
-    scan = pairs.scan
-
-    def gone(path):
-        raise OSError(errno.ENOENT, "No such file or directory")
+    scan, gone = pairs.scan, Mock(side_effect=OSError(errno.ENOENT, "No such file or directory"))
     monkeypatch.setattr(pairs, "scan", lambda *a: [scan(*a), monkeypatch.setattr(pairs, "read", gone)][0])
     with pytest.raises(SystemExit, match=r"^error: /.*can no longer be read: No such file") as error:
         run("r", "--workers", workers)
@@ -416,11 +351,9 @@ def test_workers_never_exceed_the_cores(line):
     assert train.parse(line("nobody", "--workers", 999)).workers == len(os.sched_getaffinity(0))
 
 
-# --- which checkpoint is the best ---
-
 def test_knee_stops_the_run(run, monkeypatch):
     values = iter([10, 6, 3, 1, 0.9, 0.8, 0.7, 0.6, 0.5])
-    monkeypatch.setattr(train, "validate", lambda *a: (
+    monkeypatch.setattr(train.Networks, "validate", lambda *a: (
         dict(zip(train.WATCHED, (next(values), 20.0, 0.0), strict=True)), Image.new("RGB", (3, 3))))
     folder = run("r", "--steps", 8, "--every", 1, "--val", 1, "--knee", 3)
     assert sorted(p.stem for p in (folder / "checkpoints").iterdir())[-1] == "000006"
@@ -440,50 +373,45 @@ def test_the_verdict_compares_the_first_validation_with_the_last(lpips, psnr, sa
     assert train.verdict(rows[:1]) == train.verdict([]) == ""
 
 
-def test_select_ranks_by_the_scores_of_the_evaluator(here, line, monkeypatch):
-    monkeypatch.setattr(tagger, "open_tagger", lambda kind, device=None: Namespace(tags=lambda image: ["tree"]))
+def test_select_ranks_by_the_scores_of_the_evaluator(line, monkeypatch, here):
+    seen = []
+    monkeypatch.setattr(tagger, "open_tagger", lambda kind, device=None: Namespace(
+        tags=lambda image: seen.append(image) or ["tree"]))
     argv = line("r", "--every", 1, "--val", 1)
     argv.remove("--tags"), argv.remove("none")  # the default of this model: ram
     assert train.main(argv) == 0
-    folder, scores = here / "runs" / "r", {"000000": 0.4, "000001": 0.3, "000002": 0.1, "000003": 0.2}
-
-    def evaluate(stem, pairs, names, device, prompts):
-        assert len(pairs) == 1 and pairs[0].lr.is_file() and pairs[0].hr.is_file() and prompts == [["tree"]]
-        return [{"image": "x.png", names[0]: scores[stem]}]
-    with monkeypatch.context() as m:
-        m.setattr(train, "load_model", lambda name, device, dtype, adapter, fast: adapter.stem)
-        m.setattr(train, "evaluate", evaluate)
-        for metric, best in (("lpips", "000002"), ("musiq", "000000")):
-            assert train.main(["--name", "r", "--select", metric]) == 0
-            assert same(folder / "best.safetensors", folder / "checkpoints" / f"{best}.safetensors")
-        assert (folder / "select.csv").read_text().splitlines()[1] == "000000.safetensors,0.4"
-    assert train.main(["--name", "r", "--select", "psnr", "--device", "cpu"]) == 0  # and by the real ones
-    checkpoint, psnr = (folder / "select.csv").read_text().splitlines()[1].split(",")
-    model = SanaSR.from_pretrained(state(folder)["settings"]["model"], adapter=folder / "checkpoints" / checkpoint)
+    folder = here / "runs" / "r"
     lr, hr = (Image.open(next((folder / "val" / kind).iterdir())) for kind in ("lr", "hr"))
-    x, y = (torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255 for image in (model.restore(lr, "tree"), hr))
-    assert float(psnr) == pytest.approx(metrics.load("psnr")(x, y).item(), abs=0.05)
+    for metric, sign, tolerance in (("psnr", -1, 0.05), ("lpips", 1, 1e-3)):
+        seen.clear()
+        assert train.main(["--name", "r", "--select", metric, "--device", "cpu"]) == 0
+        assert [image.size for image in seen] == [hr.size], "tags of x_L, as at test time"
+        names, scores = zip(*(row.split(",") for row in (folder / "select.csv").read_text().split()[1:]), strict=True)
+        assert sorted(names) == [f"00000{i}.safetensors" for i in range(4)]
+        assert list(scores) == sorted(scores, key=lambda score: sign * float(score))
+        assert same(folder / "best.safetensors", folder / "checkpoints" / names[0])
+        model = SanaSR.from_pretrained(state(folder)["settings"]["model"], adapter=folder / "checkpoints" / names[0])
+        x, y = (to_tensor(image)[None] for image in (model.restore(lr, "tree"), hr))
+        assert float(scores[0]) == pytest.approx(metrics.load(metric)(x, y).item(), abs=tolerance)
     shutil.rmtree(folder / "checkpoints")
     with pytest.raises(SystemExit, match="checkpoints is empty"):
         train.main(["--name", "r", "--select", "psnr", "--device", "cpu"])
 
 
-# --- official size ---
-
 @pytest.mark.slow
 def test_one_step_at_official_size(capsys):
     """Batch 1, 512 crop, checkpointing, seeded weights: within 20 GB. Prints CPU seconds by part and the peak."""
-    parts, models = {}, {}
-    for part, cls in (("vae", DCAE), ("transformer", LinearDiT)):
-        with torch.device("meta"):
-            models[part] = cls(json.loads((ROOT / "tests/data/official_configs" / f"{part}.config.json").read_text()))
-        manifest = [(k, v.shape) for k, v in models[part].state_dict().items()]
-        models[part].load_state_dict(seeded_state_dict(manifest), assign=True)
-        models[part].requires_grad_(False)
-    dit, vae = models["transformer"], objective.Latents(models["vae"], 0.41407)
+    parts, configs = {}, ROOT / "tests/data/official_configs"
+    with torch.device("meta"):
+        models = [cls(json.loads((configs / f"{part}.config.json").read_text()))
+                  for part, cls in (("transformer", LinearDiT), ("vae", DCAE))]
+    for model in models:
+        model.load_state_dict(seeded_state_dict((k, v.shape) for k, v in model.state_dict().items()), assign=True)
+        model.requires_grad_(False)
+    dit, vae = models[0], objective.Latents(models[1], 0.41407)
     torch.manual_seed(0)
     inject_lora(dit, 64)
-    dit.checkpointing = models["vae"].decoder.checkpointing = True
+    dit.checkpointing = vae.vae.decoder.checkpointing = True
     parameters = list(lora_parameters(dit).values())
     optimizer = torch.optim.AdamW(parameters, 5e-5)
     before = [p.detach().clone() for p in parameters]

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from seeded import seeded_state_dict
 
-from sanasr import DCAE, Gemma2, LinearDiT, save_module
+from sanasr import DCAE, Gemma2, LinearDiT, inject_lora, lora_parameters, save_lora, save_module
 
 WIDTHS = [8, 8, 16, 16, 32, 32]
 CONFIGS = {
@@ -53,3 +53,13 @@ def tiny_model(folder, dtype=torch.float32, salt=""):
     (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps(byte_tokenizer()))
     return folder
+
+
+def tiny_adapter(path, model, rank=4, targets="attn", metadata=None):
+    """Writes an adapter of the tiny model with random A and B; returns its path."""
+    dit = LinearDiT.from_pretrained(Path(model) / "transformer")
+    inject_lora(dit, rank, targets=targets)
+    for i, p in enumerate(lora_parameters(dit).values()):
+        p.data = 0.1 * torch.randn(*p.shape, generator=torch.Generator().manual_seed(i))
+    save_lora(dit, path, metadata)
+    return path
