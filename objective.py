@@ -90,9 +90,20 @@ class Update:
         return self.f0(noised(self.vae.encode(self.x_h), self.t, self.batch["noise"]), self.t, *self.prompt)
 
 
+def cells(error, period):
+    """An error B,3,H,W without its mean, in whole cells: B,3,H/period,period,W/period,period."""
+    error = error[:, :, :error.shape[2] // period * period, :error.shape[3] // period * period]
+    return (error - error.mean((2, 3), keepdim=True)).unflatten(3, (-1, period)).unflatten(2, (-1, period))
+
+
+def repeated(error, period):
+    """The mean square of what of an error, B,3,H,W, repeats every `period` pixels in both directions, a scalar."""
+    return cells(error, period).mean((2, 4)).square().mean()
+
+
 @dataclass(frozen=True)
 class Term:
-    """One term of the loss: λ, and Update -> scalar."""
+    """One term of the loss: the paper's λ, 0 for a term that it does not have, and Update -> scalar."""
     weight: float
     function: Callable
 
@@ -103,15 +114,20 @@ TERMS = {
     "lpips": Term(2.0, lambda u: u.lpips(u.x, u.x_h, u.batch).mean()),
     "align": Term(1.0, lambda u: align_loss(u.q, u.q_h)),                                               # Eq. 5
     "cons": Term(1.0, lambda u: F.mse_loss(u.f(u.z_noised, u.t, *u.prompt), u.q)),                      # Eq. 6
+    "lattice": Term(0.0, lambda u: repeated(u.x - u.x_h, 8) + repeated(u.x - u.x_h, 32)),
 }
-REC_AND_ALIGN = ("mse", "lpips", "align")  # of the calibration (Eq. 21)
+PAPER = {name: term.weight for name, term in TERMS.items() if term.weight}
+REC_AND_ALIGN = {name: PAPER[name] for name in ("mse", "lpips", "align")}  # of the calibration (Eq. 21)
 
 
-def losses(f, f0, vae, batch, tau, lpips=None, terms=tuple(TERMS)):
-    """{"loss": Σ λ·term, name: term, …} of Algorithm 1 for one batch, each a scalar; the arguments are `Update`'s."""
+def losses(f, f0, vae, batch, tau, lpips=None, weights=PAPER):
+    """{"loss": Σ λ·term, name: term, …} of Algorithm 1 for one batch, each a scalar. weights: {name of a term: λ}.
+
+    The other arguments are those of `Update`.
+    """
     update = Update(f, f0, vae, batch, tau, lpips)
-    values = {name: TERMS[name].function(update) for name in terms}
-    return {"loss": sum(TERMS[name].weight * value for name, value in values.items())} | values
+    values = {name: TERMS[name].function(update) for name in weights}
+    return {"loss": sum(weights[name] * value for name, value in values.items())} | values
 
 
 def omega(t):
@@ -121,7 +137,7 @@ def omega(t):
 
 def calibration_loss(update):
     """L_cal of pruning, ω(t)·(L_rec + L_align), for the `Update` of one sample, a scalar (Eq. 21)."""
-    return omega(update.t.item()) * sum(TERMS[name].weight * TERMS[name].function(update) for name in REC_AND_ALIGN)
+    return omega(update.t.item()) * sum(w * TERMS[name].function(update) for name, w in REC_AND_ALIGN.items())
 
 
 def lattice(error, period=32):
@@ -129,10 +145,7 @@ def lattice(error, period=32):
 
     error: x̂ − x_H, B,3,H,W, at least four periods a side. Of white noise the share is 1 / (number of periods).
     """
-    error = error[:, :, :error.shape[2] // period * period, :error.shape[3] // period * period]
-    error = error - error.mean((2, 3), keepdim=True)
-    repeated = error.unflatten(3, (-1, period)).unflatten(2, (-1, period)).mean((2, 4))  # B,3,period,period
-    return (repeated.square().mean() / error.square().mean().clamp(min=1e-12)).item()
+    return (repeated(error, period) / cells(error, period).square().mean().clamp(min=1e-12)).item()
 
 
 # --- The frozen networks, as the losses see them ---
@@ -245,6 +258,7 @@ def fill_defaults(args, model, metadata=None):
 
     metadata: of the adapter that is trained further or pruned; its words go before the defaults. tags and lpips: what
     the model's provenance.json names, else those of the paper. Raises UserError for a crop that does not fit the model.
+    Returns {name: λ}: the paper's, with those that provenance.json names in their place.
     """
     fill_crop(args, model)
     how = conditioning(metadata or {}, args.suffix, args.timestep, default_timestep=PROTOCOLS[args.protocol][0])
@@ -252,3 +266,4 @@ def fill_defaults(args, model, metadata=None):
     about = model.folder / "provenance.json"
     own = json.loads(about.read_text()).get("training", {}) if about.is_file() else {}
     args.tags, args.lpips = args.tags or own.get("tags", "ram"), args.lpips or own.get("lpips", "vgg")
+    return PAPER | own.get("losses", {})

@@ -78,9 +78,12 @@ class Networks:
     """The networks of Algorithm 1, of which only the adapter learns; fills in the arguments that depend on them."""
 
     def __init__(self, args):
-        self.args, self.terms = args, [name for name in TERMS if not getattr(args, f"no_{name}")]
-        self.model = model = load_model(args.model, args.device, DTYPES[args.dtype], adapter=False)
-        objective.fill_defaults(args, model, start_adapter(args, model))
+        self.args, self.model = args, load_model(args.model, args.device, DTYPES[args.dtype], adapter=False)
+        model = self.model
+        lambdas = objective.fill_defaults(args, model, start_adapter(args, model))
+        self.terms = {name: value for name, value in lambdas.items() if value and not getattr(args, f"no_{name}")}
+        if not self.terms:
+            raise UserError(f"no loss is left: leave out one of {' '.join(f'--no-{name}' for name in lambdas)}")
         model.vae.requires_grad_(False)
         model.vae.decoder.checkpointing = args.checkpointing != "none"
         model.dit.checkpointing = args.checkpointing == "all"
@@ -129,7 +132,7 @@ def train(args):
     settings = {k: getattr(args, k) for k in SETTINGS} | data.fingerprints | {
         "the model": fingerprint(networks.model.folder / "transformer"),
         "the first adapter": weights.sha256(args.init) if args.init != "none" else "none",
-        "the losses": {k: TERMS[k].weight for k in networks.terms}, "the constants": [EMA, CLIP, WEIGHT_DECAY],
+        "the losses": networks.terms, "the constants": [EMA, CLIP, WEIGHT_DECAY],
         "--batch times --accumulate times the processes": batch}
     about = metadata(args, settings, data, networks.terms, batch)
 
@@ -170,10 +173,11 @@ def introduce(args, networks, data, batch):
     """Print what is about to be trained."""
     used = sorted({len(m.lora_A.weight) for m in lora_modules(networks.model.dit).values()})
     low, high = PROTOCOLS[args.protocol][1]
+    losses = " + ".join(f"{value:g} {name}" for name, value in networks.terms.items())
     print(f"{data.report}\n{args.model}: {sum(p.numel() for p in networks.adapter.values()) / 1e6:.2f} M parameters "
           f"(rank {' and '.join(map(str, used))}, {args.lora_targets}), from {Path(args.init).name}; τ "
-          f"{args.timestep:g}, t {low} to {high}; losses {' '.join(networks.terms)}, LPIPS {args.lpips}\n{batch} crops "
-          f"of {args.crop} a step; {args.dtype} on {args.device}; seed {args.seed}; torch {torch.__version__}; "
+          f"{args.timestep:g}, t {low} to {high}; loss {losses}, LPIPS {args.lpips}\n{batch} crops of {args.crop} a "
+          f"step; {args.dtype} on {args.device}; seed {args.seed}; torch {torch.__version__}; "
           f"{len(set(data.prompts))} prompts; {args.run}", flush=True)
 
 
@@ -296,8 +300,6 @@ def parse(argv=None):
     default = {"adapter": (4, 5e-5), "autoencoder": (8, 3e-4)}[args.learn]
     args.batch = default[0] if args.batch is None else args.batch
     args.lr = default[1] if args.lr is None else args.lr
-    if all(getattr(args, f"no_{name}") for name in TERMS):
-        p.error(f"no loss is left: leave out one of {' '.join(f'--no-{name}' for name in TERMS)}")
     runs.check_ranges(args)
     absolute(args)
     args.options = {k: v for k, v in vars(args).items() if k not in NOT_OPTIONS}
