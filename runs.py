@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -108,10 +109,9 @@ def revision(folder):
 def cpu_name():
     """The processor's name, as precise as the system tells it."""
     try:
-        info = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines())
-        info = {key.strip(): value.strip() for key, value in info.items()}
+        info = dict(re.findall(r"^(.*?)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
         return f"{info['model name']} (family {info['cpu family']} model {info['model']})"
-    except (OSError, KeyError, ValueError):
+    except (OSError, KeyError):
         return platform.processor() or platform.machine()
 
 
