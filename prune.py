@@ -48,8 +48,9 @@ from runs import (
     save_state,
     write_csv,
 )
-from sanasr import LinearDiT, SanaSR, fingerprint, save_module
+from sanasr import LinearDiT, SanaSR
 from trainer import differences
+from weights.files import fingerprint, save_module
 
 KEPT = 16 / 28  # of the blocks: of SANA-0.6B's what fits into the paper's budget, 0.35e9 parameters
 MAX_DROP = 0.03  # of any metric, relative to the unpruned model, in its worse direction

@@ -38,10 +38,10 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 import weights
 from photos.pictures import bicubic
-from photos.restorer import NotFinite, Restorer, Stopwatch, tiled  # noqa: F401
+from photos.restorer import Restorer, Stopwatch
 from weights import configs
 from weights.dtypes import choose_dtypes
-from weights.files import Pretrained, fingerprint, open_weights, save_module, save_tensors  # noqa: F401
+from weights.files import Pretrained, fingerprint, open_weights, save_tensors
 
 # --- The method: one latent update, and the restorer around it ---
 

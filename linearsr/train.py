@@ -54,18 +54,9 @@ from runs import (
     read_log,
     resolve_device,
 )
-from sanasr import (
-    adapters_off,
-    build_prompt,
-    inject_lora,
-    load_lora,
-    lora_parameters,
-    open_weights,
-    save_lora,
-    save_module,
-    save_tensors,
-)
+from sanasr import adapters_off, build_prompt, inject_lora, load_lora, lora_parameters, save_lora
 from trainer import Trainer, knee
+from weights.files import open_weights, save_module, save_tensors
 
 STAGES = ["pretrain", "experts", "finetune"]
 LR = {"pretrain": 3e-4, "experts": 3e-4, "finetune": 5e-5}

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from seeded import seeded_state_dict
 
-from sanasr import DCAE, Gemma2, LinearDiT, save_module
+from sanasr import DCAE, Gemma2, LinearDiT
+from weights.files import save_module
 
 WIDTHS = [8, 8, 16, 16, 32, 32]
 CONFIGS = {
