@@ -4,20 +4,18 @@ SANASR_DATA     photos: hq/, realsr/, inputs/
 SANASR_ORACLE   goldens of official size, too large to be carried here
 """
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 
+from sanasr import SanaSR
+
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import tiny  # noqa: E402
-
 torch.set_num_threads(2)
 
 
@@ -40,11 +38,15 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-def save_photo(path, width, height, seed):
-    """A smooth random picture of any size, written in the format of its suffix."""
+def photo(width, height, seed=0):
+    """A smooth random picture."""
     rgb = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(rgb).resize((width, height), Image.BICUBIC)
+
+
+def save_photo(path, width, height, seed):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(rgb).resize((width, height), Image.BICUBIC).save(path)
+    photo(width, height, seed).save(path)
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +66,12 @@ def photos(tmp_path_factory):
 def tiny_model(tmp_path_factory):
     """A folder in the official layout: small, seeded, untrained. Copy it before you change it."""
     return tiny.tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def sana(tiny_model):
+    """The tiny model, loaded. It is shared, so do not change it."""
+    return SanaSR.from_pretrained(tiny_model)
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@ import json
 from pathlib import Path
 
 import torch
-from seeded import seeded_state_dict
+from seeded import seeded_module
 
 from sanasr import DCAE, Gemma2, LinearDiT
 from weights.files import save_module
@@ -42,15 +42,13 @@ def byte_tokenizer():
             "added_tokens": [{"id": vocab[piece], "content": piece, "special": True} for piece in special]}
 
 
-def tiny_model(folder, dtype=torch.float32, salt=""):
+def tiny_model(folder, dtype=torch.float32):
     """Writes transformer/, vae/, text_encoder/ and tokenizer/ with seeded weights into `folder`; returns its path."""
     folder = Path(folder)
     for part, (cls, config) in CONFIGS.items():
         with torch.device("meta"):
             module = cls(config)
-        manifest = [(key, x.shape) for key, x in module.state_dict().items()]
-        module.load_state_dict(seeded_state_dict(manifest, salt), assign=True)
-        save_module(module, folder / part, dtype)
+        save_module(seeded_module(module), folder / part, dtype)
     (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps(byte_tokenizer()))
     return folder
