@@ -144,12 +144,10 @@ def read_linearsr(folder):
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict) or config.get("system") != SYSTEM:
             raise ValueError(f'there is no "system": "{SYSTEM}" in it')
-        defaults = dict(system=SYSTEM, base=None, boundaries=None, suffix="appendix")
-        config = read_config("LinearSR", config, defaults)
-        if not isinstance(config["base"], str):
-            raise ValueError("base must name a model, or its folder relative to this one")
-        if not isinstance(config["suffix"], str):
-            raise ValueError("suffix must be a text")
+        config = read_config("LinearSR", config, dict(system=SYSTEM, base=None, boundaries=None, suffix="appendix"))
+        for key in ("base", "suffix"):
+            if not isinstance(config[key], str):
+                raise ValueError(f"{key} must be a text")
         boundaries = BOUNDARIES if config["boundaries"] is None else config["boundaries"]
         return config | {"boundaries": check_boundaries(boundaries)}
     except ValueError as error:
@@ -167,11 +165,10 @@ def load_experts(shared, folder, boundaries):
     if missing := [str(file) for file in files if not file.is_file()]:
         raise FileNotFoundError(f"{', '.join(missing)}: missing, config.json names {len(boundaries)} boundaries and so "
                                 f"needs {len(files)} experts; export the model again")
-    experts = []
-    for file in files:
-        experts.append(copy.deepcopy(shared))
-        load_lora(experts[-1], file, system=SYSTEM)
-        merge_lora(experts[-1])
+    experts = [copy.deepcopy(shared) for _ in files]
+    for expert, file in zip(experts, files, strict=True):
+        load_lora(expert, file, system=SYSTEM)
+        merge_lora(expert)
     return experts
 
 

@@ -6,13 +6,12 @@
     python -m weights               -> what is known, and what is present
 
 The order of search, for both:
-    1. the folder named by the environment variable SANASR_WEIGHTS (machines without a network): a model lies there
-       under its name or its repository's, a single file under its file name, or, unchecked, under its name: that may
-       be a smaller copy (vgg16.safetensors with the `features.*` of VGG16 in float16 is 29 MB and serves as well);
-    2. this folder, for what is bundled;
-    3. the Hugging Face cache (HF_HOME, HF_HUB_CACHE), without a request to the network;
-    4. the Hugging Face Hub, unless HF_HUB_OFFLINE=1. A broken transfer is resumed; an interrupted run keeps the files
-       that are complete.
+    1. the folder named by the environment variable SANASR_WEIGHTS (for machines without a network). A model is there
+       under its name or its repository's, a single file under its file name. Under its name, a file is not checked, so
+       it may be a smaller copy: vgg16.safetensors with the `features.*` of VGG16 in float16 is 29 MB and works as well.
+    2. this folder, for what is bundled
+    3. the Hugging Face cache (HF_HOME, HF_HUB_CACHE), without a request to the network
+    4. the Hugging Face Hub, unless HF_HUB_OFFLINE=1. A broken transfer is resumed; complete files are kept.
 
 Beside this: weights.files reads and writes networks, weights.configs checks their config.json, weights.dtypes chooses
 the dtype. A new model or file is one line in MODELS or FILES.
@@ -192,26 +191,31 @@ def present(name, dtype=None):
         return None
 
 
-def _hub(name, known, size):
-    """huggingface_hub, once it is known to be reachable: its own retries would keep the user waiting half a minute."""
+def _download(name, known, size, fetch):
+    """The path that fetch(huggingface_hub) returns. Raises Unavailable."""
     import huggingface_hub as hub
     from huggingface_hub import constants
     if known.repo is None:
         raise Unavailable(f"{name}: it belongs into {HERE} but is not there; restore it with `git checkout weights`")
-    if constants.HF_HUB_OFFLINE:
-        reason = "HF_HUB_OFFLINE is set"
-    else:
-        try:
+    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else None
+    if not reason:
+        try:  # first, because the library itself would retry for half a minute
             hub.get_session().head(constants.ENDPOINT, timeout=10)
-            print(f"downloading {name} from {known.repo} ({size}; licence: {known.licence})", file=sys.stderr)
-            return hub
         except Exception as error:
             reason = f"{constants.ENDPOINT} cannot be reached ({_line(error)})"
-    what, keep = known.repo, name
-    if name in FILES:
-        what, keep = f"{what}/{known.filename}", name + Path(known.filename).suffix
-    raise Unavailable(f"{name} is not on this machine and {reason}: fetch {what} ({size}) on a machine with a network "
-                      f"and put it as {keep} into the folder that the environment variable SANASR_WEIGHTS names")
+    if reason:
+        what, keep = known.repo, name
+        if name in FILES:
+            what, keep = f"{what}/{known.filename}", name + Path(known.filename).suffix
+        raise Unavailable(f"{name} is not on this machine and {reason}: fetch {what} ({size}) on a machine with a "
+                          f"network and put it as {keep} into the folder that the environment variable SANASR_WEIGHTS "
+                          "names")
+    print(f"downloading {name} from {known.repo} ({size}; licence: {known.licence})", file=sys.stderr)
+    try:
+        return Path(fetch(hub))
+    except Exception as error:
+        raise Unavailable(f"{name}: the download from {known.repo} failed ({_line(error)}); "
+                          "run the same command again, files that are complete are kept") from error
 
 
 def _line(error):
@@ -232,13 +236,11 @@ def folder(name_or_path: str | Path, dtype=None) -> Path:
     if path := present(name, dtype):
         return path
     model = MODELS[name]
-    hub = _hub(name, model, f"up to {model.gigabytes:.1f} GB")
-    try:
+
+    def fetch(hub):
         names = hub.HfApi().list_repo_files(model.repo, revision=model.revision)
-        return Path(hub.snapshot_download(model.repo, revision=model.revision, allow_patterns=_needed(names, dtype)))
-    except Exception as error:
-        raise Unavailable(f"{name}: the download from {model.repo} failed ({_line(error)}); "
-                          "run the same command again, files that are complete are kept") from error
+        return hub.snapshot_download(model.repo, revision=model.revision, allow_patterns=_needed(names, dtype))
+    return _download(name, model, f"up to {model.gigabytes:.1f} GB", fetch)
 
 
 def file(name: str) -> Path:
@@ -250,12 +252,8 @@ def file(name: str) -> Path:
     known = FILES[name]
     if path := present(name):
         return _checked(path, known) if known.repo and path == _own(known.filename) else path
-    hub = _hub(name, known, f"{known.megabytes:.0f} MB")
-    try:
-        path = Path(hub.hf_hub_download(known.repo, known.filename, revision=known.revision))
-    except Exception as error:
-        raise Unavailable(f"{name}: the download of {known.filename} from {known.repo} failed ({_line(error)}); "
-                          "run the same command again, files that are complete are kept") from error
+    path = _download(name, known, f"{known.megabytes:.0f} MB",
+                     lambda hub: hub.hf_hub_download(known.repo, known.filename, revision=known.revision))
     try:
         return _checked(path, known)
     except Unavailable:
@@ -265,11 +263,8 @@ def file(name: str) -> Path:
 
 def sha256(path):
     """The SHA-256 of a file, as hexadecimal digits."""
-    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _checked(path, known):
