@@ -219,45 +219,26 @@ class GLUMBConv(nn.Module):
 # --- LinearDiT: SANA's diffusion transformer ---
 
 
-class TimestepEmbedder(nn.Module):
-    """Sinusoid of τ, cosine half first, then linear, SiLU, linear."""
-
-    def __init__(self, width, frequencies=256):
-        super().__init__()
-        self.half = frequencies // 2
-        self.linear_1 = nn.Linear(frequencies, width)
-        self.linear_2 = nn.Linear(width, width)
-
-    def forward(self, t):  # B -> B,D
-        frequency = torch.exp(-math.log(10000) / self.half * torch.arange(self.half, device=t.device))
-        angle = t.float()[:, None] * frequency  # B,128
-        x = torch.cat([angle.cos(), angle.sin()], dim=1).to(self.linear_1.weight.dtype)
-        return self.linear_2(F.silu(self.linear_1(x)))
+def two_layers(in_channels, width, activation):
+    """linear_1, activation, linear_2: …,in_channels -> …,width."""
+    return nn.Sequential(OrderedDict(linear_1=nn.Linear(in_channels, width), activation=activation,
+                                     linear_2=nn.Linear(width, width)))
 
 
 class AdaLayerNormSingle(nn.Module):
-    """One timestep embedding for all blocks: (modulation of the blocks B,6,D; the embedding itself B,D)."""
+    """One timestep embedding for all blocks: τ, B -> (modulation of the blocks B,6,D; the embedding itself B,D)."""
 
     def __init__(self, width):
         super().__init__()
-        self.emb = nn.ModuleDict({"timestep_embedder": TimestepEmbedder(width)})
+        self.emb = nn.ModuleDict({"timestep_embedder": two_layers(256, width, nn.SiLU())})
         self.linear = nn.Linear(width, 6 * width)
 
     def forward(self, t):
-        e = self.emb["timestep_embedder"](t)
+        frequency = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=t.device))
+        angle = t.float()[:, None] * frequency  # B,128
+        sinusoid = torch.cat([angle.cos(), angle.sin()], dim=1).to(self.linear.weight.dtype)  # cosine half first
+        e = self.emb["timestep_embedder"](sinusoid)
         return self.linear(F.silu(e)).unflatten(1, (6, -1)), e
-
-
-class CaptionProjection(nn.Module):
-    """Text states to the transformer's width: linear, tanh-GELU, linear."""
-
-    def __init__(self, in_channels, width):
-        super().__init__()
-        self.linear_1 = nn.Linear(in_channels, width)
-        self.linear_2 = nn.Linear(width, width)
-
-    def forward(self, c):  # B,T,Dt -> B,T,D
-        return self.linear_2(F.gelu(self.linear_1(c), approximate="tanh"))
 
 
 class Attention(nn.Module):
@@ -326,7 +307,7 @@ class LinearDiT(Pretrained):
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
         self.patch_embed = nn.ModuleDict({"proj": Conv1x1(config["in_channels"], width)})
         self.time_embed = AdaLayerNormSingle(width)
-        self.caption_projection = CaptionProjection(config["caption_channels"], width)
+        self.caption_projection = two_layers(config["caption_channels"], width, nn.GELU(approximate="tanh"))
         self.caption_norm = RMSNorm(width)
         self.transformer_blocks = nn.ModuleList(DiTBlock(config) for _ in range(config["num_layers"]))
         self.proj_out = nn.Linear(width, config["out_channels"] or config["in_channels"])

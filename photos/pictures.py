@@ -101,12 +101,10 @@ def find_inputs(paths):
     """The files that `paths` name, each once, folders sorted by name. Raises ValueError for an empty folder."""
     files, known = {}, picture_suffixes(Image.OPEN)
     for path in map(Path, paths):
-        inside = [path]
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir()
-                            if p.suffix.lower() in known and not p.name.startswith(".") and p.is_file())
-            if not inside:
-                raise ValueError(f"{path}: no pictures in this folder")
+        inside = [path] if not path.is_dir() else sorted(
+            p for p in path.iterdir() if p.suffix.lower() in known and not p.name.startswith(".") and p.is_file())
+        if not inside:
+            raise ValueError(f"{path}: no pictures in this folder")
         for p in inside:
             files.setdefault(os.path.realpath(p), p)
     return list(files.values())
