@@ -89,20 +89,15 @@ class SanaSR(Restorer):
         """
         how = conditioning(self.metadata, suffix, timestep, instruction)
         t = torch.full((1,), how["timestep"], device=self.device)
-        by_tiles, clock = self.tiling(tile), Stopwatch(self.device)
-
-        def report(stage):
-            return progress and functools.partial(progress, stage)
-
+        by_tiles, clock = self.tiling(tile, progress), Stopwatch(self.device)
         c, m = self.encode_prompt(build_prompt(prompt, how["suffix"]), how["instruction"])  # 1,T,Dt and 1,T
         clock.lap("text")
         x = self.to_tensor(bicubic(image.convert("RGB"), scale), self.vae_dtype, self.vae.factor)  # 1,3,H,W
-        z = by_tiles(self.vae.encode, x, down=self.vae.factor, progress=report("encode"))
-        z = self.scaling_factor * z.float()  # 1,C,h,w
+        z = self.scaling_factor * by_tiles("encode", self.vae.encode, x, down=self.vae.factor).float()  # 1,C,h,w
         clock.lap("encode")
-        z = by_tiles(lambda part: one_step(self.dit, part, t, c, m), z, progress=report("dit"))
+        z = by_tiles("dit", lambda part: one_step(self.dit, part, t, c, m), z)
         clock.lap("dit")
-        result = self.decode(z, scale * image.width, scale * image.height, by_tiles, report("decode"))
+        result = self.decode(z, scale * image.width, scale * image.height, by_tiles)
         clock.lap("decode")
         self.stages = clock.laps
         return result

@@ -187,7 +187,7 @@ def read(path) -> Picture:
     with Image.open(path) as image:
         exif = kept_exif(image) if image.format == "TIFF" else None  # before load(), which closes the file
         image.load()
-        exif = kept_exif(image) if exif is None else exif  # of a PNG after load(): it hides what is broken
+        exif = kept_exif(image) if exif is None else exif  # it also loads a PNG, but hides that the file is broken
         image = upright(image)
     if 0 in image.size:
         raise ValueError("it has no pixels")

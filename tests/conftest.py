@@ -1,7 +1,7 @@
-"""Helpers and fixtures that tests share. Data that is not carried here is found through environment variables:
+"""Helpers and fixtures that tests share. Environment variables name the folders of data that are not in tests/data:
 
 SANASR_DATA     photos: hq/, realsr/, inputs/
-SANASR_ORACLE   goldens of official size, too large to be carried here
+SANASR_ORACLE   goldens of official size
 """
 import os
 from pathlib import Path

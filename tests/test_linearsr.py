@@ -171,33 +171,34 @@ def test_restore_is_a_function_of_the_seed(make):
     assert not same(restorer.restore(PHOTO, "a tree", steps=3, seed=5), first)
 
 
-def test_four_copies_equal_one_expert(make):
-    assert same(*(make(n).restore(PHOTO, steps=14, seed=1) for n in (1, 4)))
-
-
 def test_each_step_is_its_experts_and_offload_moves_each_once(make):
     plain, offloading, calls, moves = make(4), make(4, offload=True), [], []
     for k, (expert, moved) in enumerate(zip(plain.experts, offloading.experts, strict=True)):
         expert.register_forward_hook(lambda module, inputs, v, k=k: calls.append((k, inputs[1].item())))
         moved.to = lambda device, k=k: moves.append((k, str(device)))
-    assert same(plain.restore(PHOTO, steps=20), offloading.restore(PHOTO, steps=20))
+    result = plain.restore(PHOTO, steps=20)
+    assert same(offloading.restore(PHOTO, steps=20), result) and same(make(1).restore(PHOTO, steps=20), result)
     assert len(calls) == 20 and calls[0][1] == 1000 and {k for k, _ in calls} == {0, 1, 2, 3}
     assert all(k == expert_of(t / 1000) for k, t in calls)
     assert moves == [(3, "cpu"), (3, "cpu"), (2, "cpu"), (2, "cpu"), (1, "cpu"), (1, "cpu"), (0, "cpu")]  # to and fro
 
 
-def test_tiles_share_one_noise_and_have_no_order(make):
-    """A network that sees no neighbours gives the same latents by tiles: they are crops of one noise and condition."""
-    restorer, shapes = make(), []
+def test_tiles_share_one_noise_and_condition(make):
+    """A network that sees no neighbours gives the same latents with and without tiles. All steps' tiles are counted."""
+    restorer, shapes, seen = make(), [], []
 
     def pointwise(z, t, c, mask, condition):
         shapes.append(z.shape[2:])
         return torch.tanh(z) + condition[:, :8] * t.item() / 1000
     restorer.experts[0].forward = pointwise
     restorer.decode = lambda z, *_: z
-    whole, *others = (restorer.restore(photo(48, 40), steps=5, tile=tile) for tile in (0, 96, 128))
+    whole, *others = (restorer.restore(photo(48, 40), steps=5, tile=tile, progress=lambda *what: seen.append(what))
+                      for tile in (0, 96, 128))
     assert all(torch.allclose(whole, z, atol=1e-5) for z in others)
     assert {*shapes[:5]} == {(5, 6)} and all(max(shape) <= 4 for shape in shapes[5:])
+    total = seen[-1][2]
+    assert seen[:6] == [("dit", i, 5) for i in range(6)]  # without tiles: the steps
+    assert seen[-total - 1:] == [("dit", i, total) for i in range(total + 1)] and total > 5
 
 
 def test_guidance(make):
@@ -208,12 +209,6 @@ def test_guidance(make):
     assert torch.allclose(found[0.0], empty, atol=1e-6)
     assert torch.allclose(found[3.0] - found[2.0], found[1.0] - empty, atol=1e-5)  # linear in cfg for a single step
     assert not torch.allclose(found[1.0], empty, atol=1e-4)
-
-
-def test_progress_counts_tiles_of_all_steps(make):
-    seen = []
-    make().restore(photo(40, 24), steps=2, tile=96, progress=lambda *a: seen.append(a))
-    assert [s[1:] for s in seen if s[0] == "dit"] == [(i, 4) for i in range(5)]
 
 
 def test_parts_that_do_not_fit(make, sana):
