@@ -803,41 +803,35 @@ class GemmaTokenizer:
 
     def spans(self, ids):
         """For every id the (start, end) of its UTF-8 bytes in the text with spaces as "▁"; <bos> is empty."""
-        spans, end = [], 0
-        for n, i in enumerate(ids):
-            piece, start = self.pieces[i], end
-            if n:  # after <bos>
-                end += 1 if re.fullmatch("<0x[0-9A-F]{2}>", piece) else len(piece.encode())
+        spans, end = [(0, 0)], 0
+        for piece in (self.pieces[i] for i in ids[1:]):
+            start, end = end, end + (1 if re.fullmatch("<0x[0-9A-F]{2}>", piece) else len(piece.encode()))
             spans.append((start, end))
         return spans
 
     def _merge(self, text):
         """BPE of one part, O(n log n): a heap of possible merges over a doubly linked list of symbols."""
-        symbols = []
+        symbols, heap = [], []
         for char in text:
             i = self.vocab.get(char)
             symbols += [i] if i is not None else [self.bytes[b] for b in char.encode()]
-        before, after = list(range(-1, len(symbols) - 1)), list(range(1, len(symbols) + 1))
-        heap = []
+        end = len(symbols)
+        symbols.append(None)  # the end; a symbol that was merged into the one before it also becomes None
+        before, after = list(range(-1, end)), [*range(1, end + 1), end]
 
         def push(left):
-            right = after[left] if left >= 0 else len(symbols)
-            if right < len(symbols) and (merge := self.merges.get((symbols[left], symbols[right]))):
+            if merge := self.merges.get((symbols[left], symbols[after[left]])):
                 heapq.heappush(heap, (merge[0], left, merge[1]))
 
-        for left in range(len(symbols)):
+        for left in range(end):
             push(left)
         while heap:
             _, left, merged = heapq.heappop(heap)
-            right = after[left]
-            if symbols[left] is None or right >= len(symbols):
-                continue
-            if self.merges.get((symbols[left], symbols[right]), (0, None))[1] != merged:
+            if self.merges.get((symbols[left], symbols[after[left]]), (0, None))[1] != merged:
                 continue  # a neighbour has changed since this merge was noted
-            symbols[left], symbols[right] = merged, None
-            after[left] = after[right]
-            if after[left] < len(symbols):
-                before[after[left]] = left
+            symbols[left], symbols[after[left]] = merged, None
+            after[left] = after[after[left]]
+            before[after[left]] = left
             push(before[left])
             push(left)
         return [s for s in symbols if s is not None]
