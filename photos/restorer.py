@@ -130,7 +130,7 @@ class Stopwatch:
         self.device, self.laps, self.last = device, {}, time.perf_counter()
 
     def lap(self, name):
-        if self.device.type in ("cuda", "mps"):
-            getattr(torch, self.device.type).synchronize(*[self.device] * (self.device.type == "cuda"))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
         now = time.perf_counter()
         self.laps[name], self.last = 1000 * (now - self.last), now

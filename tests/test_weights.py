@@ -63,11 +63,7 @@ def test_the_tables_are_complete():
         assert known.licence, name
         assert "/" not in name and (known.repo is None or known.repo.count("/") == 1), name
     for name, known in FILES.items():
-        assert known.repo is None or known.filename.endswith((".safetensors", ".pth", ".pt")), name
-        if known.repo is None:
-            assert (ROOT / "weights" / known.filename).is_file(), name
-            if known.sha256:
-                assert weights.sha256(ROOT / "weights" / known.filename).startswith(known.sha256), name
+        assert known.filename.endswith((".safetensors", ".pth", ".pt")), name
 
 
 @pytest.mark.parametrize("value, inside", [(None, ".cache/sanasr"), ("", ".cache/sanasr"), ("~/x", "x")])
@@ -97,7 +93,7 @@ def offline(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setitem(MODELS, "tiny", Model("MIT", "org/Tiny_diffusers", gigabytes=1.5))
-    monkeypatch.setitem(FILES, "small", File("small-weights.pth", "MIT", "org/f", sha256=sha256(b"good").hexdigest()))
+    monkeypatch.setitem(FILES, "small", File("small-weights.pth", "MIT", "org/f", sha256(b"good").hexdigest(), 9))
     return tmp_path
 
 

@@ -43,13 +43,13 @@ class Model:
 
 @dataclass(frozen=True)
 class File:
-    """One file. Without `repo` it is bundled in weights/. `sha256` may be given by its first digits."""
+    """One file. `sha256` may be given by its first digits."""
     filename: str
     licence: str
-    repo: str | None = None
+    repo: str
+    sha256: str
+    megabytes: float
     revision: str = "main"
-    sha256: str | None = None
-    megabytes: float = 0.0
 
 
 _SANA = "NVIDIA Source Code License NSCL v2-custom, non-commercial; text encoder: Gemma Terms of Use"
@@ -174,8 +174,7 @@ def present(name, dtype=None):
     if own:
         return own
     if known.repo is None:
-        path = HERE / (name if name in MODELS else known.filename)
-        return path if path.exists() else None
+        return HERE / name if (HERE / name).exists() else None
     import huggingface_hub as hub
     filename = "transformer/config.json" if name in MODELS else known.filename
     path = hub.try_to_load_from_cache(known.repo, filename, revision=known.revision)
@@ -251,7 +250,7 @@ def file(name: str) -> Path:
     """
     known = FILES[name]
     if path := present(name):
-        return _checked(path, known) if known.repo and path == _own(known.filename) else path
+        return _checked(path, known) if path == _own(known.filename) else path
     path = _download(name, known, f"{known.megabytes:.0f} MB",
                      lambda hub: hub.hf_hub_download(known.repo, known.filename, revision=known.revision))
     try:
@@ -268,6 +267,6 @@ def sha256(path):
 
 
 def _checked(path, known):
-    if known.sha256 and not (actual := sha256(path)).startswith(known.sha256):
+    if not (actual := sha256(path)).startswith(known.sha256):
         raise Unavailable(f"{path}: its SHA-256 is {actual[:16]}…, not {known.sha256[:16]}…; delete it and try again")
     return path
