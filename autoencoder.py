@@ -34,8 +34,9 @@ from photos.kinds import KINDS, PAIRS_VERSION, SIDE, write_pairs
 from photos.pairs import digest, scan, split
 from photos.pictures import read
 from runs import DTYPES, UserError, batches, ranks, set_flags
-from sanasr import DCAE, save_module
+from sanasr import DCAE
 from trainer import Trainer, holding
+from weights.files import save_module
 
 WINDOW = 224            # pixels of a view: it begins at any phase of the 32-pixel grid
 ALIGNED = 0.3           # share of views that begin where the picture does, as the blocks of a JPEG do

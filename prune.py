@@ -36,8 +36,9 @@ from objective import Conditions, Latents, Update, calibration_loss, fill_defaul
 from photos.pairs import TrainingData, add_data_options, find_tags
 from photos.pictures import atomically, bicubic, png, read_rgb, write_bytes
 from runs import DTYPES, UserError, write_csv
-from sanasr import LinearDiT, SanaSR, fingerprint, save_module
+from sanasr import LinearDiT, SanaSR
 from trainer import compare as compare_settings
+from weights.files import fingerprint, save_module
 
 KEPT = 16 / 28  # of the blocks: of SANA-0.6B's what fits into the paper's budget, 0.35e9 parameters
 MAX_DROP = 0.03  # of any metric, relative to the unpruned model, in its worse direction

@@ -1,21 +1,23 @@
 """SANA-SR: one-step real-world image super-resolution, the whole method in one file.
 
-One 128×128 photo on its way to 512×512 (SANA-0.6B, B = 1), as `SanaSR.restore` takes it:
+How `SanaSR.restore` turns a photo of 128×128 into a picture of 512×512 (SANA-0.6B, B = 1):
 
     photo 128×128 ── bicubic ×4 ──►  x_L   1×3×512×512  in [-1, 1]
     x_L   ── DC-AE encoder · s ────►  z_L   1×32×16×16   32× smaller per side, s = 0.41407       (Eq. 1)
     tags ⊕ suffix ── Gemma-2 ──────►  c, m  1×T×2304 and 1×T, T ≤ 300                            (Eq. 2)
     z_L, τ = 900, c, m ── LinearDiT ► f     1×32×16×16   28 blocks over N = 256 tokens of 1152, + LoRA
-    ẑ = z_L − σ_τ · f ─────────────►  ẑ     1×32×16×16   ONE update, nothing iterates            (Eq. 4)
+    ẑ = z_L − σ_τ · f ─────────────►  ẑ     1×32×16×16   one update, no iteration                (Eq. 4)
     ẑ / s ── DC-AE decoder ────────►  x̂     1×3×512×512
 
-Sections: the method · operators · LinearDiT · LoRA · DC-AE · Gemma-2 and its tokenizer · prompts. Weights on disk and
-configs: weights/. Tiles and pictures: photos/.
+Sections: the method · operators · LinearDiT · LoRA · DC-AE · Gemma-2 and its tokenizer · prompts. The folder weights/
+reads weights and checks configs; photos/ reads pictures and cuts them into tiles.
 
-Shapes use one alphabet: B batch, C channels, H W picture or latent height and width, N = H·W tokens, T text tokens,
-n heads of d channels. Module attributes carry the key names of the official checkpoints, so they load with
-`strict=True` and no renaming. Paper: "Efficient One-Step Diffusion Restoration Model with Compact Token
-Compression and Linear Attention" (arXiv 2605.23451); DC-AE: arXiv 2410.10733; SANA: arXiv 2410.10629.
+Letters for shapes: B batch, C channels, H W picture or latent height and width, N = H·W tokens, T text tokens, n heads
+of d channels, D width of the transformer, Dt width of the text states. Modules are named as in the official
+checkpoints, which therefore load with `strict=True`.
+
+Paper: "Efficient One-Step Diffusion Restoration Model with Compact Token Compression and Linear Attention"
+(arXiv 2605.23451). DC-AE: arXiv 2410.10733. SANA: arXiv 2410.10629.
 """
 from __future__ import annotations
 
@@ -26,6 +28,7 @@ import heapq
 import json
 import math
 import re
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -38,36 +41,36 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 import weights
 from photos.pictures import bicubic
-from photos.restorer import NotFinite, Restorer, Stopwatch, tiled  # noqa: F401
+from photos.restorer import Restorer, Stopwatch
 from weights import configs
 from weights.dtypes import choose_dtypes
-from weights.files import Pretrained, fingerprint, open_weights, save_module, save_tensors  # noqa: F401
+from weights.files import Pretrained, fingerprint, open_weights, save_tensors
 
 # --- The method: one latent update, and the restorer around it ---
 
 
 def sigma(t):
-    """Noise level of the timestep τ ∈ [0, 1000] that the network is given (SANA's own, after its flow shift)."""
+    """Noise level σ_τ of the timestep τ in [0, 1000] that SANA's network takes (after SANA's flow shift)."""
     return t / 1000
 
 
 def one_step(dit, z: torch.Tensor, t: torch.Tensor, c: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """ẑ = z_L − σ_τ · f(z_L, τ, c, m) (Eq. 4). z: B,C,h,w scaled latents; t: B; c: B,T,Dt; mask: B,T.
 
-    The network computes in the dtype of c, the update in float32 (bfloat16 would make 0.8984 of σ = 0.9).
+    The network computes in the dtype of c. The update is in float32, because bfloat16 would round σ = 0.9 to 0.8984.
     """
     return z - sigma(t)[:, None, None, None] * dit(z.to(c.dtype), t, c, mask)
 
 
 class SanaSR(Restorer):
-    """The whole restorer: frozen autoencoder, prior with its adapter merged, text encoder loaded only when needed.
+    """The whole restorer: autoencoder, transformer and prompts. The text encoder is loaded when a prompt needs it.
 
-    scaling_factor: s; timestep: τ the adapter was trained for; stages: milliseconds by stage of the last `restore`;
-    metadata: what the adapter's file, or the config of a pruned model, says of itself.
+    scaling_factor: s; timestep: the τ that the adapter was trained for; stages: milliseconds by stage of the last
+    `restore`; metadata: of the adapter's file, or of a pruned model's config.
     """
 
     def __init__(self, vae: DCAE, dit: LinearDiT, prompts: PromptEncoder, metadata: dict | None = None) -> None:
-        """From parts. vae and dit lie on one device; prompts: (texts, instruction) -> (c, m), as `PromptEncoder`."""
+        """vae and dit are on the same device. prompts: (texts, instruction) -> (c, m), as `PromptEncoder`."""
         super().__init__(vae, dit, prompts, metadata)
         self.dit, self.timestep = dit, conditioning(self.metadata)["timestep"]
 
@@ -77,30 +80,24 @@ class SanaSR(Restorer):
                 progress=None) -> Image.Image:
         """PIL image -> PIL image (RGB) of exactly `scale` times the size.
 
-        The picture is enlarged `scale` times and restored at that size; 1 cleans a picture without enlarging it.
-        prompt: what the picture shows (a text, or a list of tags), to which `suffix` is joined, see `build_prompt`.
-        suffix, timestep (τ in (0, 1000]), instruction: by default what the adapter was trained with, see
-        `conditioning`. tile: the largest side, in pixels of the result, that the networks see at once (a multiple of
-        32, 0 for no limit, 1408 by default).
-        progress(stage, done, total) is called for every tile of the stages encode, dit and decode.
-        Raises ValueError where the result is not finite, and what the text encoder's loading raises.
+        The picture is enlarged `scale` times and restored at that size. scale=1 restores it without enlarging it.
+        prompt: what the picture shows, as a text or a list of tags. `build_prompt` joins it and `suffix`.
+        suffix, timestep (τ in (0, 1000]), instruction: by default those of the adapter's training, see `conditioning`.
+        tile: side of the tiles that the networks process, in pixels of the result: a multiple of 32; 0 for no tiles;
+        1408 by default. progress(stage, done, total) is called for every tile of the stages encode, dit and decode.
+        Raises ValueError if the result is not finite; OSError or ValueError if the text encoder cannot be loaded.
         """
         how = conditioning(self.metadata, suffix, timestep, instruction)
         t = torch.full((1,), how["timestep"], device=self.device)
-        by_tiles, clock = self.tiling(tile), Stopwatch(self.device)
-
-        def report(stage):
-            return progress and functools.partial(progress, stage)
-
+        by_tiles, clock = self.tiling(tile, progress), Stopwatch(self.device)
         c, m = self.encode_prompt(build_prompt(prompt, how["suffix"]), how["instruction"])  # 1,T,Dt and 1,T
         clock.lap("text")
         x = self.to_tensor(bicubic(image.convert("RGB"), scale), self.vae_dtype, self.vae.factor)  # 1,3,H,W
-        z = by_tiles(self.vae.encode, x, down=self.vae.factor, progress=report("encode"))
-        z = self.scaling_factor * z.float()  # 1,C,h,w
+        z = self.scaling_factor * by_tiles("encode", self.vae.encode, x, down=self.vae.factor).float()  # 1,C,h,w
         clock.lap("encode")
-        z = by_tiles(lambda part: one_step(self.dit, part, t, c, m), z, progress=report("dit"))
+        z = by_tiles("dit", lambda part: one_step(self.dit, part, t, c, m), z)
         clock.lap("dit")
-        result = self.decode(z, scale * image.width, scale * image.height, by_tiles, report("decode"))
+        result = self.decode(z, scale * image.width, scale * image.height, by_tiles)
         clock.lap("decode")
         self.stages = clock.laps
         return result
@@ -112,9 +109,10 @@ class SanaSR(Restorer):
         """Load an official folder (or a name in `weights.MODELS`) with vae/, transformer/, text_encoder/, tokenizer/.
 
         dtype: torch.float32, bfloat16 or float16, see `choose_dtypes`.
-        adapter: a LoRA file; None takes `adapter.safetensors` of the folder where there is one; False takes none.
-        merge: fold the adapter into the weights (inference); False keeps it apart (training).
-        Raises OSError or ValueError that names the file, weights.Unavailable where a known model is unavailable.
+        adapter: a LoRA file. None: `adapter.safetensors` of the folder, if it exists. False: no adapter.
+        merge: True adds the adapter to the weights (inference); False keeps it separate (training).
+        Raises OSError or ValueError that names the file; weights.Unavailable if a known model is not on this machine
+        and cannot be downloaded.
         """
         device = torch.device(device)
         dtype, vae_dtype = choose_dtypes(device, dtype)
@@ -125,7 +123,7 @@ class SanaSR(Restorer):
             adapter = folder / "adapter.safetensors"
         if adapter:
             metadata = load_lora(dit, adapter)
-        else:  # a pruned model holds its adapter merged, and says in its config what it was trained for
+        else:  # the adapter of a pruned model is merged already; its metadata are in config.json
             config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
             metadata = config.get("_provenance", {})
         if merge:
@@ -142,19 +140,19 @@ class SanaSR(Restorer):
 
 
 def to_tokens(x):
-    """B,C,H,W -> B,H·W,C: a view, without a copy, where x is channels-last, as everything here is."""
+    """B,C,H,W -> B,H·W,C. No copy is made if x is channels-last, as all pictures and latents here are."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def to_picture(x, height, width):
-    """B,H·W,C -> B,C,H,W: a view, without a copy."""
+    """B,H·W,C -> B,C,H,W in channels-last format, without a copy."""
     return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
 def checkpointed(block, *args, checkpointing=False):
-    """block(*args); with `checkpointing` its activations are recomputed in the backward pass, not stored.
+    """block(*args). With `checkpointing`, its activations are not stored but recomputed in the backward pass.
 
-    Trap: backward runs after `adapters_off` exits: restore the scales used in forward.
+    Trap: the backward pass runs after `adapters_off` exits, so the recomputation restores the adapters' scales.
     """
     if not (checkpointing and torch.is_grad_enabled()):
         return block(*args)
@@ -164,9 +162,9 @@ def checkpointed(block, *args, checkpointing=False):
 
 
 class Linear(nn.Linear):
-    """nn.Linear that can carry a low-rank adapter: y = W x + b + (α/r) B A x (Eq. 13); see `inject_lora`."""
+    """nn.Linear with an optional low-rank adapter: y = W x + b + (α/r) B A x (Eq. 13); see `inject_lora`."""
 
-    adapter_scale = 0.0  # α/r; 0 without an adapter or while it is switched off
+    adapter_scale = 0.0  # α/r; 0 if there is no adapter or it is switched off
 
     def forward(self, x):
         y = F.linear(x, self.weight.flatten(1), self.bias)
@@ -193,7 +191,7 @@ class RMSNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
 
     def forward(self, x):
-        y = F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)  # the sum of squares is taken in float32
+        y = F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
         return y if self.bias is None else y + self.bias
 
 
@@ -208,66 +206,50 @@ class GLUMBConv(nn.Module):
 
     def forward(self, x, height, width):
         inverted, depth, point = self.conv_inverted, self.conv_depth, self.conv_point
-        if inverted.adapter_scale or point.adapter_scale:  # an adapter sits between the two products: no fusion
-            h = kernels.depthwise_gate(inverted(x), height, width, depth.weight, depth.bias)
-            return point(h)
+        if inverted.adapter_scale or point.adapter_scale:  # the fused kernel does not compute adapters
+            return point(kernels.depthwise_gate(inverted(x), height, width, depth.weight, depth.bias))
         return kernels.mix_ffn(x, height, width, inverted.weight, inverted.bias, depth.weight, depth.bias, point.weight)
 
 
 # --- LinearDiT: SANA's diffusion transformer ---
 
 
-class TimestepEmbedder(nn.Module):
-    """Sinusoid of τ, cosine half first, then linear, SiLU, linear."""
-
-    def __init__(self, width, frequencies=256):
-        super().__init__()
-        self.half = frequencies // 2
-        self.linear_1 = nn.Linear(frequencies, width)
-        self.linear_2 = nn.Linear(width, width)
-
-    def forward(self, t):  # B -> B,D
-        frequency = torch.exp(-math.log(10000) / self.half * torch.arange(self.half, device=t.device))
-        angle = t.float()[:, None] * frequency  # B,128
-        x = torch.cat([angle.cos(), angle.sin()], dim=1).to(self.linear_1.weight.dtype)
-        return self.linear_2(F.silu(self.linear_1(x)))
+def two_layers(in_channels, width, activation):
+    """linear_1, activation, linear_2: …,in_channels -> …,width."""
+    return nn.Sequential(OrderedDict(linear_1=nn.Linear(in_channels, width), activation=activation,
+                                     linear_2=nn.Linear(width, width)))
 
 
 class AdaLayerNormSingle(nn.Module):
-    """One timestep embedding for all blocks: (modulation of the blocks B,6,D; the embedding itself B,D)."""
+    """One timestep embedding for all blocks: τ, B -> (modulation of the blocks B,6,D; the embedding itself B,D)."""
 
     def __init__(self, width):
         super().__init__()
-        self.emb = nn.ModuleDict({"timestep_embedder": TimestepEmbedder(width)})
+        self.emb = nn.ModuleDict({"timestep_embedder": two_layers(256, width, nn.SiLU())})
         self.linear = nn.Linear(width, 6 * width)
 
     def forward(self, t):
-        e = self.emb["timestep_embedder"](t)
+        frequency = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=t.device))
+        angle = t.float()[:, None] * frequency  # B,128
+        sinusoid = torch.cat([angle.cos(), angle.sin()], dim=1).to(self.linear.weight.dtype)  # cosine half first
+        e = self.emb["timestep_embedder"](sinusoid)
         return self.linear(F.silu(e)).unflatten(1, (6, -1)), e
 
 
-class CaptionProjection(nn.Module):
-    """Text states to the transformer's width: linear, tanh-GELU, linear."""
+class Attention(nn.Module):
+    """The four projections of an attention with `heads` heads of `head_dim` channels; `bias`: of q, k and v."""
 
-    def __init__(self, in_channels, width):
-        super().__init__()
-        self.linear_1 = nn.Linear(in_channels, width)
-        self.linear_2 = nn.Linear(width, width)
-
-    def forward(self, c):  # B,T,Dt -> B,T,D
-        return self.linear_2(F.gelu(self.linear_1(c), approximate="tanh"))
-
-
-class LinearAttention(nn.Module):
-    """ReLU linear self-attention, O(N) (Eq. 3)."""
-
-    def __init__(self, width, heads, bias):
+    def __init__(self, width, heads, head_dim, bias=True):
         super().__init__()
         self.heads = heads
-        self.to_q = Linear(width, width, bias=bias)
-        self.to_k = Linear(width, width, bias=bias)
-        self.to_v = Linear(width, width, bias=bias)
-        self.to_out = nn.ModuleList([Linear(width, width)])
+        self.to_q = Linear(width, heads * head_dim, bias=bias)
+        self.to_k = Linear(width, heads * head_dim, bias=bias)
+        self.to_v = Linear(width, heads * head_dim, bias=bias)
+        self.to_out = nn.ModuleList([Linear(heads * head_dim, width)])
+
+
+class LinearAttention(Attention):
+    """ReLU linear self-attention, O(N) (Eq. 3)."""
 
     def forward(self, x):  # B,N,D
         q, k, v = (proj(x).unflatten(2, (self.heads, -1)) for proj in (self.to_q, self.to_k, self.to_v))  # B,N,n,d
@@ -275,16 +257,8 @@ class LinearAttention(nn.Module):
         return y.clip(-65504, 65504) if y.dtype == torch.float16 else y
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Attention):
     """Softmax attention of the picture's tokens to the text; `bias` is 0 for a kept and −10000 for a masked token."""
-
-    def __init__(self, width, heads, head_dim):
-        super().__init__()
-        self.heads = heads
-        self.to_q = Linear(width, heads * head_dim)
-        self.to_k = Linear(width, heads * head_dim)
-        self.to_v = Linear(width, heads * head_dim)
-        self.to_out = nn.ModuleList([Linear(heads * head_dim, width)])
 
     def forward(self, x, c, bias):  # x: B,N,D; c: B,T,D; bias: B,1,1,T
         q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2)  # B,n,N,d and B,n,T,d
@@ -297,9 +271,10 @@ class DiTBlock(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        width, self.eps = config["num_attention_heads"] * config["attention_head_dim"], config["norm_eps"]
+        width, self.eps = config["cross_attention_dim"], config["norm_eps"]
         self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
-        self.attn1 = LinearAttention(width, config["num_attention_heads"], config["attention_bias"])
+        self.attn1 = LinearAttention(width, config["num_attention_heads"], config["attention_head_dim"],
+                                     config["attention_bias"])
         self.attn2 = CrossAttention(width, config["num_cross_attention_heads"], config["cross_attention_head_dim"])
         self.ff = GLUMBConv(width, int(config["mlp_ratio"] * width))
 
@@ -327,7 +302,7 @@ class LinearDiT(Pretrained):
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
         self.patch_embed = nn.ModuleDict({"proj": Conv1x1(config["in_channels"], width)})
         self.time_embed = AdaLayerNormSingle(width)
-        self.caption_projection = CaptionProjection(config["caption_channels"], width)
+        self.caption_projection = two_layers(config["caption_channels"], width, nn.GELU(approximate="tanh"))
         self.caption_norm = RMSNorm(width)
         self.transformer_blocks = nn.ModuleList(DiTBlock(config) for _ in range(config["num_layers"]))
         self.proj_out = nn.Linear(width, config["out_channels"] or config["in_channels"])
@@ -482,10 +457,7 @@ def load_lora(model: nn.Module, path: str | Path, system: str = "sana-sr") -> di
     for name in {key.rpartition(".lora_")[0] for key in state}:
         rank = state[f"{name}.lora_A.weight"].shape[0]
         _attach_lora(modules[name], rank, alphas.get(name, float(metadata.get("alpha", rank))) / rank)
-    with torch.no_grad():
-        for key, p in lora_parameters(model).items():
-            if key in state:
-                p.copy_(state[key])
+    model.load_state_dict(state, strict=False)  # every key was checked above
     return metadata
 
 
@@ -515,16 +487,11 @@ class ResBlock(nn.Module):
         return x + self.norm(h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class QKVAggregation(nn.Module):
+def qkv_aggregation(channels, head_dim, size):
     """One coarser scale of q, k, v: a depthwise convolution, then a 1×1 within every head's q, k and v."""
-
-    def __init__(self, channels, head_dim, kernel_size):
-        super().__init__()
-        self.proj_in = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=False)
-        self.proj_out = nn.Conv2d(channels, channels, 1, groups=channels // head_dim, bias=False)
-
-    def forward(self, qkv):
-        return self.proj_out(self.proj_in(qkv))
+    return nn.Sequential(OrderedDict(
+        proj_in=nn.Conv2d(channels, channels, size, padding=size // 2, groups=channels, bias=False),
+        proj_out=nn.Conv2d(channels, channels, 1, groups=channels // head_dim, bias=False)))
 
 
 class MultiscaleLinearAttention(nn.Module):
@@ -540,7 +507,7 @@ class MultiscaleLinearAttention(nn.Module):
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(channels, channels, bias=False)
         self.to_v = nn.Linear(channels, channels, bias=False)
-        self.to_qkv_multiscale = nn.ModuleList(QKVAggregation(3 * channels, head_dim, k) for k in kernel_sizes)
+        self.to_qkv_multiscale = nn.ModuleList(qkv_aggregation(3 * channels, head_dim, k) for k in kernel_sizes)
         self.to_out = nn.Linear(channels * (1 + len(kernel_sizes)), channels, bias=False)
         self.norm_out = RMSNorm(channels, bias=True)
 
@@ -836,41 +803,35 @@ class GemmaTokenizer:
 
     def spans(self, ids):
         """For every id the (start, end) of its UTF-8 bytes in the text with spaces as "▁"; <bos> is empty."""
-        spans, end = [], 0
-        for n, i in enumerate(ids):
-            piece, start = self.pieces[i], end
-            if n:  # after <bos>
-                end += 1 if re.fullmatch("<0x[0-9A-F]{2}>", piece) else len(piece.encode())
+        spans, end = [(0, 0)], 0
+        for piece in (self.pieces[i] for i in ids[1:]):
+            start, end = end, end + (1 if re.fullmatch("<0x[0-9A-F]{2}>", piece) else len(piece.encode()))
             spans.append((start, end))
         return spans
 
     def _merge(self, text):
         """BPE of one part, O(n log n): a heap of possible merges over a doubly linked list of symbols."""
-        symbols = []
+        symbols, heap = [], []
         for char in text:
             i = self.vocab.get(char)
             symbols += [i] if i is not None else [self.bytes[b] for b in char.encode()]
-        before, after = list(range(-1, len(symbols) - 1)), list(range(1, len(symbols) + 1))
-        heap = []
+        end = len(symbols)
+        symbols.append(None)  # the end; a symbol that was merged into the one before it also becomes None
+        before, after = list(range(-1, end)), [*range(1, end + 1), end]
 
         def push(left):
-            right = after[left] if left >= 0 else len(symbols)
-            if right < len(symbols) and (merge := self.merges.get((symbols[left], symbols[right]))):
+            if merge := self.merges.get((symbols[left], symbols[after[left]])):
                 heapq.heappush(heap, (merge[0], left, merge[1]))
 
-        for left in range(len(symbols)):
+        for left in range(end):
             push(left)
         while heap:
             _, left, merged = heapq.heappop(heap)
-            right = after[left]
-            if symbols[left] is None or right >= len(symbols):
-                continue
-            if self.merges.get((symbols[left], symbols[right]), (0, None))[1] != merged:
+            if self.merges.get((symbols[left], symbols[after[left]]), (0, None))[1] != merged:
                 continue  # a neighbour has changed since this merge was noted
-            symbols[left], symbols[right] = merged, None
-            after[left] = after[right]
-            if after[left] < len(symbols):
-                before[after[left]] = left
+            symbols[left], symbols[after[left]] = merged, None
+            after[left] = after[after[left]]
+            before[after[left]] = left
             push(before[left])
             push(left)
         return [s for s in symbols if s is not None]

@@ -37,8 +37,9 @@ from photos.degrade import enlarge, to_image, to_tensor
 from photos.pairs import Pairs, TrainingData, absolute, add_data_options, find_tags
 from photos.pictures import bicubic, read_rgb, write_bytes
 from runs import DTYPES, UserError, ranks
-from sanasr import fingerprint, inject_lora, load_lora, lora_modules, lora_parameters, one_step, read_lora, save_lora
+from sanasr import inject_lora, load_lora, lora_modules, lora_parameters, one_step, read_lora, save_lora
 from trainer import Trainer, compare, open_state
+from weights.files import fingerprint
 
 EMA, CLIP, WEIGHT_DECAY = 0.999, 1.0, 1e-2
 WATCHED = ("val_lpips", "val_psnr", "val_lattice")

@@ -41,7 +41,8 @@ from metrics.score import evaluate, folder_pairs, load_all, pick, shown, write_s
 from photos.pairs import find_tags
 from photos.pictures import bicubic, write_bytes
 from runs import UserError, pick_device, pick_dtype, write_csv
-from sanasr import conditioning, fingerprint, open_weights
+from sanasr import conditioning
+from weights.files import fingerprint, open_weights
 
 STAGES = {
     "bicubic": "bicubic enlargement, x_L",

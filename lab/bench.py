@@ -34,8 +34,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import fast
 from kernels.timer import timed
 from photos.pictures import one_line, write_bytes
+from photos.restorer import tiled
 from runs import DTYPES, UserError, command, cpu_name, set_flags
-from sanasr import DCAE, DiTBlock, EfficientViTBlock, LinearDiT, ResBlock, SanaSR, one_step, tiled
+from sanasr import DCAE, DiTBlock, EfficientViTBlock, LinearDiT, ResBlock, SanaSR, one_step
 
 CONFIGS = Path(__file__).parent.parent / "tests" / "data" / "official_configs"
 

@@ -48,6 +48,7 @@ from linearsr import train as train_linearsr
 from photos import tagger
 from photos.pictures import write_bytes
 from runs import UserError, command, revision
+from weights.files import save_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 120  # then a case hangs
@@ -542,7 +543,7 @@ def make_shared(shared):
     tagger.Config = partial(tagger.Config, 96, 8, (2, 2, 2, 2), (1, 2, 4, 8), 3, embed=8, hidden=8)
     torch.manual_seed(0)
     ram = {k: torch.randn(v.shape) / 8 for k, v in tagger.RAM().state_dict().items()}
-    sanasr.save_tensors(ram, shared / "ram" / "ram_fp16.safetensors")
+    save_tensors(ram, shared / "ram" / "ram_fp16.safetensors")
     torch.save({"model": ram}, shared / "ram" / "ram.pth")
     dit = sanasr.LinearDiT.from_pretrained(shared / "model" / "transformer")
     sanasr.inject_lora(dit, 2)

@@ -36,7 +36,8 @@ from kernels.dispatch import triton
 from lab.bench import CONFIGS, seeded
 from photos.pictures import one_line, write_bytes
 from runs import DTYPES, UserError, command, cpu_name, revision
-from sanasr import DCAE, Gemma2, LinearDiT, save_module
+from sanasr import DCAE, Gemma2, LinearDiT
+from weights.files import save_module
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = {"correctness": 240, "timings": 540, "training": 540}

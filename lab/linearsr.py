@@ -41,7 +41,8 @@ from objective import Conditions, Latents
 from photos.pairs import TrainingData
 from photos.pictures import png, write_bytes
 from runs import UserError, pick_device, pick_dtype
-from sanasr import LinearDiT, conditioning, fingerprint
+from sanasr import LinearDiT, conditioning
+from weights.files import fingerprint
 
 SEEDS = 0, 1
 STEPS = 1, 2, 4, 8, 20

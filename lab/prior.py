@@ -33,8 +33,9 @@ from photos.degrade import to_tensor
 from photos.pairs import digest, photo_paths, scan, split
 from photos.pictures import read, write_bytes
 from runs import DTYPES, UserError
-from sanasr import DCAE, Gemma2, GemmaTokenizer, LinearDiT, build_prompt, fingerprint, save_module, tokenize_prompt
+from sanasr import DCAE, Gemma2, GemmaTokenizer, LinearDiT, build_prompt, tokenize_prompt
 from trainer import Trainer, open_state
+from weights.files import fingerprint, save_module
 
 PRIOR = dict(
     in_channels=128, out_channels=128, num_layers=12, num_attention_heads=5, attention_head_dim=32,

@@ -15,8 +15,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fast import load_model
+from photos.restorer import Stopwatch
 from runs import UserError, add_device_options, command, dtype_name, pick_device, pick_dtype
-from sanasr import DCAE, MAX_TOKENS, Gemma2, LinearDiT, Stopwatch
+from sanasr import DCAE, MAX_TOKENS, Gemma2, LinearDiT
 
 
 @dataclass

@@ -23,7 +23,6 @@ A folder of LinearSR holds what SANA-SR does not have; autoencoder, text encoder
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import json
 import math
@@ -144,12 +143,10 @@ def read_linearsr(folder):
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict) or config.get("system") != SYSTEM:
             raise ValueError(f'there is no "system": "{SYSTEM}" in it')
-        defaults = dict(system=SYSTEM, base=None, boundaries=None, suffix="appendix")
-        config = read_config("LinearSR", config, defaults)
-        if not isinstance(config["base"], str):
-            raise ValueError("base must name a model, or its folder relative to this one")
-        if not isinstance(config["suffix"], str):
-            raise ValueError("suffix must be a text")
+        config = read_config("LinearSR", config, dict(system=SYSTEM, base=None, boundaries=None, suffix="appendix"))
+        for key in ("base", "suffix"):
+            if not isinstance(config[key], str):
+                raise ValueError(f"{key} must be a text")
         boundaries = BOUNDARIES if config["boundaries"] is None else config["boundaries"]
         return config | {"boundaries": check_boundaries(boundaries)}
     except ValueError as error:
@@ -167,11 +164,10 @@ def load_experts(shared, folder, boundaries):
     if missing := [str(file) for file in files if not file.is_file()]:
         raise FileNotFoundError(f"{', '.join(missing)}: missing, config.json names {len(boundaries)} boundaries and so "
                                 f"needs {len(files)} experts; export the model again")
-    experts = []
-    for file in files:
-        experts.append(copy.deepcopy(shared))
-        load_lora(experts[-1], file, system=SYSTEM)
-        merge_lora(experts[-1])
+    experts = [copy.deepcopy(shared) for _ in files]
+    for expert, file in zip(experts, files, strict=True):
+        load_lora(expert, file, system=SYSTEM)
+        merge_lora(expert)
     return experts
 
 
@@ -247,7 +243,15 @@ class LinearSR(Restorer):
         and the latents' shape, so the result does not depend on the device or the order of the tiles.
         cfg: scale of classifier-free guidance, v_∅ + cfg·(v − v_∅) with the empty prompt's v_∅.
         """
-        clock, by_tiles = Stopwatch(self.device), self.tiling(tile)
+        channels, done = self.vae.config["latent_channels"], 0  # steps
+
+        def report(stage, tile, tiles):
+            if stage != "dit":
+                progress(stage, tile, tiles)
+            elif tile or not done:  # of all steps
+                progress(stage, done * tiles + tile, steps * tiles)
+
+        clock, by_tiles = Stopwatch(self.device), self.tiling(tile, progress and report)
         how = conditioning(self.metadata, suffix, None, instruction)
         c, m = self.encode_prompt(build_prompt(prompt, how["suffix"]), how["instruction"])  # 1,T,Dt and 1,T
         terms = [(1.0, c, m)] if cfg == 1 else [(cfg, c, m), (1 - cfg, *self.encode_prompt(""))]
@@ -259,12 +263,7 @@ class LinearSR(Restorer):
             x = Image.fromarray(x).resize(small, Image.Resampling.BICUBIC)
         e = self.stem(self.to_tensor(x, self.dtype, STRIDE))  # 1,D,h,w
         clock.lap("stem")
-        channels, done = self.vae.config["latent_channels"], 0  # steps
         z = torch.randn((1, channels, *e.shape[2:]), generator=torch.Generator().manual_seed(seed)).to(self.device)
-
-        def report(tile, tiles):
-            if tile or not done:
-                progress("dit", done * tiles + tile, steps * tiles)
 
         def velocity(z, t):
             nonlocal done
@@ -273,14 +272,13 @@ class LinearSR(Restorer):
             def f(part):  # latents and condition of one tile
                 z, e = part[:, :channels], part[:, channels:]
                 return sum(share * dit(z, tau, c, m, e).float() for share, c, m in terms)
-            v = by_tiles(f, torch.cat([z.to(self.dtype), e], 1), progress=progress and report)
+            v = by_tiles("dit", f, torch.cat([z.to(self.dtype), e], 1))
             done += 1
             return v
 
         z = sample(velocity, z, steps)
         clock.lap("dit")
-        result = self.decode(z, scale * image.width, scale * image.height, by_tiles,
-                             progress and functools.partial(progress, "decode"))
+        result = self.decode(z, scale * image.width, scale * image.height, by_tiles)
         clock.lap("decode")
         self.stages = clock.laps
         return result

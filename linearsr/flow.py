@@ -21,7 +21,7 @@ from photos.degrade import DEGRADE_VERSION, to_image, to_tensor
 from photos.pairs import Pairs
 from photos.pictures import bicubic
 from runs import from_first, outlive_signals, ranks
-from sanasr import open_weights, save_tensors
+from weights.files import open_weights, save_tensors
 
 SHARD = 256  # pairs in a file
 

@@ -42,18 +42,9 @@ from objective import Conditions, Latents, fill_crop, put
 from photos.pairs import TrainingData, absolute, add_data_options
 from photos.pictures import reason, write_bytes
 from runs import DTYPES, UserError, from_first, ranks
-from sanasr import (
-    adapters_off,
-    build_prompt,
-    inject_lora,
-    load_lora,
-    lora_parameters,
-    open_weights,
-    save_lora,
-    save_module,
-    save_tensors,
-)
+from sanasr import adapters_off, build_prompt, inject_lora, load_lora, lora_parameters, save_lora
 from trainer import Trainer, knee_of
+from weights.files import open_weights, save_module, save_tensors
 
 STAGES = ["pretrain", "experts", "finetune"]
 LR = {"pretrain": 3e-4, "experts": 3e-4, "finetune": 5e-5}

@@ -17,6 +17,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image
 
 # --- Errors in one line ---
@@ -98,15 +99,12 @@ def picture_suffixes(table):
 
 def find_inputs(paths):
     """The files that `paths` name, each once, folders sorted by name. Raises ValueError for an empty folder."""
-    files = {}
-    known = picture_suffixes(Image.OPEN)
+    files, known = {}, picture_suffixes(Image.OPEN)
     for path in map(Path, paths):
-        inside = [path]
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir()
-                            if p.suffix.lower() in known and not p.name.startswith(".") and p.is_file())
-            if not inside:
-                raise ValueError(f"{path}: no pictures in this folder")
+        inside = [path] if not path.is_dir() else sorted(
+            p for p in path.iterdir() if p.suffix.lower() in known and not p.name.startswith(".") and p.is_file())
+        if not inside:
+            raise ValueError(f"{path}: no pictures in this folder")
         for p in inside:
             files.setdefault(os.path.realpath(p), p)
     return list(files.values())
@@ -187,9 +185,9 @@ def upright(image):
 def read(path) -> Picture:
     """Decode `path`, a file name or a file object. Raises whatever Pillow does: OSError, ValueError, SyntaxError…"""
     with Image.open(path) as image:
-        early = kept_exif(image) if image.format == "TIFF" else None  # load() closes the file, read on demand
-        image.load()  # for PNG this must come first: getexif() loads it as well, and kept_exif hides what is broken
-        exif = kept_exif(image) if early is None else early
+        exif = kept_exif(image) if image.format == "TIFF" else None  # before load(), which closes the file
+        image.load()
+        exif = kept_exif(image) if exif is None else exif  # it also loads a PNG, but hides that the file is broken
         image = upright(image)
     if 0 in image.size:
         raise ValueError("it has no pixels")
@@ -207,10 +205,11 @@ def read(path) -> Picture:
     grey = image.mode in ("1", "L", "LA", "La")
     if image.mode not in ("L", "LA", "P", "PA", "RGB", "RGBA"):
         icc = None  # CMYK, YCbCr, …: the profile does not describe the RGB made of it
+    alpha = None
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        return Picture(image.convert("RGB"), image.getchannel("A"), grey, icc, exif)
-    return Picture(image.convert("RGB"), None, grey, icc, exif)
+        alpha = image.getchannel("A")
+    return Picture(image.convert("RGB"), alpha, grey, icc, exif)
 
 
 def read_picture(path):
@@ -238,8 +237,6 @@ COLOUR_FIXES = ("none", "adain", "wavelet")
 
 def adain(result, reference):
     """Give each channel of `result` the mean and the deviation of `reference`. Both float32, 3,H,W."""
-    import torch
-
     def moments(x):
         deviation, mean = torch.std_mean(x.double().flatten(1), 1, correction=0)
         return mean[:, None, None].float(), (deviation[:, None, None].square() + 1e-5).sqrt().float()
@@ -247,10 +244,9 @@ def adain(result, reference):
     return (result - mean) / deviation * deviation_ref + mean_ref
 
 
-def low_frequencies(x, levels=5):
+def low_frequencies(x):
     """The channels x: 3,H,W smoothed by (1 2 1)/4 in both directions at steps 1, 2, 4, 8, 16."""
-    import torch
-    for step in (2 ** i for i in range(levels)):
+    for step in (1, 2, 4, 8, 16):
         for dim in (1, 2):
             n = x.shape[dim]
             around = x.index_select(dim, torch.arange(-step, n + step).clamp(0, n - 1))  # edges replicated
@@ -267,7 +263,6 @@ def fix_colours(result, reference, how):
     """`result` with the colours of `reference`, 8-bit RGB pictures of one size; how: none, adain or wavelet."""
     if how == "none":
         return result
-    import torch
     planes = [torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 for image in (result, reference)]
     fixed = {"adain": adain, "wavelet": wavelet}[how](*planes)
     return Image.fromarray((fixed * 255).round_().clamp_(0, 255).byte().permute(1, 2, 0).numpy())

@@ -43,10 +43,12 @@ class Restorer:
         c, m = self.prompts(prompts, instruction)
         return c.to(self.device, self.dtype), m.to(self.device)
 
-    def tiling(self, tile=None):
-        """`tiled` for tiles of `tile` pixels, see `restore`: (f, x, down=1, up=1, progress=None) -> f(x)."""
+    def tiling(self, tile=None, progress=None):
+        """`tiled` for tiles of `tile` pixels, with the `progress` of `restore`: (stage, f, x, down=1, up=1) -> f(x)."""
         tile = self.TILE if tile is None else math.ceil(tile / self.vae.factor) or math.inf
-        return functools.partial(tiled, tile=tile, overlap=min(self.OVERLAP, tile // 4) if tile < math.inf else 0)
+        overlap = min(self.OVERLAP, tile // 4) if tile < math.inf else 0
+        return lambda stage, f, x, **sides: tiled(f, x, tile, overlap, **sides,
+                                                  progress=progress and functools.partial(progress, stage))
 
     def to_tensor(self, image, dtype, multiple):
         """8-bit RGB picture -> 1,3,H,W in [-1, 1], its sides padded to multiples of `multiple` by replication."""
@@ -54,13 +56,10 @@ class Restorer:
         x = x.div_(127.5).sub_(1).to(dtype)  # in float32: bfloat16 would lose grey levels
         return F.pad(x, (0, -x.shape[3] % multiple, 0, -x.shape[2] % multiple), mode="replicate")
 
-    def decode(self, z, width, height, by_tiles, progress=None):
-        """Scaled latents 1,C,h,w -> PIL image of width × height, the upper left part of what they hold.
-
-        Raises NotFinite.
-        """
+    def decode(self, z, width, height, by_tiles):
+        """Scaled latents 1,C,h,w -> PIL image, the upper left width × height of the decoded ones. Raises NotFinite."""
         z = (z / self.scaling_factor).to(self.vae_dtype)
-        x = by_tiles(self.vae.decode, z, up=self.vae.factor, progress=progress)[0, :, :height, :width].float()  # 3,H,W
+        x = by_tiles("decode", self.vae.decode, z, up=self.vae.factor)[0, :, :height, :width].float()  # 3,H,W
         if not x.isfinite().all():
             raise NotFinite("the result has values that are no finite numbers; try --dtype fp32")
         x = x.add_(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0)
@@ -131,7 +130,7 @@ class Stopwatch:
         self.device, self.laps, self.last = device, {}, time.perf_counter()
 
     def lap(self, name):
-        if self.device.type in ("cuda", "mps"):
-            getattr(torch, self.device.type).synchronize(*[self.device] * (self.device.type == "cuda"))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
         now = time.perf_counter()
         self.laps[name], self.last = 1000 * (now - self.last), now

@@ -1,7 +1,7 @@
-"""Helpers and fixtures that tests share. Data that is not carried here is found through environment variables:
+"""Helpers and fixtures that tests share. Environment variables name the folders of data that are not in tests/data:
 
 SANASR_DATA     photos: hq/, realsr/, inputs/
-SANASR_ORACLE   goldens of official size, too large to be carried here
+SANASR_ORACLE   goldens of official size
 """
 import os
 import subprocess
@@ -10,15 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 
+from sanasr import SanaSR
+
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import tiny  # noqa: E402
-
 torch.set_num_threads(2)
 
 
@@ -46,11 +45,16 @@ def state(folder, name="state.pt"):
     return torch.load(folder / name, weights_only=True)
 
 
-def save_photo(path, width, height, seed):
-    """A smooth random picture of any size, written in the format of its suffix."""
+def photo(width, height, seed=0):
+    """A smooth random picture."""
     rgb = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(rgb).resize((width, height), Image.BICUBIC)
+
+
+def save_photo(path, width, height, seed):
+    """`photo` in a file, in the format of its suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(rgb).resize((width, height), Image.BICUBIC).save(path)
+    photo(width, height, seed).save(path)
 
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # of a training in its own process
@@ -100,6 +104,10 @@ def here(tmp_path, monkeypatch):
     torch.set_num_threads(1)
     yield tmp_path
     torch.set_num_threads(before)
+@pytest.fixture(scope="session")
+def sana(tiny_model):
+    """The tiny model, loaded. It is shared, so do not change it."""
+    return SanaSR.from_pretrained(tiny_model)
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,8 @@ import train
 from lab import ablation
 from photos.degrade import enlarge, to_image, to_tensor
 from runs import Signals, read_log
-from sanasr import SanaSR, open_weights
+from sanasr import SanaSR
+from weights.files import open_weights
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ import sanasr
 import weights
 from photos import pictures, tagger
 from photos.restorer import NotFinite
+from weights.files import save_module
 
 ROOT = Path(__file__).parent.parent
 
@@ -451,8 +452,8 @@ def test_an_adapters_suffix_is_used_unless_told_otherwise(run, tiny_model, monke
     sanasr.inject_lora(dit, 2)
     sanasr.save_lora(dit, "a.safetensors", {"suffix": "none"})
     pruned = Path(shutil.copytree(tiny_model, "pruned"))
-    sanasr.save_module(sanasr.LinearDiT.from_pretrained(tiny_model / "transformer"), pruned / "transformer",
-                       metadata={"suffix": "none"})
+    save_module(sanasr.LinearDiT.from_pretrained(tiny_model / "transformer"), pruned / "transformer",
+                metadata={"suffix": "none"})
     seen = []
     monkeypatch.setattr(sanasr, "tokenize_prompt", lambda tokenizer, prompt, *rest, really=sanasr.tokenize_prompt: (
         seen.append(prompt), really(tokenizer, prompt, *rest))[1])

@@ -20,6 +20,7 @@ import train
 import trainer
 from lab.faults import Mark
 from photos import pairs, tagger
+from weights.files import save_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -100,7 +101,7 @@ def test_the_same_state_makes_the_same_bytes_and_a_full_disk_leaves_them(tmp_pat
     """safetensors writes the metadata in an order of its own, another in every process."""
     state, metadata = {"b": torch.arange(6.0), "a": torch.ones(2, 3).half()}, {f"é{i}\n\"": str(i) for i in range(9)}
     path, limits = tmp_path / "x.safetensors", resource.getrlimit(resource.RLIMIT_FSIZE)
-    sanasr.save_tensors(state, path, metadata)
+    save_tensors(state, path, metadata)
     data = path.read_bytes()
     header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
     assert list(header["__metadata__"].items()) == sorted(metadata.items())
@@ -108,7 +109,7 @@ def test_the_same_state_makes_the_same_bytes_and_a_full_disk_leaves_them(tmp_pat
     with pytest.raises(OSError, match="x.safetensors"):
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-            sanasr.save_tensors({"x": torch.zeros(4000)}, path)
+            save_tensors({"x": torch.zeros(4000)}, path)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == data and os.listdir(tmp_path) == ["x.safetensors"]

@@ -1,12 +1,10 @@
 """The one atomic write, and the helpers of runs.py that write through it."""
-import csv
 import os
 import subprocess
 import sys
 import time
 
 import pytest
-import torch
 from conftest import ROOT
 
 import runs
@@ -14,7 +12,7 @@ from photos.pictures import atomically, write_bytes
 
 
 def test_the_file_appears_whole_and_alone(tmp_path):
-    path = tmp_path / "new" / "x.bin"
+    path, plain = tmp_path / "new" / "x.bin", tmp_path / "plain"
     with atomically(path) as temporary:
         assert temporary.parent == path.parent and not path.exists()
         temporary.write_bytes(b"content")
@@ -22,6 +20,8 @@ def test_the_file_appears_whole_and_alone(tmp_path):
             assert other != temporary
             other.write_bytes(b"in between")
     assert path.read_bytes() == b"content" and os.listdir(path.parent) == ["x.bin"]
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt, RuntimeError])
@@ -61,32 +61,16 @@ with atomically({str(tmp_path / "x")!r}) as temporary:
     assert not left.exists() and other.exists()
 
 
-def test_permissions_are_those_of_any_new_file(tmp_path):
-    (tmp_path / "plain").write_bytes(b"")
-    write_bytes(tmp_path / "atomic", b"")
-    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
 def test_nothing_else_writes_to_a_temporary_name():
+    exempt = {"pictures.py", "faults.py"}  # the latter looks for what is left behind
     for path in (p for d in (".", "*") for p in ROOT.glob(f"{d}/*.py") if p.parent.name != "tests"):
         text = path.read_text(encoding="utf-8")
-        assert path.name in ("pictures.py", "faults.py") or not ("os.replace(" in text or '.tmp"' in text), path
+        assert path.name in exempt or not ("os.replace(" in text or '.tmp"' in text), path
 
 
-def test_states_and_tables(tmp_path):
-    runs.save_state(tmp_path / "state.pt", {"step": 3, "x": torch.arange(3)})
-    assert runs.load_state(tmp_path / "state.pt")["x"].tolist() == [0, 1, 2]
+def test_damaged_states_and_tables(tmp_path):
     (tmp_path / "state.pt").write_bytes(b"damaged")
     with pytest.raises(runs.UserError, match="state.pt cannot be read .*; start anew"):
         runs.load_state(tmp_path / "state.pt")
-    with pytest.raises(runs.UserError, match="nothing.pt: there is nothing to resume"):
-        runs.load_state(tmp_path / "nothing.pt")
     runs.write_csv(tmp_path / "t.csv", ["a", "b"], [{"a": 1 / 3, "b": "x, y"}, {"b": 2}])
-    with open(tmp_path / "t.csv", newline="") as f:
-        assert list(csv.reader(f)) == [["a", "b"], ["0.333333", "x, y"], ["", "2"]]
-
-
-def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
-    (tmp_path / "folder").write_bytes(b"a file")
-    with pytest.raises(runs.UserError, match=r"folder/state.pt cannot be written"):
-        runs.save_state(tmp_path / "folder" / "state.pt", {})
+    assert (tmp_path / "t.csv").read_bytes() == b'a,b\r\n0.333333,"x, y"\r\n,2\r\n'

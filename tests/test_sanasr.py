@@ -4,23 +4,26 @@ import random
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 
-import numpy as np
 import pytest
+import tiny
 import torch
-from conftest import DATA, ROOT, external, relative
+from conftest import DATA, ROOT, external, photo, relative
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from seeded import seeded, seeded_input, seeded_state_dict
+from safetensors.torch import load_file, save, save_file
+from seeded import seeded, seeded_input, seeded_module, seeded_state_dict
 
 import runs
 import sanasr
 from photos import restorer
+from photos.degrade import to_tensor
 from sanasr import DCAE, Gemma2, GemmaTokenizer, LinearDiT, SanaSR
 from weights.dtypes import choose_dtypes
+from weights.files import open_weights
 
 MODEL = DATA / "model"
-PARTS = {LinearDiT: "transformer", DCAE: "vae", Gemma2: "text_encoder"}
+PARTS = {cls: part for part, (cls, _) in tiny.CONFIGS.items()}
 BOUND = {DCAE: 1e-5, LinearDiT: 1e-5, Gemma2: 1e-4}
 EAGER = {DCAE: 1.15e-2, LinearDiT: 0.85e-2, Gemma2: 3.7e-2}  # the official code's own error in bfloat16
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -28,18 +31,11 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 def golden(cls, name, folder=MODEL, dtype=torch.float32):
     """The model of a manifest under seeded weights, and the tensors of its golden, inputs in `dtype`."""
-    manifest = json.loads((folder / f"{name}.json").read_text())
-    model = cls(manifest["config"])
-    state = seeded_state_dict(manifest["tensors"])
-    assert list(model.state_dict()) == list(state)
-    model.load_state_dict(state, strict=True)
+    with torch.device("meta"):
+        model = cls(json.loads((folder / f"{name}.json").read_text())["config"])
     data = load_file(folder / f"{name}.safetensors")
     data = {key: x.to(dtype) if key[0] in "xzc" else x for key, x in data.items()}
-    return model.to(dtype).eval().requires_grad_(False), data
-
-
-def picture(width, height):
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return seeded_module(model).to(dtype), data
 
 
 def small_dit():
@@ -48,17 +44,15 @@ def small_dit():
 
 def check(model, data, i, bound):
     """Compare the model with the i-th case of its golden."""
-    def get(*names):
-        return [data[f"{name}{i}"] for name in names]
+    case = {key[:-1]: x for key, x in data.items() if key.endswith(str(i))}
     if isinstance(model, DCAE):
-        x, z, y = get("x", "z", "y")
-        assert relative(model.encode(x), z) < bound
-        assert relative(model.decode(z), y) < bound
+        assert relative(model.encode(case["x"]), case["z"]) < bound
+        assert relative(model.decode(case["z"]), case["y"]) < bound
     elif isinstance(model, LinearDiT):
-        assert relative(model(*get("z", "t", "c", "mask")), data[f"y{i}"]) < bound
+        assert relative(model(*map(case.get, ("z", "t", "c", "mask"))), case["y"]) < bound
     else:
-        ids, mask, y = get("ids", "mask", "y")
-        assert relative(model(ids, mask)[mask.bool()], y[mask.bool()]) < bound
+        kept = case["mask"].bool()
+        assert relative(model(case["ids"], case["mask"])[kept], case["y"][kept]) < bound
 
 
 def official_config(cls):
@@ -84,14 +78,13 @@ def test_official_size(cls, name):
     check(*golden(cls, name, external("SANASR_ORACLE")), 0, BOUND[cls])
 
 
-@pytest.mark.parametrize("cls, name, count", [
-    (DCAE, "dcae_f32c32_sana", 312.25e6), (LinearDiT, "dit_sana_600m", 591.75e6), (Gemma2, "gemma2_2b", 2.614e9)])
-def test_official_keys_shapes_and_parameters(cls, name, count):
+@pytest.mark.parametrize("cls, name", [
+    (DCAE, "dcae_f32c32_sana"), (LinearDiT, "dit_sana_600m"), (Gemma2, "gemma2_2b")])
+def test_official_keys_and_shapes(cls, name):
     manifest = json.loads((MODEL / f"{name}.json").read_text())
     with torch.device("meta"):
         state = cls(manifest["config"]).state_dict()
     assert [[k, list(v.shape)] for k, v in state.items()] == manifest["tensors"]
-    assert sum(v.numel() for v in state.values()) == pytest.approx(count, rel=1e-4 if count < 1e9 else 1e-3)
 
 
 def test_shapes_of_sana_1600m():
@@ -102,10 +95,7 @@ def test_shapes_of_sana_1600m():
     with torch.device("meta"):
         model = LinearDiT(config)
         y = model(torch.empty(2, 32, 32, 24), torch.empty(2), torch.empty(2, 7, 2304), torch.empty(2, 7))
-    shapes = {key: list(p.shape) for key, p in model.named_parameters()}
     assert sum(p.numel() for p in model.parameters()) == 1_604_462_752 and y.shape == (2, 32, 32, 24)
-    assert shapes["patch_embed.proj.weight"] == [2240, 32, 1, 1] and shapes["proj_out.weight"] == [32, 2240]
-    assert shapes["transformer_blocks.19.ff.conv_inverted.weight"] == [2 * 5600, 2240, 1, 1]
 
 
 def test_whole_restoration():
@@ -131,12 +121,15 @@ def test_the_update_is_computed_in_float32():
 
 
 @pytest.mark.parametrize("cls", PARTS)
-def test_official_configs_are_read(cls):
+def test_official_configs_are_read(cls, tmp_path):
     config = official_config(cls)
     with torch.device("meta"):
         read = cls(config).config
     shared = config.keys() & read.keys()
     assert len(shared) >= 10 and all(read[key] == config[key] for key in shared)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="config.json: .*not an object"):
+        cls.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("cls, key, value, words", [
@@ -149,21 +142,11 @@ def test_official_configs_are_read(cls):
     (DCAE, "decoder_block_types", ["ResBlock"] * 5 + ["Foo"], "'Foo' is not supported"),
     (DCAE, "upsample_block_type", "bar", "not supported"), (DCAE, "downsample_block_type", "Convv", "not supported"),
     (DCAE, "decoder_block_out_channels", [128, 256, 0, 512, 1024, 1024], "cannot be used"),
-    (DCAE, "encoder_block_out_channels", [0] * 6, "cannot be used"),
     (Gemma2, "hidden_activation", "silu", ""), (Gemma2, "rope_parameters", {"rope_type": "linear"}, "")])
 def test_unhonoured_config_values_are_errors(cls, key, value, words):
     name = "rope config: rope_type" if key == "rope_parameters" else f"config: .*{key}"
     with pytest.raises(ValueError, match=f"{cls.__name__} {name}.*{words}"), torch.device("meta"):
         cls(official_config(cls) | {key: value})
-
-
-@pytest.mark.parametrize("cls, text", [(DCAE, "[]"), (Gemma2, "[]"), (DCAE, '{"encoder_layers_per_block": 3}'),
-                                       (LinearDiT, '{"mlp_ratio": "2.5"}')])
-def test_structureless_config_names_its_file(tiny_model, tmp_path, cls, text):
-    folder = shutil.copytree(tiny_model / PARTS[cls], tmp_path / PARTS[cls])
-    (folder / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=f"{PARTS[cls]}.config.json: "):
-        cls.from_pretrained(folder)
 
 
 # --- tokenizer ---
@@ -196,15 +179,14 @@ def test_tokenizer_agrees_with_the_tokenizers_package(gemma_tokenizer):
         assert ours.encode(text) == theirs.encode(text).ids, repr(text)
 
 
-def test_merges_as_pairs_and_as_strings(tiny_model, tmp_path):
-    path = tiny_model / "tokenizer" / "tokenizer.json"
-    data = json.loads(path.read_text())
-    data["model"]["merges"] = [m.split() for m in data["model"]["merges"]]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
-    text, tokenizer = "blurry tree, é", GemmaTokenizer(path)
-    ids = tokenizer.encode(text)
-    assert ids == GemmaTokenizer(tmp_path).encode(text)
-    assert [tokenizer.pieces[i] for i in ids] == ["<bos>", "blur", "ry", "▁", "tree", ",", "▁", "<0xC3>", "<0xA9>"]
+def test_merges_as_pairs_and_as_strings(tmp_path):
+    data = tiny.byte_tokenizer()
+    for merges in (data["model"]["merges"], [m.split() for m in data["model"]["merges"]]):
+        data["model"]["merges"] = merges
+        (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+        tokenizer = GemmaTokenizer(tmp_path)
+        pieces = [tokenizer.pieces[i] for i in tokenizer.encode("blurry tree, é")]
+        assert pieces == ["<bos>", "blur", "ry", "▁", "tree", ",", "▁", "<0xC3>", "<0xA9>"]
 
 
 # --- prompts ---
@@ -218,41 +200,26 @@ def test_prompt_is_tags_then_suffix():
     assert sanasr.build_prompt("a cat", "in the rain") == "a cat, in the rain"
 
 
-def test_degradation_words_of_a_prompt_are_masked(tiny_model):
+def test_degradation_words_are_masked_prompts_cut_to_300_tokens_and_instructions_to_the_last_299(tiny_model):
     tokenizer = GemmaTokenizer(tiny_model / "tokenizer")
     ids, mask, kept = sanasr.tokenize_prompt(tokenizer, "  A Blurry tree, low-quality blurb")
     shown = "".join(tokenizer.pieces[i] for i, m in zip(ids, mask, strict=True) if m)
-    assert shown == "<bos>a▁▁tree,▁▁blurb"
-    assert kept == list(range(len(ids))) and mask[0] == 1
-
-
-def test_prompts_are_cut_to_300_tokens_and_an_instruction_keeps_the_last_299(tiny_model):
-    tokenizer = GemmaTokenizer(tiny_model / "tokenizer")
+    assert shown == "<bos>a▁▁tree,▁▁blurb" and kept == list(range(len(ids)))
     ids, mask, kept = sanasr.tokenize_prompt(tokenizer, "x" * 400)
     assert len(ids) == len(mask) == len(kept) == 300
     ids, mask, kept = sanasr.tokenize_prompt(tokenizer, "x" * 400, "say: ")  # n = 6 tokens with <bos>
     assert len(ids) == 6 + 298 and kept == [0, *range(5, 304)] and len(mask) == 300
 
 
-def test_prompt_states_come_from_the_cache_and_padding_is_masked(tiny, monkeypatch):
-    c, m = tiny.encode_prompt(["tree", "a tree by the sea"])
+def test_prompt_states_come_from_the_cache_and_padding_is_masked(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("SANASR_CACHE", str(tmp_path))
+    encode, hashed, really = sanasr.PromptEncoder(tiny_model), [], sanasr.fingerprint
+    monkeypatch.setattr(sanasr, "fingerprint", lambda folder: hashed.append(folder.name) or really(folder))
+    c, m = encode(["tree", "a tree by the sea"])
     assert c.shape[:2] == m.shape and m.sum(1).tolist() == [2, m.shape[1]]
     monkeypatch.setattr(Gemma2, "from_pretrained", lambda *_: pytest.fail("the encoder was loaded again"))
-    again, _ = tiny.encode_prompt("tree")
-    assert torch.equal(again[0], c[0, :2])
-
-
-@pytest.mark.parametrize("value, folder", [(None, ".cache/sanasr"), ("", ".cache/sanasr"), ("~/x", "x")])
-def test_where_the_cache_lies(tiny_model, tmp_path, monkeypatch, value, folder):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("SANASR_CACHE")
-    if value is not None:
-        monkeypatch.setenv("SANASR_CACHE", value)
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    sanasr.PromptEncoder(tiny_model)("tree")
-    assert len(list((tmp_path / "home" / folder / "prompts").iterdir())) == 1
-    assert not list((tmp_path / "here").iterdir())
+    assert torch.equal(encode("tree")[0][0], c[0, :2])
+    assert len(list((tmp_path / "prompts").iterdir())) == 2 and hashed == ["text_encoder", "tokenizer"]
 
 
 @pytest.mark.parametrize("name, value", [("MAX_TOKENS", 5), ("DEGRADATION_WORDS", ("tree",)), ("PROMPT_VERSION", -1)])
@@ -262,20 +229,7 @@ def test_the_prompt_cache_knows_all_that_the_states_depend_on(tiny_model, monkey
     assert sanasr.PromptEncoder(tiny_model).identity != before
 
 
-def test_the_text_encoder_is_hashed_once_for_each_model(tiny_model, monkeypatch):
-    hashed = []
-    monkeypatch.setattr(sanasr, "fingerprint", lambda folder, really=sanasr.fingerprint: (
-        hashed.append(folder.name), really(folder))[1])
-    model = SanaSR.from_pretrained(tiny_model)
-    for prompt in ("a", "b", "a"):
-        model.encode_prompt(prompt)
-    assert hashed == ["text_encoder", "tokenizer"]
-
-
 # --- LoRA ---
-
-TO_Q = "transformer_blocks.0.attn1.to_q"
-
 
 def adapted(targets="attn+ffn", rank=4, alpha=None):
     dit, data = golden(LinearDiT, "dit_small")
@@ -283,10 +237,8 @@ def adapted(targets="attn+ffn", rank=4, alpha=None):
     return dit, [data[k] for k in ("z1", "t1", "c1", "mask1")]
 
 
-@torch.no_grad()
 def randomise(dit, gain=0.1):
-    for key, p in sanasr.lora_parameters(dit).items():
-        p.copy_(gain * seeded(key, p.shape))
+    dit.load_state_dict({key: gain * seeded(key, p.shape) for key, p in sanasr.lora_parameters(dit).items()}, False)
 
 
 def save_adapter(tiny_model, path, metadata=None):
@@ -298,24 +250,18 @@ def save_adapter(tiny_model, path, metadata=None):
     return path
 
 
-def test_a_new_adapter_changes_nothing_and_off_is_the_prior():
-    dit, inputs = adapted()
-    prior = small_dit()(*inputs)
+@pytest.mark.parametrize("targets", ["attn", "attn+ffn"])
+def test_a_new_adapter_changes_nothing_off_is_the_prior_and_merged_is_the_same(targets):
+    (dit, inputs), plain = adapted(targets), small_dit()
+    prior = plain(*inputs)
     assert relative(dit(*inputs), prior) < 1e-6
     randomise(dit)
-    assert relative(dit(*inputs), prior) > 1e-2
+    y = dit(*inputs)
+    assert relative(y, prior) > 1e-2
     with sanasr.adapters_off(dit):
         assert torch.equal(dit(*inputs), prior)
-
-
-@pytest.mark.parametrize("targets", ["attn", "attn+ffn"])
-def test_merged_equals_unmerged(targets):
-    dit, inputs = adapted(targets)
-    randomise(dit)
-    y = dit(*inputs)
     sanasr.merge_lora(dit)
-    assert relative(dit(*inputs), y) < 1e-5
-    assert set(dit.state_dict()) == set(small_dit().state_dict())
+    assert relative(dit(*inputs), y) < 1e-5 and set(dit.state_dict()) == set(plain.state_dict())
 
 
 def test_only_adapters_train():
@@ -336,7 +282,7 @@ def test_adapter_file_round_trip(tmp_path, prefix, ranks, alphas):
             sanasr._attach_lora(module, ranks[0], alphas[0] / ranks[0])
     randomise(dit)
     sanasr.save_lora(dit, tmp_path / "a.safetensors", {"note": "kept"})
-    with sanasr.open_weights(tmp_path / "a.safetensors") as file:
+    with open_weights(tmp_path / "a.safetensors") as file:
         state = {prefix + key: file.get_tensor(key) for key in file.keys()}
         save_file(state, tmp_path / "b.safetensors", file.metadata())
     fresh = small_dit()
@@ -350,11 +296,11 @@ def test_adapter_file_round_trip(tmp_path, prefix, ranks, alphas):
 @pytest.mark.parametrize("shapes, metadata, message", [
     ({"lora_A.weight": (4, 64), "lora_B.weight": (64, 4)}, {"alpha": "much"}, "alpha = 'much'"),
     ({"lora_A.weight": (4, 64), "lora_B.weight": (64, 4)}, {"timestep": "much"}, "timestep = 'much'"),
-    ({"lora_A.weight": (4, 32), "lora_B.weight": (64, 4)}, {}, "to_q.*64 to 64"),  # of another base
-    ({}, {}, "no adapter"), ({"alpha": ()}, {}, "to_q.alpha is no matrix")])
+    ({"lora_A.weight": (4, 32), "lora_B.weight": (64, 4)}, None, "to_q.*64 to 64"),  # of another base
+    ({}, None, "no adapter"), ({"alpha": ()}, None, "to_q.alpha is no matrix")])
 def test_what_is_no_adapter_of_this_model_is_refused(tmp_path, shapes, metadata, message):
-    save_file({f"{TO_Q}.{key}": torch.zeros(shape) for key, shape in shapes.items()}, tmp_path / "a.safetensors",
-              metadata or None)
+    state = {f"transformer_blocks.0.attn1.to_q.{key}": torch.zeros(shape) for key, shape in shapes.items()}
+    save_file(state, tmp_path / "a.safetensors", metadata)
     with pytest.raises(ValueError, match=f"a.safetensors: .*{message}"):
         sanasr.load_lora(small_dit(), tmp_path / "a.safetensors")
 
@@ -367,21 +313,12 @@ def test_conditioning_takes_the_word_of_the_caller_then_of_the_adapter():
     assert sanasr.conditioning({}, default_timestep=999)["timestep"] == 999
 
 
-def test_restore_uses_the_suffix_that_the_adapter_was_trained_with(tiny_model, tmp_path):
-    model = SanaSR.from_pretrained(tiny_model, adapter=save_adapter(tiny_model, tmp_path / "a", {"suffix": "none"}))
-    seen, encode = [], model.prompts
-    model.prompts = lambda prompts, instruction: seen.append(prompts) or encode(prompts, instruction)
-    model.restore(picture(8, 8), "tree")
-    model.restore(picture(8, 8), "tree", suffix="main")
-    assert seen == ["tree", "tree, " + sanasr.SUFFIXES["main"]]
-
-
 def test_an_adapter_beside_the_model_is_used_and_can_be_left_out(tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     save_adapter(tiny_model, folder / "adapter.safetensors", {"timestep": "999"})
     model, plain = SanaSR.from_pretrained(folder), SanaSR.from_pretrained(folder, adapter=False)
     assert model.timestep == 999 and plain.timestep == 900
-    assert model.restore(picture(8, 8)).tobytes() != plain.restore(picture(8, 8), timestep=999).tobytes()
+    assert model.restore(photo(8, 8)).tobytes() != plain.restore(photo(8, 8), timestep=999).tobytes()
 
 
 # --- loading ---
@@ -390,40 +327,27 @@ def test_an_adapter_beside_the_model_is_used_and_can_be_left_out(tiny_model, tmp
 def test_shards_prefix_and_stored_dtypes(tiny_model, tmp_path):
     whole = load_file(tiny_model / "transformer" / WEIGHTS)
     shutil.copy(tiny_model / "transformer" / "config.json", tmp_path)
-    keys = list(whole)
-    files = {k: f"diffusion_pytorch_model-0000{1 + (i >= 20)}-of-00002.safetensors" for i, k in enumerate(keys)}
-    for name in set(files.values()):
-        save_file({f"model.{k}": whole[k].bfloat16() for k in keys if files[k] == name}, tmp_path / name)
-    index = {f"model.{k}": name for k, name in files.items()}
-    (tmp_path / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": index}))
+    stored = [(f"model.{key}", x.bfloat16()) for key, x in whole.items()]
+    for i, part in enumerate((stored[:20], stored[20:]), 1):
+        save_file(dict(part), tmp_path / f"diffusion_pytorch_model-0000{i}-of-00002.safetensors")
+    (tmp_path / f"{WEIGHTS}.index.json").write_text("{}")  # not needed
     state = LinearDiT.from_pretrained(tmp_path).state_dict()
-    assert all(torch.equal(state[k], whole[k].bfloat16()) for k in keys)
+    assert all(torch.equal(state[key], x.bfloat16()) for key, x in whole.items())
     assert LinearDiT.from_pretrained(tmp_path, torch.float32).proj_out.weight.dtype == torch.float32
-    (tmp_path / files[keys[-1]]).unlink()
-    with pytest.raises((ValueError, OSError), match="00002-of-00002"):
-        LinearDiT.from_pretrained(tmp_path)
 
 
-def edited(change):
-    def damage(path):
-        state = load_file(path)
-        change(state)
-        save_file(state, path)
-    return damage
-
-
-@pytest.mark.parametrize("damage, message", [
-    (edited(lambda s: s.pop("proj_out.bias")), "missing proj_out.bias"),
-    (edited(lambda s: s.update(extra=torch.zeros(1))), "unexpected extra"),
-    (edited(lambda s: s.update({"proj_out.bias": torch.zeros(7)})), r"proj_out.bias .*\[7\], expected \[8\]"),
-    (lambda path: path.write_bytes(b""), f"{WEIGHTS}: not a whole"),
-    (lambda path: path.write_bytes(b"not safetensors at all"), f"{WEIGHTS}: not a whole"),
-    (lambda path: path.write_bytes(path.read_bytes()[:-100]), f"{WEIGHTS}: not a whole")])
-def test_weights_that_do_not_fit_are_one_clear_error(tiny_model, tmp_path, damage, message):
+def test_weights_that_do_not_fit_are_one_clear_error(tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model / "transformer", tmp_path / "transformer")
-    damage(folder / WEIGHTS)
-    with pytest.raises(ValueError, match=message):
-        LinearDiT.from_pretrained(folder)
+    path, state = folder / WEIGHTS, load_file(folder / WEIGHTS)
+    whole = path.read_bytes()
+    missing = {key: x for key, x in state.items() if key != "proj_out.bias"}
+    for content, message in ((missing, "missing proj_out.bias"),
+                             (state | {"extra": torch.zeros(1)}, "unexpected extra"),
+                             (state | {"proj_out.bias": torch.zeros(7)}, r"proj_out.bias .*\[7\], expected \[8\]"),
+                             *((data, f"{WEIGHTS}: not a whole") for data in (b"", b"no safetensors", whole[:-100]))):
+        path.write_bytes(content if isinstance(content, bytes) else save(content))
+        with pytest.raises(ValueError, match=message):
+            LinearDiT.from_pretrained(folder)
 
 
 @pytest.mark.slow
@@ -439,10 +363,8 @@ from sanasr import LinearDiT
 rss = lambda: 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
 before = rss()
 model = LinearDiT.from_pretrained({str(tmp_path)!r}, torch.bfloat16)
-sum(p.view(torch.int16)[0].sum() for p in model.parameters())
-total = sum(p.numel() * 2 for p in model.parameters())
 for p in model.parameters(): p.view(torch.int16).max()
-print((rss() - before) / total)"""
+print((rss() - before) / sum(p.numel() * 2 for p in model.parameters()))"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert 0.5 < float(done.stdout) < 1.15
 
@@ -472,11 +394,7 @@ def test_one_rule_for_dtypes(monkeypatch, capability, native):
 @pytest.mark.parametrize("down, up", [(1, 1), (2, 1), (1, 4)])
 def test_tiling_a_local_operator_is_exact(height, width, down, up):
     x = seeded_input("x", (1, 2, height * down, width * down))
-
-    def f(part):
-        part = torch.nn.functional.avg_pool2d(part, down)
-        return torch.nn.functional.interpolate(part, scale_factor=up)
-
+    f = torch.nn.Sequential(torch.nn.AvgPool2d(down), torch.nn.Upsample(scale_factor=up))
     torch.testing.assert_close(restorer.tiled(f, x, 32, 3, down, up), f(x), rtol=0, atol=1e-6)
 
 
@@ -485,72 +403,52 @@ def test_tiles_cover_evenly_and_stay_within_the_limit():
         pieces = restorer.spans(length, 32, 2)
         assert pieces[0][0] == 0 and pieces[-1][1] == length
         assert len({end - start for start, end in pieces}) == 1 and pieces[0][1] <= 32
-        assert all(a[1] - b[0] >= 2 for a, b in zip(pieces, pieces[1:], strict=False))
-        total, middle = 0, length // 2
-        for (start, end), weight in zip(pieces, restorer.blend_weights(pieces, 1), strict=True):
-            total += weight[middle - start].item() if start <= middle < end else 0
-        assert total == pytest.approx(1)
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_model):
-    return SanaSR.from_pretrained(tiny_model)
+        assert all(a[1] - b[0] >= 2 for a, b in pairwise(pieces))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 17), (8, 8), (33, 20)])
-def test_restore_gives_four_times_the_size(tiny, size):
-    result = tiny.restore(picture(*size))
+def test_restore_gives_four_times_the_size(sana, size):
+    result = sana.restore(photo(*size))
     assert result.size == (4 * size[0], 4 * size[1]) and result.mode == "RGB"
-    assert set(tiny.stages) == {"text", "encode", "dit", "decode"}
+    assert set(sana.stages) == {"text", "encode", "dit", "decode"}
 
 
-def test_restore_is_deterministic_and_depends_on_the_prompt(tiny):
-    first = tiny.restore(picture(16, 16), "tree").tobytes()
-    assert first == tiny.restore(picture(16, 16), "tree").tobytes() != tiny.restore(picture(16, 16), "a cat").tobytes()
+def test_restore_is_deterministic_and_depends_on_the_prompt(sana):
+    first, again, other = (sana.restore(photo(16, 16), prompt).tobytes() for prompt in ("tree", "tree", "a cat"))
+    assert first == again != other
 
 
-def test_restore_follows_the_equations(tiny):
+def test_restore_follows_the_equations(sana):
     """`restore` of a picture that needs neither padding nor tiles is encode, Eq. 4, decode."""
-    image = picture(16, 24)
-    x = np.array(image.resize((64, 96), Image.Resampling.BICUBIC))
-    x = torch.from_numpy(x).permute(2, 0, 1)[None] / 127.5 - 1
-    c, m = tiny.encode_prompt(sanasr.build_prompt("tree"))
-    z = sanasr.one_step(tiny.dit, tiny.vae.encode(x) * tiny.scaling_factor, torch.tensor([900.0]), c, m)
-    y = tiny.vae.decode(z / tiny.scaling_factor)[0].clamp(-1, 1)
-    result = torch.from_numpy(np.array(tiny.restore(image, "tree"))).permute(2, 0, 1)
-    assert ((y + 1) * 127.5 - result).abs().max() < 0.51
+    image = photo(16, 24)
+    x = to_tensor(image.resize((64, 96), Image.Resampling.BICUBIC))[None] * 2 - 1
+    c, m = sana.encode_prompt(sanasr.build_prompt("tree"))
+    z = sanasr.one_step(sana.dit, sana.vae.encode(x) * sana.scaling_factor, torch.tensor([900.0]), c, m)
+    y = sana.vae.decode(z / sana.scaling_factor)[0].clamp(-1, 1)
+    assert ((y + 1) / 2 - to_tensor(sana.restore(image, "tree"))).abs().max() < 0.51 / 255
 
 
 @pytest.mark.parametrize("scale", [1, 2, 4])
-def test_scale_and_progress(tiny, scale):
-    seen, image = [], picture(80, 40)
+def test_scale_and_progress(sana, scale):
+    seen, image = [], photo(80, 40)
     enlarged = image.resize((80 * scale, 40 * scale), Image.Resampling.BICUBIC)
-    result = tiny.restore(image, scale=scale, tile=64, progress=lambda *what: seen.append(what))
+    result = sana.restore(image, scale=scale, tile=64, progress=lambda *what: seen.append(what))
     assert result.size == enlarged.size
-    assert result.tobytes() == tiny.restore(enlarged, scale=1, tile=64).tobytes()
+    assert result.tobytes() == sana.restore(enlarged, scale=1, tile=64).tobytes()
     assert [stage for stage, done, _ in seen if done == 0] == ["encode", "dit", "decode"]
     total = seen[0][2]
     assert [what[1:] for what in seen if what[0] == "dit"] == [(i, total) for i in range(total + 1)] and total > 1
 
 
-def test_a_model_is_built_from_parts(tiny):
-    parts = SanaSR(tiny.vae, tiny.dit, lambda prompts, instruction: tiny.encode_prompt(prompts, instruction))
-    assert parts.restore(picture(16, 12), "tree").tobytes() == tiny.restore(picture(16, 12), "tree").tobytes()
-
-
-def test_half_precision_reaches_the_transformer_alone(tiny_model):
-    model = SanaSR.from_pretrained(tiny_model, dtype=torch.float16)
-    assert model.dit.proj_out.weight.dtype == torch.float16
-    assert model.vae.decoder.conv_in.weight.dtype == torch.bfloat16
-
-
 def test_half_precision_runs_with_the_adapter_apart(tiny_model, tmp_path):
     adapter = save_adapter(tiny_model, tmp_path / "a.safetensors")
+    model = SanaSR.from_pretrained(tiny_model, dtype=FP16)
+    assert (model.dit.proj_out.weight.dtype, model.vae.decoder.conv_in.weight.dtype) == (FP16, BF16)
 
     def latents(**options):
         model, found = SanaSR.from_pretrained(tiny_model, **options), []
         model.decode = lambda z, *_: found.append(z)
-        model.restore(picture(24, 24), "tree")
+        model.restore(photo(24, 24), "tree")
         return found[0]
     exact, none = latents(adapter=adapter), latents(adapter=False)
     for merge in (False, True):
@@ -563,4 +461,4 @@ def test_a_result_that_is_not_finite_is_an_error(tiny_model):
     model = SanaSR.from_pretrained(tiny_model)
     model.vae.decoder.conv_out.bias[0] = torch.nan
     with pytest.raises(ValueError, match="no finite numbers; try --dtype fp32"):
-        model.restore(picture(8, 8))
+        model.restore(photo(8, 8))

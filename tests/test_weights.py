@@ -14,6 +14,7 @@ from conftest import ROOT
 from huggingface_hub import constants
 
 import weights
+from photos.pictures import write_bytes
 from weights import FILES, MODELS, File, Model, Unavailable, folder, pick_files, present
 
 
@@ -62,11 +63,14 @@ def test_the_tables_are_complete():
         assert known.licence, name
         assert "/" not in name and (known.repo is None or known.repo.count("/") == 1), name
     for name, known in FILES.items():
-        assert known.repo is None or known.filename.endswith((".safetensors", ".pth", ".pt")), name
-        if known.repo is None:
-            assert (ROOT / "weights" / known.filename).is_file(), name
-            if known.sha256:
-                assert weights.sha256(ROOT / "weights" / known.filename).startswith(known.sha256), name
+        assert known.filename.endswith((".safetensors", ".pth", ".pt")), name
+
+
+@pytest.mark.parametrize("value, inside", [(None, ".cache/sanasr"), ("", ".cache/sanasr"), ("~/x", "x")])
+def test_where_the_cache_lies(tmp_path, monkeypatch, value, inside):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("SANASR_CACHE") if value is None else monkeypatch.setenv("SANASR_CACHE", value)
+    assert weights.cache_dir() == tmp_path / inside
 
 
 def test_unknown_names_and_paths(tmp_path):
@@ -76,14 +80,10 @@ def test_unknown_names_and_paths(tmp_path):
 
 
 def make_model(path, *variants):
-    for part in weights.PARTS:
-        (path / part).mkdir(parents=True)
-        (path / part / "config.json").write_text("{}")
-        for variant in variants:
-            stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-            (path / part / f"{stem}{variant}.safetensors").write_bytes(b"weights of " + part.encode())
-    (path / "tokenizer").mkdir()
-    (path / "tokenizer" / "tokenizer.json").write_text("{}")
+    stems = dict.fromkeys(weights.PARTS, "diffusion_pytorch_model") | {"text_encoder": "model"}
+    for name in ["tokenizer/tokenizer.json", *(f"{part}/config.json" for part in stems),
+                 *(f"{part}/{stem}{variant}.safetensors" for part, stem in stems.items() for variant in variants)]:
+        write_bytes(path / name, f"content of {name}")
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def offline(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setitem(MODELS, "tiny", Model("MIT", "org/Tiny_diffusers", gigabytes=1.5))
-    monkeypatch.setitem(FILES, "small", File("small-weights.pth", "MIT", "org/f", sha256=sha256(b"good").hexdigest()))
+    monkeypatch.setitem(FILES, "small", File("small-weights.pth", "MIT", "org/f", sha256(b"good").hexdigest(), 9))
     return tmp_path
 
 
@@ -115,8 +115,7 @@ def test_own_folder_comes_first(offline, monkeypatch):
 
 def test_cache_is_used_without_a_network_only_if_whole(offline):
     cached = offline / "cache" / "models--org--Tiny_diffusers"
-    (cached / "refs").mkdir(parents=True)
-    (cached / "refs" / "main").write_text("a" * 40)
+    write_bytes(cached / "refs" / "main", "a" * 40)
     snapshot = cached / "snapshots" / ("a" * 40)
     make_model(snapshot, ".bf16")
     assert folder("tiny", "bf16") == snapshot == present("tiny", "bf16")
@@ -145,7 +144,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.log.append((self.command, self.path, self.headers.get("Range")))
-        path, headers, status = self.path.split("?")[0], {}, 200
+        path, headers, status, body = self.path.split("?")[0], {}, 200, b"hello"
         if "/tree/" in path:
             body = json.dumps([{"type": "file", "path": name, "size": len(data), "oid": sha256(data).hexdigest()}
                                for name, data in self.files.items()]).encode()
@@ -158,8 +157,6 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 start, status = int(wanted.removeprefix("bytes=").split("-")[0]), 206
                 headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
                 body = body[start:]
-        else:
-            body = b"hello"
         self.send_response(status)
         for key, value in {**headers, "Content-Length": len(body)}.items():
             self.send_header(key, str(value))

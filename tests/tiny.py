@@ -3,30 +3,26 @@ import json
 from pathlib import Path
 
 import torch
-from seeded import seeded_state_dict
+from seeded import seeded_module
 
-from sanasr import DCAE, Gemma2, LinearDiT, inject_lora, lora_parameters, save_lora, save_module
+from sanasr import DCAE, Gemma2, LinearDiT, inject_lora, lora_parameters, save_lora
+from weights.files import save_module
 
 WIDTHS = [8, 8, 16, 16, 32, 32]
 CONFIGS = {
     "vae": (DCAE, {
-        "in_channels": 3, "latent_channels": 8, "scaling_factor": 0.41407, "attention_head_dim": 32,
+        "latent_channels": 8, "scaling_factor": 0.41407, "attention_head_dim": 32,
         "downsample_block_type": "Conv", "upsample_block_type": "interpolate",
-        "decoder_act_fns": "silu", "decoder_norm_types": "rms_norm",
         **{f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in {
             "block_out_channels": WIDTHS, "block_types": ["ResBlock"] * 4 + ["EfficientViTBlock"] * 2,
             "layers_per_block": [1] * 6, "qkv_multiscales": [[], [], [], [], [5], [5]]}.items()}}),
     "transformer": (LinearDiT, {
-        "in_channels": 8, "out_channels": 8, "patch_size": 1, "sample_size": 4, "num_layers": 2, "mlp_ratio": 2.5,
-        "attention_head_dim": 32, "num_attention_heads": 2, "cross_attention_dim": 64, "cross_attention_head_dim": 16,
-        "num_cross_attention_heads": 4, "caption_channels": 32, "attention_bias": False, "dropout": 0.0,
-        "norm_elementwise_affine": False, "norm_eps": 1e-6}),
+        "in_channels": 8, "out_channels": 8, "sample_size": 4, "num_layers": 2, "attention_head_dim": 32,
+        "num_attention_heads": 2, "cross_attention_dim": 64, "cross_attention_head_dim": 16,
+        "num_cross_attention_heads": 4, "caption_channels": 32}),
     "text_encoder": (Gemma2, {
         "vocab_size": 296, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "query_pre_attn_scalar": 16,
-        "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 8192, "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0, "sliding_window": 4096, "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": 30.0, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}),
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "query_pre_attn_scalar": 16}),
 }
 
 
@@ -41,15 +37,13 @@ def byte_tokenizer():
             "added_tokens": [{"id": vocab[piece], "content": piece, "special": True} for piece in special]}
 
 
-def tiny_model(folder, dtype=torch.float32, salt=""):
+def tiny_model(folder, dtype=torch.float32):
     """Writes transformer/, vae/, text_encoder/ and tokenizer/ with seeded weights into `folder`; returns its path."""
     folder = Path(folder)
     for part, (cls, config) in CONFIGS.items():
         with torch.device("meta"):
             module = cls(config)
-        manifest = [(key, x.shape) for key, x in module.state_dict().items()]
-        module.load_state_dict(seeded_state_dict(manifest, salt), assign=True)
-        save_module(module, folder / part, dtype)
+        save_module(seeded_module(module), folder / part, dtype)
     (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps(byte_tokenizer()))
     return folder

@@ -6,13 +6,12 @@
     python -m weights               -> what is known, and what is present
 
 The order of search, for both:
-    1. the folder named by the environment variable SANASR_WEIGHTS (machines without a network): a model lies there
-       under its name or its repository's, a single file under its file name, or, unchecked, under its name: that may
-       be a smaller copy (vgg16.safetensors with the `features.*` of VGG16 in float16 is 29 MB and serves as well);
-    2. this folder, for what is bundled;
-    3. the Hugging Face cache (HF_HOME, HF_HUB_CACHE), without a request to the network;
-    4. the Hugging Face Hub, unless HF_HUB_OFFLINE=1. A broken transfer is resumed; an interrupted run keeps the files
-       that are complete.
+    1. the folder named by the environment variable SANASR_WEIGHTS (for machines without a network). A model is there
+       under its name or its repository's, a single file under its file name. Under its name, a file is not checked, so
+       it may be a smaller copy: vgg16.safetensors with the `features.*` of VGG16 in float16 is 29 MB and works as well.
+    2. this folder, for what is bundled
+    3. the Hugging Face cache (HF_HOME, HF_HUB_CACHE), without a request to the network
+    4. the Hugging Face Hub, unless HF_HUB_OFFLINE=1. A broken transfer is resumed; complete files are kept.
 
 Beside this: weights.files reads and writes networks, weights.configs checks their config.json, weights.dtypes chooses
 the dtype. A new model or file is one line in MODELS or FILES.
@@ -44,13 +43,13 @@ class Model:
 
 @dataclass(frozen=True)
 class File:
-    """One file. Without `repo` it is bundled in weights/. `sha256` may be given by its first digits."""
+    """One file. `sha256` may be given by its first digits."""
     filename: str
     licence: str
-    repo: str | None = None
+    repo: str
+    sha256: str
+    megabytes: float
     revision: str = "main"
-    sha256: str | None = None
-    megabytes: float = 0.0
 
 
 _SANA = "NVIDIA Source Code License NSCL v2-custom, non-commercial; text encoder: Gemma Terms of Use"
@@ -175,8 +174,7 @@ def present(name, dtype=None):
     if own:
         return own
     if known.repo is None:
-        path = HERE / (name if name in MODELS else known.filename)
-        return path if path.exists() else None
+        return HERE / name if (HERE / name).exists() else None
     import huggingface_hub as hub
     filename = "transformer/config.json" if name in MODELS else known.filename
     path = hub.try_to_load_from_cache(known.repo, filename, revision=known.revision)
@@ -192,26 +190,31 @@ def present(name, dtype=None):
         return None
 
 
-def _hub(name, known, size):
-    """huggingface_hub, once it is known to be reachable: its own retries would keep the user waiting half a minute."""
+def _download(name, known, size, fetch):
+    """The path that fetch(huggingface_hub) returns. Raises Unavailable."""
     import huggingface_hub as hub
     from huggingface_hub import constants
     if known.repo is None:
         raise Unavailable(f"{name}: it belongs into {HERE} but is not there; restore it with `git checkout weights`")
-    if constants.HF_HUB_OFFLINE:
-        reason = "HF_HUB_OFFLINE is set"
-    else:
-        try:
+    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else None
+    if not reason:
+        try:  # first, because the library itself would retry for half a minute
             hub.get_session().head(constants.ENDPOINT, timeout=10)
-            print(f"downloading {name} from {known.repo} ({size}; licence: {known.licence})", file=sys.stderr)
-            return hub
         except Exception as error:
             reason = f"{constants.ENDPOINT} cannot be reached ({_line(error)})"
-    what, keep = known.repo, name
-    if name in FILES:
-        what, keep = f"{what}/{known.filename}", name + Path(known.filename).suffix
-    raise Unavailable(f"{name} is not on this machine and {reason}: fetch {what} ({size}) on a machine with a network "
-                      f"and put it as {keep} into the folder that the environment variable SANASR_WEIGHTS names")
+    if reason:
+        what, keep = known.repo, name
+        if name in FILES:
+            what, keep = f"{what}/{known.filename}", name + Path(known.filename).suffix
+        raise Unavailable(f"{name} is not on this machine and {reason}: fetch {what} ({size}) on a machine with a "
+                          f"network and put it as {keep} into the folder that the environment variable SANASR_WEIGHTS "
+                          "names")
+    print(f"downloading {name} from {known.repo} ({size}; licence: {known.licence})", file=sys.stderr)
+    try:
+        return Path(fetch(hub))
+    except Exception as error:
+        raise Unavailable(f"{name}: the download from {known.repo} failed ({_line(error)}); "
+                          "run the same command again, files that are complete are kept") from error
 
 
 def _line(error):
@@ -232,13 +235,11 @@ def folder(name_or_path: str | Path, dtype=None) -> Path:
     if path := present(name, dtype):
         return path
     model = MODELS[name]
-    hub = _hub(name, model, f"up to {model.gigabytes:.1f} GB")
-    try:
+
+    def fetch(hub):
         names = hub.HfApi().list_repo_files(model.repo, revision=model.revision)
-        return Path(hub.snapshot_download(model.repo, revision=model.revision, allow_patterns=_needed(names, dtype)))
-    except Exception as error:
-        raise Unavailable(f"{name}: the download from {model.repo} failed ({_line(error)}); "
-                          "run the same command again, files that are complete are kept") from error
+        return hub.snapshot_download(model.repo, revision=model.revision, allow_patterns=_needed(names, dtype))
+    return _download(name, model, f"up to {model.gigabytes:.1f} GB", fetch)
 
 
 def file(name: str) -> Path:
@@ -249,13 +250,9 @@ def file(name: str) -> Path:
     """
     known = FILES[name]
     if path := present(name):
-        return _checked(path, known) if known.repo and path == _own(known.filename) else path
-    hub = _hub(name, known, f"{known.megabytes:.0f} MB")
-    try:
-        path = Path(hub.hf_hub_download(known.repo, known.filename, revision=known.revision))
-    except Exception as error:
-        raise Unavailable(f"{name}: the download of {known.filename} from {known.repo} failed ({_line(error)}); "
-                          "run the same command again, files that are complete are kept") from error
+        return _checked(path, known) if path == _own(known.filename) else path
+    path = _download(name, known, f"{known.megabytes:.0f} MB",
+                     lambda hub: hub.hf_hub_download(known.repo, known.filename, revision=known.revision))
     try:
         return _checked(path, known)
     except Unavailable:
@@ -265,14 +262,11 @@ def file(name: str) -> Path:
 
 def sha256(path):
     """The SHA-256 of a file, as hexadecimal digits."""
-    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _checked(path, known):
-    if known.sha256 and not (actual := sha256(path)).startswith(known.sha256):
+    if not (actual := sha256(path)).startswith(known.sha256):
         raise Unavailable(f"{path}: its SHA-256 is {actual[:16]}…, not {known.sha256[:16]}…; delete it and try again")
     return path

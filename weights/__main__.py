@@ -24,14 +24,14 @@ def main():
             path = next(filter(None, (present(name, dtype) for dtype in (None, "bf16", "fp16"))), None)
             if path:
                 state = f"present  {_size(path):>9}  {path}"
-                if args.check and getattr(known, "sha256", None):
+                if args.check and title == "files":
                     good = sha256(path).startswith(known.sha256)
                     bad += not good
                     state += "  sha256 " + ("agrees" if good else "DIFFERS")
             else:
                 size = f"{known.gigabytes:.1f} GB" if title == "models" else f"{known.megabytes:.0f} MB"
                 state = f"absent   {size if known.repo else '':>9}  {known.repo or 'weights/'}"
-                state += f"/{known.filename}" if title == "files" and known.repo else ""
+                state += f"/{known.filename}" if title == "files" else ""
             print(f"  {name:18}{state}\n{'':20}licence: {known.licence}")
     raise SystemExit(1 if bad else 0)
 
