@@ -101,12 +101,12 @@ def test_metrics_without_a_download(name):
     """In one batch the distorted picture against its reference, and the reference against itself."""
     hr, sr = pair(name)
     golden = GOLDENS[f"classic.{name}"]
-    for metric, score, equal, tolerance in (
+    for metric, distorted, equal, tolerance in (
             ("psnr", golden["psnr_y"], 80, 1e-5), ("ssim", golden["ssim_y"], 1, 1e-5),
             ("lpips", sum(GOLDENS[f"lpips.alex.official.{name}"]), 0, 5e-5),  # its weights are fp16
             ("niqe", golden["niqe_dist"], golden["niqe_ref"], 1e-4)):
         found = metrics.load(metric)(torch.cat([sr, hr]), torch.cat([hr, hr]))
-        assert found.tolist() == pytest.approx([score, equal], abs=tolerance), metric
+        assert found.tolist() == pytest.approx([distorted, equal], abs=tolerance), metric
     assert metrics.load("lpips")(hr, hr) == 0
 
 
