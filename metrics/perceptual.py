@@ -18,10 +18,6 @@ import weights
 EMBEDDED = Path(weights.__path__[0]) / "metrics"  # small parameters that live in the repository
 
 
-def _conv(c_in, c_out, kernel=3, stride=1, padding=1):
-    return nn.Conv2d(c_in, c_out, kernel, stride, padding)
-
-
 class AlexNet(nn.Module):
     """AlexNet's convolutions, with torchvision's key names. (B,3,H,W) -> the five ReLU outputs; H, W at least 31."""
 
@@ -30,8 +26,9 @@ class AlexNet(nn.Module):
     def __init__(self):
         super().__init__()
         self.features = nn.ModuleDict({
-            "0": _conv(3, 64, 11, 4, 2), "3": _conv(64, 192, 5, 1, 2), "6": _conv(192, 384),
-            "8": _conv(384, 256), "10": _conv(256, 256)})
+            "0": nn.Conv2d(3, 64, 11, 4, 2), "3": nn.Conv2d(64, 192, 5, padding=2),
+            "6": nn.Conv2d(192, 384, 3, padding=1), "8": nn.Conv2d(384, 256, 3, padding=1),
+            "10": nn.Conv2d(256, 256, 3, padding=1)})
 
     def forward(self, x):
         taps = []
@@ -59,7 +56,7 @@ class VGG16(nn.Module):
         c_in = 3
         for c, names in zip(self.channels, self.stages, strict=True):
             for name in names:
-                self.features[name] = _conv(c_in, c)
+                self.features[name] = nn.Conv2d(c_in, c, 3, padding=1)
                 c_in = c
 
     def forward(self, x):
@@ -175,16 +172,12 @@ class DISTS(nn.Module):
         return self
 
     def taps(self, x):
-        """x and its five VGG16 features, what `compare` compares."""
+        """x and its five VGG16 features."""
         return [x, *self.net((x - self.mean) / self.std)]
 
     def forward(self, x, y):
-        return self.compare(self.taps(x), self.taps(y))
-
-    def compare(self, taps_x, taps_y):
-        """`forward` of pictures whose `taps` these are."""
         s1, s2 = [], []
-        for fx, fy in zip(taps_x, taps_y, strict=True):
+        for fx, fy in zip(self.taps(x), self.taps(y), strict=True):
             mx, my, vx, vy, cov = moments(fx, fy)
             s1.append((2 * mx * my + 1e-6) / (mx.square() + my.square() + 1e-6))
             s2.append((2 * cov + 1e-6) / (vx + vy + 1e-6))
