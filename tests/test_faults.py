@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -21,7 +22,6 @@ import trainer
 from lab.faults import Mark
 from photos import pairs, tagger
 
-ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 TRAIN = "--crop 96 --steps 1 --tags none --lpips alex --workers 0 --rank 2 --batch 1 --val 0".split()
 
