@@ -78,6 +78,12 @@ def vgg16_trunk():
     return {k: v.float() for k, v in state.items() if k.startswith("features.")}
 
 
+def load_official(model, state):
+    """Load a state_dict with keys `features.N.*` (the trunk, model.net) and the model's own, any float dtype."""
+    model.load_state_dict({f"net.{k}" if k.startswith("features.") else k: v.float() for k, v in state.items()})
+    return model.requires_grad_(False).eval().to(memory_format=torch.channels_last)  # DISTS: 1.3 times as fast
+
+
 class LPIPS(nn.Module):
     """Learned perceptual distance v0.1. x, y: (B,3,H,W) in [-1, 1], not clamped -> (B,), 0 for equal images.
 
@@ -90,34 +96,28 @@ class LPIPS(nn.Module):
         if net not in ("alex", "vgg"):
             raise ValueError(f"LPIPS knows the networks alex and vgg, not {net!r}")
         self.net = AlexNet() if net == "alex" else VGG16()
-        self.heads = nn.ParameterList([nn.Parameter(torch.zeros(1, c, 1, 1)) for c in self.net.channels])
+        for i, c in enumerate(self.net.channels):
+            self.add_module(f"lin{i}", nn.Conv2d(c, 1, 1, bias=False))
         self.register_buffer("shift", torch.tensor([-.030, -.088, -.188]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([.458, .448, .450]).view(1, 3, 1, 1), persistent=False)
 
     @classmethod
     def from_pretrained(cls, net="alex"):
         """The official weights, frozen. AlexNet is embedded (fp16, widened); VGG16's trunk comes by `weights.file`."""
-        model = cls(net)
         if net == "alex":
             state = load_file(EMBEDDED / "lpips_alex_fp16.safetensors")
         else:
             state = load_file(EMBEDDED / "lpips_vgg_heads.safetensors") | vgg16_trunk()
-        return model.load(state).requires_grad_(False).eval().to(memory_format=torch.channels_last)
-
-    def load(self, state):
-        """Take a state_dict with keys `features.N.*` (trunk) and `linK.weight` (heads), any float dtype."""
-        self.load_state_dict({
-            f"net.{k}" if k.startswith("features.") else f"heads.{k[3]}": v.float() for k, v in state.items()})
-        return self
+        return load_official(cls(net), state)
 
     def per_layer(self, x, y):
         """The five terms, (B,5)."""
         taps_x, taps_y = (self.net((t - self.shift) / self.scale) for t in (x, y))
         terms = []
-        for fx, fy, head in zip(taps_x, taps_y, self.heads, strict=True):
+        for i, (fx, fy) in enumerate(zip(taps_x, taps_y, strict=True)):
             # 1e-10 stands outside the root, as in the original; vector_norm's gradient at 0 is 0, where sqrt's is NaN
             fx, fy = (f / (torch.linalg.vector_norm(f, dim=1, keepdim=True) + 1e-10) for f in (fx, fy))
-            terms.append(((fx - fy).square() * head).sum(1).mean((1, 2)))
+            terms.append(((fx - fy).square() * self.get_submodule(f"lin{i}").weight).sum(1).mean((1, 2)))
         return torch.stack(terms, 1)
 
     def forward(self, x, y):
@@ -162,14 +162,7 @@ class DISTS(nn.Module):
     @classmethod
     def from_pretrained(cls):
         """The official weights, frozen: alpha and beta are embedded, VGG16 comes by `weights.file`."""
-        model = cls()
-        model.load(load_file(EMBEDDED / "dists_alpha_beta.safetensors") | vgg16_trunk())
-        return model.requires_grad_(False).eval().to(memory_format=torch.channels_last)  # 1.3 times as fast
-
-    def load(self, state):
-        """Take a state_dict with keys `features.N.*`, `alpha`, `beta`, any float dtype."""
-        self.load_state_dict({(f"net.{k}" if k.startswith("features.") else k): v.float() for k, v in state.items()})
-        return self
+        return load_official(cls(), load_file(EMBEDDED / "dists_alpha_beta.safetensors") | vgg16_trunk())
 
     def taps(self, x):
         """x and its five VGG16 features."""

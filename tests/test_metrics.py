@@ -18,7 +18,7 @@ import metrics
 import weights
 from metrics import iqa, report, score
 from metrics.classic import NIQE
-from metrics.perceptual import DISTS, LPIPS
+from metrics.perceptual import DISTS, LPIPS, load_official
 
 GOLDENS = json.loads((Path(__file__).parent / "data/metrics/goldens.json").read_text())
 SIZES = {"syn_a": (224, 256), "syn_b": (200, 312)}
@@ -48,15 +48,13 @@ def seed(model):
     return {k: draw(k, v.shape) if v.is_floating_point() else v for k, v in model.state_dict().items()}
 
 
-def perceptual_state(model):
-    """The same for LPIPS and DISTS, whose state_dict has names of its own."""
+def seed_perceptual(model):
+    """The same for LPIPS and DISTS, loaded."""
     state = {}
     for k, v in model.state_dict().items():
-        name, reference = k.removeprefix("net."), k.removeprefix("net.")
-        if k.startswith("heads."):
-            name, reference = f"lin{k[6]}.weight", f"lin{k[6]}.model.1.weight"
-        state[name] = draw(reference, v.shape, gain=math.sqrt(2))
-    return state
+        key = k.removeprefix("net.")
+        state[key] = draw(key.replace(".", ".model.1.", 1) if key.startswith("lin") else key, v.shape, math.sqrt(2))
+    return load_official(model, state)
 
 
 def pair(name):
@@ -112,8 +110,7 @@ def test_metrics_without_a_download(name):
 
 @pytest.mark.parametrize("net", ["alex", "vgg"])
 def test_lpips_seeded(net):
-    model = LPIPS(net)
-    model.load(perceptual_state(model))
+    model = seed_perceptual(LPIPS(net))
     for name in SIZES:
         hr, sr = pair(name)
         assert model.per_layer(sr * 2 - 1, hr * 2 - 1)[0].tolist() == pytest.approx(
@@ -121,8 +118,7 @@ def test_lpips_seeded(net):
 
 
 def test_dists_seeded():
-    model, (hr, sr) = DISTS(), pair("syn_a")
-    model.load(perceptual_state(model))
+    model, (hr, sr) = seed_perceptual(DISTS()), pair("syn_a")
     assert model(sr, hr).item() == pytest.approx(GOLDENS["dists.seeded.syn_a"], abs=1e-5)
 
 
