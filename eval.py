@@ -78,13 +78,12 @@ def plan(inputs, out, scale, references):
         taken.add(stem.lower())
         jobs.append(Job(source, single or folder / f"{stem}_x{scale}.png"))
 
-    def same(path):  # for all names of one file
+    def identity(path):  # the same for all names of one file
         return (path.stat().st_dev, path.stat().st_ino) if path.exists() else None
-    kept = [*inputs, *references]
-    names, files = {os.path.realpath(p) for p in kept}, {same(p) for p in kept} - {None}
+    kept = {identity(path) for path in [*inputs, *references]} - {None}
     for job in jobs:
         for target in (job.target, job.compare):
-            if os.path.realpath(target) in names or same(target) in files:
+            if identity(target) in kept:
                 raise UserError(f"the result of {job.source} would overwrite {target}: choose another --out")
     return jobs
 

@@ -310,8 +310,7 @@ def mean_scores(args, pairs, model, adapter=None):
 
 def relative_drop(metric, before, after):
     """How much worse `after` is, relative to `before`; negative where it is better."""
-    worse = before - after if METRICS[metric].better == "higher" else after - before
-    return worse / max(abs(before), 1e-12)
+    return METRICS[metric].sign * (before - after) / max(abs(before), 1e-12)
 
 
 def validate(args):

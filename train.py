@@ -210,7 +210,7 @@ def select(args):
         scores[path] = mean(rows)[args.select]
     if not scores:
         raise UserError(f"--select: {args.run}/checkpoints is empty; --resume writes the next one")
-    order = sorted(scores, key=scores.get, reverse=METRICS[args.select].better == "higher")
+    order = sorted(scores, key=lambda path: METRICS[args.select].sign * scores[path], reverse=True)
     runs.write_csv(args.run / "select.csv", ["checkpoint", args.select],
                    [{"checkpoint": path.name, args.select: scores[path]} for path in order])
     write_bytes(args.run / "best.safetensors", order[0].read_bytes())

@@ -28,16 +28,14 @@ def central(image):
 
 def side_by_side(rows, labels):
     """rows: [(picture, picture, …)] of RGB pictures, one size in each row -> one white sheet with labels on top."""
-    wide = max(row[0].width for row in rows)
-    sheet = Image.new("RGB", (len(labels) * (wide + GAP) - GAP, HEAD + sum(row[0].height + GAP for row in rows) - GAP),
-                      "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(LETTERS)
+    wide = max(row[0].width for row in rows) + GAP
+    sheet = Image.new("RGB", (len(labels) * wide - GAP, HEAD + sum(row[0].height + GAP for row in rows) - GAP), "white")
+    draw, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(LETTERS), HEAD
     for i, label in enumerate(labels):
-        draw.text((i * (wide + GAP) + wide // 2, HEAD // 2), label, "black", font, anchor="mm")
-    y = HEAD
+        draw.text((i * wide + (wide - GAP) // 2, HEAD // 2), label, "black", font, anchor="mm")
     for row in rows:
         for i, image in enumerate(row):
-            sheet.paste(image, (i * (wide + GAP) + (wide - image.width) // 2, y))
+            sheet.paste(image, (i * wide + (wide - GAP - image.width) // 2, y))
         y += row[0].height + GAP
     return sheet
 

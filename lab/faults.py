@@ -40,6 +40,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import autoencoder
 import eval
 import prune
 import sanasr
@@ -58,11 +59,13 @@ TRAIN = [*STEP, "--name", "@out", *"--tags none --lpips alex --batch 1 --rank 2"
 PRUNE = [*STEP, "--out", "@out", *"--tags none --lpips alex --keep 2".split()]
 ARGV = {"eval.py": EVAL, "train.py": TRAIN, "prune.py": PRUNE}
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP", "tif": "TIFF", "gif": "GIF", "bmp": "BMP", "ppm": "PPM"}
-COMMANDS = {"eval.py": eval.main, "train.py": train.main, "prune.py": prune.main, "photos.tagger": tagger.main,
-            "linearsr.train": train_linearsr.main, "SanaSR": command(  # with the errors that it is documented to raise
+COMMANDS = {"eval.py": eval.main, "train.py": train.main, "--learn autoencoder": train.main, "prune.py": prune.main,
+            "photos.tagger": tagger.main, "linearsr.train": train_linearsr.main, "SanaSR": command(
                 lambda argv: sanasr.SanaSR.from_pretrained(argv[0]).restore(Image.new("RGB", (8, 8)), "a tree"))}
 RUNS = {  # what is killed: (arguments, the files from which it needs --resume)
     "train.py": ([*TRAIN, *"--steps 8 --every 2 --workers 1".split()], ["state.pt"]),
+    "--learn autoencoder": ([*"--learn autoencoder --data @shared/photos --model @shared/model --name @out".split(),
+                             *"--batch 1 --workers 0 --steps 6 --every 2 --pairs 8".split()], ["state.pt"]),
     "linearsr.train": ([*STEP, *"--stage pretrain --name @out --steps 6 --every 2 --batch 1 --pairs 4".split()], []),
     "prune.py": ([*PRUNE, "--steps", "60"], ["calibration.pt", "transformer"]),  # it saves at step 50
     "eval.py": (["@shared/lr", "--out", "@out/", "--model", "@shared/model"], [])}
@@ -537,6 +540,7 @@ def make_shared(shared):
     import tiny
     tiny.CONFIGS["transformer"][1]["num_layers"] = 3  # so that there is a block to prune
     tiny.tiny_model(shared / "model")
+    autoencoder.VAL = 4
     for i in range(6):
         write_bytes(shared / "photos" / f"{i}.png", photo(272, 264, i))
         write_bytes(shared / "lr" / f"{i}.png", photo(24, 20, i))

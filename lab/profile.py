@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fast import load_model
 from photos.restorer import Stopwatch
-from runs import UserError, add_device_options, command, dtype_name, pick_device, pick_dtype
+from runs import UserError, add_device_options, check_ranges, command, dtype_name, pick_device, pick_dtype
 from sanasr import DCAE, MAX_TOKENS, Gemma2, LinearDiT
 
 
@@ -147,8 +147,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.side < 32 or args.side % 32:
         raise UserError(f"--side {args.side}: the side must be a multiple of 32")
-    if args.steps is not None and args.steps < 1:
-        raise UserError(f"--steps must be at least 1, not {args.steps}")
+    check_ranges(args)
     device = pick_device(args.device)
     model = load_model(args.model, device, pick_dtype(args.dtype, device))
     many = hasattr(model, "experts")

@@ -36,9 +36,10 @@ def load(model, state, unused):
     return model.requires_grad_(False).eval()
 
 
-def heads(x, n):
-    """(…, N, n·d) -> (…, n, N, d)"""
-    return x.unflatten(-1, (n, -1)).transpose(-3, -2)
+def attend(q, k, v, n, **options):
+    """Attention of n heads: (…, N, n·d) each -> the same."""
+    q, k, v = (t.unflatten(-1, (n, -1)).transpose(-3, -2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, **options).transpose(-3, -2).flatten(-2)
 
 
 class MLP(nn.Module):
@@ -50,6 +51,20 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x)))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and MLP; name: what the checkpoint calls the attention."""
+
+    def __init__(self, width, hidden, name, attention):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.name, self.mlp = name, MLP(width, hidden)
+        self.add_module(name, attention)
+
+    def forward(self, x):
+        x = x + self.get_submodule(self.name)(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
 
 
 # --- MUSIQ ---
@@ -97,19 +112,7 @@ class SplitAttention(nn.Module):
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x):
-        q, k, v = (heads(f(x), self.n) for f in (self.query, self.key, self.value))
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class EncoderBlock(nn.Module):
-    def __init__(self, width, hidden, n):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attention, self.mlp = SplitAttention(width, n), MLP(width, hidden)
-
-    def forward(self, x):
-        x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        return self.out(attend(self.query(x), self.key(x), self.value(x), self.n))
 
 
 class MUSIQ(nn.Module):
@@ -130,8 +133,9 @@ class MUSIQ(nn.Module):
         encoder.posembed_input, encoder.scaleembed_input = nn.Module(), nn.Module()
         encoder.posembed_input.position_emb = nn.Parameter(torch.zeros(1, self.grid ** 2, self.width))
         encoder.scaleembed_input.scale_emb = nn.Parameter(torch.zeros(3, self.width))
-        encoder.transformer = nn.ModuleDict(
-            {f"encoderblock_{i}": EncoderBlock(self.width, 1152, 6) for i in range(self.blocks)})
+        encoder.transformer = nn.ModuleDict({
+            f"encoderblock_{i}": TransformerBlock(self.width, 1152, "attention", SplitAttention(self.width, 6))
+            for i in range(self.blocks)})
         encoder.encoder_norm = nn.LayerNorm(self.width, eps=1e-6)
         self.head = nn.Linear(self.width, 1)
 
@@ -176,19 +180,7 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x):
-        q, k, v = (heads(t, self.n) for t in self.qkv(x).chunk(3, -1))
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class ViTBlock(nn.Module):
-    def __init__(self, width, hidden, n):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attn, self.mlp = Attention(width, n), MLP(width, hidden)
-
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        return self.proj(attend(*self.qkv(x).chunk(3, -1), self.n))
 
 
 class ViT(nn.Module):
@@ -199,7 +191,8 @@ class ViT(nn.Module):
         self.patch_embed = nn.Module()
         self.patch_embed.proj = nn.Conv2d(3, width, 8, 8)
         self.cls_token, self.pos_embed = (nn.Parameter(torch.zeros(1, n, width)) for n in (1, 28 * 28 + 1))
-        self.blocks = nn.ModuleList(ViTBlock(width, 4 * width, 12) for _ in range(10))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(width, 4 * width, "attn", Attention(width, 12)) for _ in range(10))
 
     def forward(self, x):
         x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)
@@ -336,8 +329,7 @@ class AttentionPool(nn.Module):
         x = x.flatten(2).transpose(1, 2)
         mean = x.mean(1, keepdim=True)
         x = torch.cat([mean, x], 1)
-        q, k, v = (heads(t, self.n) for t in (self.q_proj(mean), self.k_proj(x), self.v_proj(x)))
-        return self.c_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1))
+        return self.c_proj(attend(self.q_proj(mean), self.k_proj(x), self.v_proj(x), self.n).squeeze(1))
 
 
 class ModifiedResNet(nn.Module):
@@ -383,13 +375,11 @@ def text_features(state, n=8):
     for ids in PROMPTS.values():
         x = state["token_embedding.weight"][list(ids)] + state["positional_embedding"][:len(ids)]   # T, 512
         for i in range(12):
-            w = {k: state[f"transformer.resblocks.{i}.{k}"] for k in (
-                "ln_1.weight", "ln_1.bias", "attn.in_proj_weight", "attn.in_proj_bias", "attn.out_proj.weight",
-                "attn.out_proj.bias", "ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias",
-                "mlp.c_proj.weight", "mlp.c_proj.bias")}
+            block = f"transformer.resblocks.{i}."
+            w = {k.removeprefix(block): v for k, v in state.items() if k.startswith(block)}
             y = F.layer_norm(x, x.shape[-1:], w["ln_1.weight"], w["ln_1.bias"])
-            q, k, v = (heads(t, n) for t in F.linear(y, w["attn.in_proj_weight"], w["attn.in_proj_bias"]).chunk(3, -1))
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1).flatten(1)
+            q, k, v = F.linear(y, w["attn.in_proj_weight"], w["attn.in_proj_bias"]).chunk(3, -1)
+            y = attend(q, k, v, n, is_causal=True)
             x = x + F.linear(y, w["attn.out_proj.weight"], w["attn.out_proj.bias"])
             y = F.layer_norm(x, x.shape[-1:], w["ln_2.weight"], w["ln_2.bias"])
             y = F.linear(y, w["mlp.c_fc.weight"], w["mlp.c_fc.bias"])

@@ -85,10 +85,10 @@ def worst_first(rows, pairs):
     return sorted(zip(rows, pairs, strict=True), key=lambda item: inf if isnan(item[0][by]) else sign * item[0][by]), by
 
 
-def write_report(rows, pairs, path, protocol="full", title="Super-resolution report", note=""):
+def write_report(rows, pairs, path, protocol="full", note=""):
     """Write the HTML file `path` for the `rows` that `score.evaluate` gave for `pairs`.
 
-    note: goes below the title. An input (Pair.lr) is shown enlarged by bicubic interpolation to the result's size.
+    note: goes below the heading. An input (Pair.lr) is shown enlarged by bicubic interpolation to the result's size.
     """
     names = list(rows[0])[1:]
     order, by = worst_first(rows, pairs)
@@ -128,9 +128,9 @@ def write_report(rows, pairs, path, protocol="full", title="Super-resolution rep
             "Click a picture to lay two over each other.")
     write_bytes(path, f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{escape(title)}</title>
+<title>Super-resolution report</title>
 <style>:root {{ --columns: {columns} }}{STYLE}</style>
-<h1>{escape(title)}</h1>
+<h1>Super-resolution report</h1>
 <p>{escape(note)}</p>
 <table><thead><tr><th>image</th>{head}</tr></thead><tbody>{body}</tbody>
 <tfoot><tr><td>mean</td>{cells(mean(rows))}</tr></tfoot></table>

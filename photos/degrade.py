@@ -11,12 +11,11 @@ Everything drawn for a sample comes from one `numpy` generator, so a pair depend
 
 Made for loader workers on a CPU. On one Zen 5 core a 128x128 crop takes 4 ms, 256x256 10 ms, 512x512 41 ms, the way
 back to x_L included. Parts at 256x256: a 21x21 blur by FFT 1.3 ms (grouped convolution 11 ms), a JPEG round trip by
-Pillow 0.9 ms (a blockwise DCT in torch, the one in tests/test_degrade.py, 2.6 ms). So JPEG is Pillow's, chroma 4:2:0.
+Pillow 0.9 ms (a blockwise DCT in torch 2.6 ms). So JPEG is Pillow's, chroma 4:2:0.
 """
 import argparse
 import io
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,7 +162,6 @@ def degrade(hr: torch.Tensor, rng, trace: list | None = None, mild: float = 0.0)
                          f"got {tuple(hr.shape)}")
     if not isinstance(rng, np.random.Generator):
         rng = np.random.default_rng(rng)
-    note = (lambda what, image: trace.append((what, image))) if trace is not None else (lambda what, image: None)
     low = height // SCALE, width // SCALE
     x = hr
 
@@ -171,41 +169,37 @@ def degrade(hr: torch.Tensor, rng, trace: list | None = None, mild: float = 0.0)
         x = resize(blur(x, random_kernel(rng, MILD_SIGMA)[1]), *low, rng.choice(MODES))
         return (jpeg(x, rng.integers(*MILD_QUALITY, endpoint=True)).clamp(0, 1) * 255).round() / 255
 
-    for order, (h, w) in ((FIRST, (height, width)), (SECOND, low)):
-        if rng.random() < order.blur:
-            name, kernel = random_kernel(rng, order.sigma)
-            x = blur(x, kernel)
-            note(f"blur {name}", x)
-        way = rng.choice(["up", "down", "keep"], p=order.up_down_keep)
-        factor = {"up": rng.uniform(1, order.factor[1]), "down": rng.uniform(order.factor[0], 1), "keep": 1.0}[way]
-        mode = rng.choice(MODES)
-        x = resize(x, int(h * factor), int(w * factor), mode)
-        note(f"resize {way} {mode} {factor:.2f}", x)
-        gaussian, grey = rng.random() < GAUSSIAN, rng.random() < GREY
-        strength = rng.uniform(*(order.gauss if gaussian else order.poisson))
-        x = (gaussian_noise if gaussian else poisson_noise)(x, rng, strength, grey)
-        note(f"noise {'gaussian' if gaussian else 'poisson'} {'grey' if grey else 'colour'} {strength:.2f}", x)
-        if order is FIRST:
-            quality = rng.integers(QUALITY[0], QUALITY[1], endpoint=True)
-            x = jpeg(x, quality)
-            note(f"jpeg {quality}", x)
-
-    def shrink(x):
-        mode = rng.choice(MODES)
-        x = resize(x, *low, mode)
-        note(f"resize final {mode}", x)
-        if rng.random() < FINAL_SINC:
-            size = int(2 * rng.integers(3, 11) + 1)
-            x = blur(x, sinc_kernel(size, rng.uniform(math.pi / 3, math.pi)))
-            note(f"final sinc {size}", x)
+    def noted(what, x):
+        if trace is not None:
+            trace.append((what, x))
         return x
 
     def compress(x):
-        quality = rng.integers(QUALITY[0], QUALITY[1], endpoint=True)
-        x = jpeg(x, quality)
-        note(f"jpeg {quality}", x)
+        quality = rng.integers(*QUALITY, endpoint=True)
+        return noted(f"jpeg {quality}", jpeg(x, quality))
+
+    def shrink(x):
+        mode = rng.choice(MODES)
+        x = noted(f"resize final {mode}", resize(x, *low, mode))
+        if rng.random() < FINAL_SINC:
+            size = int(2 * rng.integers(3, 11) + 1)
+            x = noted(f"final sinc {size}", blur(x, sinc_kernel(size, rng.uniform(math.pi / 3, math.pi))))
         return x
 
+    for order, (h, w) in ((FIRST, (height, width)), (SECOND, low)):
+        if rng.random() < order.blur:
+            name, kernel = random_kernel(rng, order.sigma)
+            x = noted(f"blur {name}", blur(x, kernel))
+        way = rng.choice(["up", "down", "keep"], p=order.up_down_keep)
+        factor = {"up": rng.uniform(1, order.factor[1]), "down": rng.uniform(order.factor[0], 1), "keep": 1.0}[way]
+        mode = rng.choice(MODES)
+        x = noted(f"resize {way} {mode} {factor:.2f}", resize(x, int(h * factor), int(w * factor), mode))
+        gaussian, grey = rng.random() < GAUSSIAN, rng.random() < GREY
+        strength = rng.uniform(*(order.gauss if gaussian else order.poisson))
+        x = noted(f"noise {'gaussian' if gaussian else 'poisson'} {'grey' if grey else 'colour'} {strength:.2f}",
+                  (gaussian_noise if gaussian else poisson_noise)(x, rng, strength, grey))
+        if order is FIRST:
+            x = compress(x)
     for stage in (shrink, compress) if rng.random() < 0.5 else (compress, shrink):
         x = stage(x)
     return (x.clamp(0, 1) * 255).round() / 255
@@ -251,11 +245,10 @@ def sheet(stages, height=320):
         tile.paste(image.resize((tile.width, height), Image.NEAREST), (0, 16))
         ImageDraw.Draw(tile).text((3, 2), f"{caption}  {image.width}x{image.height}", "black")
         tiles.append(tile)
-    columns = min(4, len(tiles))
-    width = max(t.width for t in tiles)
-    canvas = Image.new("RGB", (columns * (width + 4), -(-len(tiles) // columns) * (height + 20)), "white")
+    columns, width = min(4, len(tiles)), max(t.width for t in tiles) + 4
+    canvas = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * (height + 20)), "white")
     for i, tile in enumerate(tiles):
-        canvas.paste(tile, (i % columns * (width + 4), i // columns * (height + 20)))
+        canvas.paste(tile, (i % columns * width, i // columns * (height + 20)))
     return canvas
 
 
@@ -263,7 +256,7 @@ def sheet(stages, height=320):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Degrade a photo as the training does.")
     parser.add_argument("image", help="the high-quality photo")
-    parser.add_argument("--out", default="lr.png", help="the LR picture, a quarter of its size (default lr.png)")
+    parser.add_argument("--out", type=Path, default="lr.png", help="the LR picture, a quarter of its size")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sheet", action="store_true", help="also write OUT.sheet.png, which shows every stage")
     args = parser.parse_args(argv)
@@ -271,12 +264,11 @@ def main(argv=None):
     hr = hr[:, :hr.shape[1] // SCALE * SCALE, :hr.shape[2] // SCALE * SCALE]
     stages = [("photo", hr)]
     lr = degrade(hr, args.seed, stages)
-    write(to_image(lr), Path(args.out))
+    write(to_image(lr), args.out)
     print(f"{args.out}: {lr.shape[2]}x{lr.shape[1]}, seed {args.seed}: " + ", ".join(s for s, _ in stages[1:]))
     if args.sheet:
-        name = os.path.splitext(args.out)[0] + ".sheet.png"
-        write(sheet(stages + [("LR", lr)]), Path(name))
-        print(name)
+        write(sheet([*stages, ("LR", lr)]), args.out.with_suffix(".sheet.png"))
+        print(args.out.with_suffix(".sheet.png"))
 
 
 if __name__ == "__main__":

@@ -59,8 +59,7 @@ class Config:
     hidden: int = 768              # of the tagging head, 4 heads, FFN 4 times as wide
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the image encoder: Swin (Liu et al. 2021), its blocks in photos/swin.py. B, H, W, C throughout
+# --- the image encoder: Swin (Liu et al. 2021), its blocks in photos/swin.py; B, H, W, C throughout ---
 
 
 class PatchMerging(nn.Module):
@@ -124,8 +123,7 @@ class Swin(nn.Module):
         return torch.cat([x.mean(1, keepdim=True), x], 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the tagging head: each tag asks the image for itself, tags never see one another
+# --- the tagging head: each tag asks the image for itself, tags never see one another ---
 
 
 class QueryLayer(nn.Module):
@@ -142,16 +140,13 @@ class QueryLayer(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, 4 * width)})
         self.output = nn.ModuleDict({"dense": nn.Linear(4 * width, width), "LayerNorm": norm()})
 
-    def query(self, x):
-        return self.crossattention["self"]["query"](x)
-
-    def forward(self, x, image, q=None):
-        """x: B, tags, width; image: B, L, image_width; q: query(x) where it is known already."""
+    def forward(self, x, image):
+        """x: B, tags, width; image: B, L, image_width."""
         def heads(y):
             return y.unflatten(-1, (4, -1)).transpose(1, 2)                # B, 4, ·, width/4
         attn, out = self.crossattention["self"], self.crossattention["output"]
-        q = heads(self.query(x) if q is None else q)
-        a = F.scaled_dot_product_attention(q, heads(attn["key"](image)), heads(attn["value"](image)))
+        q, k, v = heads(attn["query"](x)), heads(attn["key"](image)), heads(attn["value"](image))
+        a = F.scaled_dot_product_attention(q, k, v)
         x = out["LayerNorm"](x + out["dense"](a.transpose(1, 2).flatten(2)))
         h = F.gelu(self.intermediate["dense"](x))
         return self.output["LayerNorm"](x + self.output["dense"](h))
@@ -177,24 +172,17 @@ class RAM(nn.Module):
         with torch.device("meta"):
             net = cls(config)
         net.load_state_dict({k: v.to(device, dtype) for k, v in state.items()}, strict=True, assign=True)
-        return net.requires_grad_(False).eval().prepare()
-
-    @torch.no_grad()
-    def prepare(self):
-        """Compute what does not depend on the image: the tags' queries and their projection in the first layer."""
-        self.words = F.relu(self.wordvec_proj(self.label_embed))                      # tags, hidden
-        self.words_q = self.tagging_head["encoder"]["layer"][0].query(self.words)    # tags, hidden
-        return self
+        return net.requires_grad_(False).eval()
 
     def forward(self, x):
         image = self.image_proj(self.visual_encoder(x))                               # B, 145, 512
-        first, second = self.tagging_head["encoder"]["layer"]
-        words, words_q = (t.expand(len(x), -1, -1) for t in (self.words, self.words_q))
-        return self.fc(second(first(words, image, words_q), image)).squeeze(-1)       # B, tags
+        words = F.relu(self.wordvec_proj(self.label_embed)).expand(len(x), -1, -1)    # B, tags, hidden
+        for layer in self.tagging_head["encoder"]["layer"]:
+            words = layer(words, image)
+        return self.fc(words).squeeze(-1)                                             # B, tags
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# checkpoints
+# --- checkpoints ---
 
 
 def read_checkpoint(path):
@@ -241,29 +229,27 @@ def ram_state(path, config=None):
     return _pick(read_checkpoint(path), shapes, path)
 
 
-def add_dape(state, path, rank=8, alpha=1):
-    """`state`, from `ram_state`, with DAPE's LoRA merged: W + α/r·B·A. Computed in float32; `state` is not changed.
+def add_dape(state, path):
+    """`state`, from `ram_state`, with DAPE's LoRA merged: W + B·A/8. Computed in float32; `state` is not changed.
 
     Swin: q and v of every fused qkv (A holds both ranks one above the other, B both outputs); tagging head: query and
     key. `tag_encoder.*` and `text_decoder.*` of the file take no part in tagging.
     """
     targets = [k.removesuffix("weight") for k in state if k.endswith(("qkv.weight", "query.weight", "key.weight"))]
-    shapes = {}
+    shapes, state = {}, dict(state)
     for name in targets:
         (rows, columns), fused = state[name + "weight"].shape, name.endswith("qkv.")
-        shapes[name + "lora_A"] = (2 * rank if fused else rank, columns)
-        shapes[name + "lora_B"] = (rows // 3 * 2 if fused else rows, rank)
+        shapes[name + "lora_A"] = (16 if fused else 8, columns)
+        shapes[name + "lora_B"] = (rows // 3 * 2 if fused else rows, 8)
     lora = _pick(read_checkpoint(path), shapes, path)
-    state = dict(state)
     for name in targets:
         a, b = lora[name + "lora_A"].float(), lora[name + "lora_B"].float()
         if name.endswith("qkv."):
-            d = b.shape[0] // 2
-            q, v = b[:d] @ a[:rank], b[d:] @ a[rank:]
+            q, v = (up @ down for down, up in zip(a.chunk(2), b.chunk(2), strict=True))
             delta = torch.cat([q, torch.zeros_like(q), v])
         else:
             delta = b @ a
-        state[name + "weight"] = state[name + "weight"].float() + alpha / rank * delta
+        state[name + "weight"] = state[name + "weight"].float() + delta / 8
     return state
 
 
@@ -278,8 +264,7 @@ def lean_path():
 
 def convert(out, path=None, config=None):
     """Write the weights of RAM's checkpoint that tagging needs to `out`, as fp16 safetensors."""
-    state = ram_state(path or weights.file("ram"), config)
-    state = {k: v.to(torch.float16).contiguous() for k, v in state.items()}
+    state = {k: v.half().contiguous() for k, v in ram_state(path or weights.file("ram"), config).items()}
     if bad := [k for k, v in state.items() if not v.isfinite().all()]:
         raise ValueError(f"{bad[0]} has values beyond fp16")
     with atomically(out) as temporary:
@@ -287,8 +272,7 @@ def convert(out, path=None, config=None):
     return Path(out)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# use
+# --- use ---
 
 
 def preprocess(image, size=384):
@@ -355,9 +339,7 @@ class Tagger:
     def tag(self, image):
         """PIL image → [(tag, probability), …] in the list's order, words of degradation included."""
         image = image.convert("RGB")
-        digest = hashlib.sha256(self.identity + repr(image.size).encode())
-        digest.update(image.tobytes())
-        key = digest.hexdigest()
+        key = hashlib.sha256(self.identity + repr(image.size).encode() + image.tobytes()).hexdigest()
         path = cache_dir() / "tags" / key[:2] / f"{key[2:]}.json"
         with contextlib.suppress(OSError, ValueError, TypeError):  # not there, or damaged: computed afresh
             return [(str(tag), float(p)) for tag, p in json.loads(path.read_text(encoding="utf-8"))]
@@ -410,9 +392,8 @@ def main(argv=None):
         image = read_rgb(photo)
         start = time.perf_counter()
         found = tagger.tag(image)
-        seconds = time.perf_counter() - start
         tags = clean_tags([tag for tag, _ in found])
-        print(f"{photo}: {len(found)} tags, {seconds:.1f} s")
+        print(f"{photo}: {len(found)} tags, {time.perf_counter() - start:.1f} s")
         for tag, p in found:
             print(f"  {p:.3f}  {tag}" + ("" if tag in tags else "   (degradation: not in the prompt)"))
         print(", ".join(tags))

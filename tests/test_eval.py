@@ -11,18 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, external
 from PIL import ExifTags, Image, ImageCms, ImageOps
 from tqdm import tqdm
 
 import eval as evaluate
 import fast
-import sanasr
 import weights
 from photos import pictures, tagger
 from photos.restorer import NotFinite
 from weights.files import save_module
-
-ROOT = Path(__file__).parent.parent
 
 
 class Nearest:
@@ -54,10 +52,7 @@ def run(monkeypatch, tmp_path, capsys):
         try:
             code = evaluate.main(["--device", "cpu", *map(str, arguments)])
         except SystemExit as stop:
-            code = stop.code
-            if isinstance(code, str):
-                print(code, file=sys.stderr)
-                code = 1
+            code = stop.code if isinstance(stop.code, int) else print(stop.code, file=sys.stderr) or 1
         return code, *capsys.readouterr()
     call.model = Nearest()
     return call
@@ -111,12 +106,17 @@ PICTURES = {  # file name: (picture, mode of the result)
 def test_every_kind_of_picture(run, name):
     image, mode = PICTURES[name]
     image.save(name)
-    code, out, err = run(name)
+    code, out, err = run(name, "--compare")
     assert (code, err) == (0, "")
-    result = opened(f"results/{Path(name).stem}_x4.png")
-    assert result.size == (28, 20) and result.mode == mode
+    result, yardstick = (opened(f"results/{Path(name).stem}_x4{end}.png") for end in ("", "_bicubic"))
+    assert result.size == yardstick.size == (28, 20) and result.mode == yardstick.mode == mode
     if not name.lower().endswith((".jpg", ".jpeg", ".webp")):  # lossless: the pixels are what they were
-        assert np.array_equal(np.asarray(result.convert("RGB"))[::4, ::4], pictures.read(name).rgb)
+        rgb = pictures.read(name).rgb
+        assert np.array_equal(np.asarray(result.convert("RGB"))[::4, ::4], rgb)
+        assert np.array_equal(yardstick.convert("RGB"), pictures.bicubic(rgb))
+    if "A" in mode:
+        for got in (result, yardstick):
+            assert np.array_equal(got.getchannel("A"), pictures.bicubic(image.getchannel("A")))
     if name in ("16bit.png", "16bit.tiff", "float.tiff"):  # scaled, not clipped
         assert np.array_equal(np.asarray(result)[::4, ::4], noise(5, 7))
     assert f"{name}  7×5 → 28×20  ms: encode 1  decode 2  total" in out
@@ -142,19 +142,6 @@ def test_floats_a_little_above_one_are_clipped_and_a_transparent_level_becomes_a
     Image.fromarray(x).save(tmp_path / "a.png", transparency=1000)
     alpha = np.asarray(pictures.read(tmp_path / "a.png").alpha)
     assert alpha[0, 0] == 0 and (alpha.flat[1:] == 255).all()
-
-
-def test_alpha_is_enlarged_and_kept(run):
-    alpha = Image.fromarray(noise(5, 7, seed=1))
-    image = RGB.copy()
-    image.putalpha(alpha)
-    image.save("alpha.png")
-    assert run("alpha.png", "--compare")[0] == 0
-    result, yardstick = opened("results/alpha_x4.png"), opened("results/alpha_x4_bicubic.png")
-    for got in (result, yardstick):
-        assert np.array_equal(got.getchannel("A"), pictures.bicubic(alpha))
-    assert np.array_equal(np.asarray(result.convert("RGB"))[::4, ::4], RGB)
-    assert np.array_equal(yardstick.convert("RGB"), pictures.bicubic(RGB))
 
 
 def test_transparent_palette_colour_becomes_alpha(run):
@@ -356,19 +343,29 @@ def test_a_folder_gives_its_pictures_only(run):
     (["a.png", "--cfg", "nan"], "--cfg must be at least 0, not nan"),
     (["a.png", "--seed", "-1"], "--seed must be at least 0"),
     (["a.png", "--hr", "nowhere"], "nowhere: no such folder"),
+    (["--sr", "nowhere", "--hr", "sr"], "nowhere: no such folder"),
     (["a.png", "--metrics", "psnr"], "psnr: these need the references, --hr DIR"),
     ([], "name pictures or folders to restore"),
+    (["--sr", "sr", "--hr", "few"], "no partner for 1.png"),
+    (["--sr", "sr", "--hr", "empty"], "empty: no pictures in this folder"),
+    (["--sr", "sr", "--hr", "large"], "sr/0.png is 7×5 but its reference large/0.png is 28×20"),
+    (["--sr", "sr", "--hr", "sr", "--protocol", "patch"], "too small for --protocol patch"),
+    (["--sr", "sr", "--metrics", "beauty"], "unknown metric beauty"),
+    (["--sr", "sr"], "NIQE needs at least two blocks"),
+    (["--sr", "compared"], "compared: only enlargements of --compare there"),
 ])
 def test_mistakes_are_told_before_anything_is_written(run, arguments, message):
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    for name in ("a.png", "b.png", "b_bicubic.png"):
+    for folder in ("empty", "hr", "sr", "few", "large", "compared"):
+        os.mkdir(folder)
+    for name in ("a.png", "b.png", "b_bicubic.png", "hr/a_x4.png", "sr/0.png", "sr/1.png", "few/0.png",
+                 "compared/0_x4_bicubic.png"):
         RGB.save(name)
+    for name in ("large/0.png", "large/1.png"):
+        RGB.resize((28, 20)).save(name)
     RGB.convert("RGBA").save("rgba.png")
     Path("a_file").write_text("")
-    os.mkdir("empty")
-    os.mkdir("hr")
-    RGB.save("hr/a_x4.png")
     os.symlink("a.png", "link.png")
     os.link("a.png", "a_x4.png")
     os.link("b.png", "hard.png")
@@ -382,33 +379,27 @@ def test_mistakes_are_told_before_anything_is_written(run, arguments, message):
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
-def broken_files():
-    """{name: content} of files that are no pictures."""
+def test_broken_files_among_many_are_reported_and_skipped(run):
+    os.mkdir("in")
+    RGB.save("in/good.png")
+    RGB.save("in/zzz.png")
     png, jpeg, bomb = io.BytesIO(), io.BytesIO(), png_16(np.zeros((1, 1, 3)))
     Image.fromarray(noise(64, 64, 3)).save(png, "PNG")
     Image.fromarray(noise(64, 64, 3)).save(jpeg, "JPEG")
     damaged = bytearray(png.getvalue())
     damaged[200] ^= 255
-    return {"empty.png": b"", "text.png": b"this is no picture at all", "cut.png": png.getvalue()[:500],
-            "cut.jpg": jpeg.getvalue()[:700], "damaged.png": bytes(damaged), "header.gif": b"GIF89a",
-            "bomb.png": bomb[:16] + struct.pack(">II", 100000, 100000) + bomb[24:]}
-
-
-def test_broken_files_among_many_are_reported_and_skipped(run):
-    os.mkdir("in")
-    RGB.save("in/good.png")
-    RGB.save("in/zzz.png")
-    broken = broken_files()
+    broken = {"empty.png": b"", "text.png": b"this is no picture at all", "cut.png": png.getvalue()[:500],
+              "cut.jpg": jpeg.getvalue()[:700], "damaged.png": damaged, "header.gif": b"GIF89a",
+              "bomb.png": bomb[:16] + struct.pack(">II", 100000, 100000) + bomb[24:]}
     for name, content in broken.items():
         (Path("in") / name).write_bytes(content)
     code, out, err = run("in", "missing.png")
     assert code == 1 and f"2 restored, {len(broken) + 1} skipped" in out
     assert sorted(os.listdir("results")) == ["good_x4.png", "zzz_x4.png"]
-    lines = err.strip().splitlines()
-    assert len(lines) == len(broken) + 1, err                         # one line each, no traceback
-    for name in broken:
-        assert any(line.startswith(f"error: in/{name}: not a picture that can be read (") for line in lines), err
-    assert "error: missing.png: no such file or folder" in lines
+    *lines, missing = err.strip().splitlines()                        # one line each, no traceback
+    assert missing == "error: missing.png: no such file or folder" and len(lines) == len(broken)
+    for name, line in zip(sorted(broken), lines, strict=True):
+        assert line.startswith(f"error: in/{name}: not a picture that can be read (")
     code, out, err = run("in/empty.png")  # alone
     assert (code, out) == (1, "") and err.count("\n") == 1
 
@@ -466,35 +457,19 @@ def test_an_adapters_suffix_is_used_unless_told_otherwise(run, tiny_model, monke
     assert seen[-1] == f"x, {sanasr.SUFFIXES['appendix']}"
 
 
-@pytest.mark.parametrize("option, device, expected", [
-    ("auto", "cpu", [False]), ("on", "cpu", [False]), ("off", "cpu", []), ("auto", "cuda", [True]),
-    ("on", "cuda", [True]),
-    ("off", "cuda", [])])
-def test_fast_is_for_a_cpu_by_default_and_has_graphs_on_a_gpu(tiny_model, monkeypatch, option, device, expected):
-    calls = []
-    monkeypatch.setattr(sanasr.SanaSR, "from_pretrained", lambda *args: None)
-    monkeypatch.setattr("fast.optimise", lambda model, graphs: calls.append(graphs))
-    monkeypatch.setattr("fast.keep_memory", lambda: None)
-    fast.load_model(tiny_model, torch.device(device), torch.float32, None, option)
-    assert calls == expected
-
-
 def test_one_picture_of_many_tiles_shows_a_bar_for_each_stage(run, tiny_model, monkeypatch):
-    run.model = None
+    run.model, bars = None, []
     Image.fromarray(noise(40, 30, 3)).save("a.png")
-    bars = []
     monkeypatch.setattr(evaluate, "tqdm", lambda *items, **options: bars.append(options) or tqdm(
         *items, **options | {"disable": False, "file": sys.stderr}))
     monkeypatch.setattr(evaluate.tqdm, "write", print, raising=False)
-    for tile in (64, 1, 0):  # of a picture of 120×160
+    for tile, stages in ((64, ["encode", "dit", "decode"]), (0, [])):  # of a picture of 120×160; one tile, no bar
         bars.clear()
         code, _, err = run("a.png", "--model", tiny_model, "--tile", tile)
         assert code == 0 and opened("results/a_x4.png").size == (120, 160)
         tiles = [bar for bar in bars if bar.get("unit") == "tile"]
-        assert [bar["desc"] for bar in tiles] == (["encode", "dit", "decode"] if tile else []), "one tile, no bar"
-        assert len({bar["total"] for bar in tiles}) == bool(tile)
-        if tile:
-            assert tiles[0]["total"] > 4 and f"/{tiles[0]['total']} [" in err
+        assert [bar["desc"] for bar in tiles] == stages
+        assert all(bar["total"] == tiles[0]["total"] > 4 and f"/{bar['total']} [" in err for bar in tiles)
 
 
 # --- tags ---
@@ -538,22 +513,19 @@ def test_tags_from_a_file(run):
     assert code == 1 and "none.csv: No such file" in err
 
 
-def test_without_the_taggers_weights_the_prompt_is_the_suffix(run, monkeypatch):
+def test_a_tagger_without_weights_or_with_broken_ones(run, monkeypatch, tmp_path):
+    RGB.save("a.png")
+    (tmp_path / tagger.LEAN).write_bytes(b"cut")
+    monkeypatch.setenv("SANASR_WEIGHTS", str(tmp_path))
+    code, _, err = run("a.png", "--tagger", "ram")
+    assert code == 1 and err.startswith("error: ") and tagger.LEAN in err and err.count("\n") == 1
+    assert not Path("results").exists()
+
     def unavailable(*_):
         raise weights.Unavailable("ram is not on this machine")
     monkeypatch.setattr(tagger.Tagger, "from_pretrained", unavailable)
-    RGB.save("a.png")
     code, _, err = run("a.png", "--tagger", "dape")
     assert code == 0 and err.count("\n") == 1 and "suffix alone: ram is not on this machine" in err
-
-
-def test_broken_weights_of_the_tagger_are_one_line(run, monkeypatch, tmp_path):
-    (tmp_path / tagger.LEAN).write_bytes(b"cut")
-    monkeypatch.setenv("SANASR_WEIGHTS", str(tmp_path))
-    RGB.save("a.png")
-    code, _, err = run("a.png", "--tagger", "ram")
-    assert code == 1 and err.count("\n") == 1
-    assert err.startswith("error: ") and tagger.LEAN in err and not Path("results").exists()
 
 
 def test_prompts_from_the_references_are_marked(run, monkeypatch):
@@ -587,15 +559,12 @@ def command(folder, *arguments, torchrun=0, **env):
 
 def test_the_command_restores_and_repeats_itself(tiny_model, tmp_path):
     Image.fromarray(noise(9, 13, 3)).save(tmp_path / "lr.png")
-    first = command(tmp_path, "lr.png", "--model", tiny_model, "--compare")
-    assert first.returncode == 0, first.stderr
-    assert "lr.png  13×9 → 52×36  ms: text" in first.stdout and "→ results/lr_x4.png" in first.stdout
-    assert first.stderr == ""
-    pixels = np.asarray(opened(tmp_path / "results/lr_x4.png"))
-    assert pixels.shape == (36, 52, 3)
-    again = command(tmp_path, "lr.png", "--model", tiny_model, "--seed", "7", "--out", "again.png")
-    assert again.returncode == 0 and again.stderr == ""
-    assert np.array_equal(np.asarray(opened(tmp_path / "again.png")), pixels)
+    for options, out in ((["--compare"], "results/lr_x4.png"), (["--seed", 7, "--out", "again.png"], "again.png")):
+        done = command(tmp_path, "lr.png", "--model", tiny_model, *options)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "lr.png  13×9 → 52×36  ms: text" in done.stdout and f"→ {out}" in done.stdout
+    first, again = (np.asarray(opened(tmp_path / name)) for name in ("results/lr_x4.png", "again.png"))
+    assert first.shape == (36, 52, 3) and np.array_equal(first, again)
 
 
 def test_torchrun_splits_the_files_and_all_ranks_tell_of_a_failure(tiny_model, tmp_path):
@@ -629,9 +598,8 @@ def test_a_broken_model_is_one_line_that_names_the_file(run, tiny_model, monkeyp
     assert not Path("results").exists()
 
 
-@pytest.mark.skipif(not os.environ.get("SANASR_DATA"), reason="SANASR_DATA is not set: no pictures to try")
 def test_awkward_real_pictures(run):
-    folder = Path(os.environ["SANASR_DATA"]) / "inputs"
+    folder = external("SANASR_DATA", "inputs")
     code, out, err = run(folder)
     assert (code, err) == (0, "")
     for path in folder.iterdir():

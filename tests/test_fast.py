@@ -281,9 +281,10 @@ def test_auto_means_graphs_on_a_gpu(monkeypatch):
     monkeypatch.setattr(SanaSR, "from_pretrained", lambda *args: "model")
     monkeypatch.setattr(fast, "keep_memory", lambda: None)
     monkeypatch.setattr(fast, "optimise", lambda model, graphs: found.append(graphs))
-    for device, choice in (("cpu", "auto"), ("cuda", "auto"), ("cuda", "on"), ("cuda", "off"), ("mps", "auto")):
+    for device, choice in (("cpu", "auto"), ("cpu", "on"), ("cuda", "auto"), ("cuda", "on"), ("cuda", "off"),
+                           ("mps", "auto")):
         fast.load_model("model", device, fast=choice)
-    assert found == [False, True, True]
+    assert found == [False, False, True, True]
 
 
 @pytest.mark.slow

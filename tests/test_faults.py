@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +23,6 @@ from lab.faults import Mark
 from photos import pairs, tagger
 from weights.files import save_tensors
 
-ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 TRAIN = "--crop 96 --steps 1 --tags none --lpips alex --workers 0 --rank 2 --batch 1 --val 0".split()
 

@@ -10,26 +10,20 @@ from lab.profile import count_macs, parameters, stages
 from sanasr import DCAE, Gemma2, LinearDiT
 
 
-def config(name):
-    return json.loads((DATA / "model" / f"{name}.json").read_text())["config"]
-
-
-def on_meta(layers=28):
-    """The three networks of official size without weights; layers: of the transformer."""
+def on_meta(cls, name, **changes):
+    """A network of official size without weights."""
+    config = json.loads((DATA / "model" / f"{name}.json").read_text())["config"]
     with torch.device("meta"):
-        return (DCAE(config("dcae_f32c32_sana")), LinearDiT(config("dit_sana_600m") | {"num_layers": layers}),
-                Gemma2(config("gemma2_2b")))
+        return cls(config | changes)
 
 
 def test_the_official_sizes():
-    vae, dit, text = networks = on_meta()
-    assert round(parameters(dit) / 1e6, 2) == 591.75
-    assert round(parameters(on_meta(layers=16)[1]) / 1e6, 2) == 343.99
-    assert round(parameters(vae) / 1e6, 2) == 312.25
-    assert round(parameters(vae.encoder) / 1e6, 2) == 153.03 and round(parameters(vae.decoder) / 1e6, 2) == 159.22
-    assert round(parameters(text) / 1e9, 2) == 2.61
+    vae, text = on_meta(DCAE, "dcae_f32c32_sana"), on_meta(Gemma2, "gemma2_2b")
+    dit, pruned = (on_meta(LinearDiT, "dit_sana_600m", num_layers=layers) for layers in (28, 16))
+    millions = [round(parameters(part) / 1e6, 2) for part in (dit, pruned, vae, vae.encoder, vae.decoder)]
+    assert millions == [591.75, 343.99, 312.25, 153.03, 159.22] and round(parameters(text) / 1e9, 2) == 2.61
     macs = {name: round(count_macs(function, *args) / 1e9)
-            for name, _, function, args in stages(*networks, 512, 300)}
+            for name, _, function, args in stages(vae, dit, text, 512, 300)}
     assert macs == {"text": 617, "encode": 647, "dit": 158, "decode": 1046}
 
 
