@@ -46,6 +46,7 @@ from runs import (
     load_state,
     resolve_device,
     save_state,
+    set_flags,
     write_csv,
 )
 from sanasr import LinearDiT, SanaSR, fingerprint, save_module
@@ -363,7 +364,7 @@ def validate(args):
 
 def prune(args):
     """The whole run, as the module's docstring says. Returns the exit code."""
-    torch.backends.cudnn.deterministic = True
+    set_flags(repeatable=True, tf32=True)
     # the network, with its adapter merged
     own = weights.folder(args.model, DTYPES[args.dtype]) / "adapter.safetensors"
     adapter = args.adapter or (own if own.is_file() else "none")

@@ -6,8 +6,8 @@
     add_rms_norm_      x += RMSNorm(y) in place, for inference                            (the end of DC-AE's ResBlock)
     bias_silu_         h = SiLU(h + bias) in place, for inference                         (after its first convolution)
     join_up_block      crop, channel-to-space, bias and shortcut, for inference           (the end of DC-AE's UpBlock)
-    add_layer_norm_    x += gate * y in place, then LayerNorm and modulation, for inference   (between SANA's branches)
-    depthwise          a depthwise 3x3 or 5x5 convolution, for inference                   (EfficientViT's coarser scale)
+    add_layer_norm_    x += gate * y in place, LayerNorm and modulation, for inference    (between SANA's branches)
+    depthwise          a depthwise 3x3 or 5x5 convolution, for inference                  (in DC-AE's attention)
     set_backend        auto | torch | triton, as does the environment variable SANASR_KERNELS
 
 `python -m kernels.bench` checks and measures them.

@@ -8,7 +8,7 @@ strip that touches it, (COLS + K - 1) / COLS * (rows + K - 1) / rows times, inst
 wider tokens, so that a product can leave it where the attention reads it. Least moved: 2 C values a token.
 
 fp32, fp16, bf16, K = 3 or 5; all else runs the reference. Arithmetic is float32.
-There is no backward pass: a training of the autoencoder convolves by cuDNN, which has both gradients.
+Training runs the plain path, cuDNN, which has both gradients.
 Check and measure: python -m kernels.bench --op depthwise
 """
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels.dispatch import check, check_same, jit, no_gradient, tl, triton, use_triton
+from kernels.dispatch import check, check_same, jit, no_gradient, tl, use_triton
 from kernels.mix_ffn import BLOCK_C, COLS, WARPS, _load_row, _place, _where, _zeros, strips
 
 # --- reference: the specification -------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ Eager PyTorch moves 5 C values a token in two launches: 3 C for the sum, 2 C for
 x and y and writes x and out: 4 C, the least that is possible. The norm is taken of the sum before it is rounded.
 
 fp32, fp16, bf16, contiguous, C up to 4096; all else runs the reference. Arithmetic is float32.
-There is no backward pass: a training's adapters change what lies between, and its gate is part of autograd's graph.
+Training runs the plain path: it does not write over x, which the cross-attention's gradients need.
 Check and measure: python -m kernels.bench --op add_layer_norm_
 """
 

@@ -267,7 +267,8 @@ def test_norm_elsewhere_runs_the_reference(name):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("B, height, width, C, K", [(1, 1, 1, 1, 5), (2, 6, 7, 130, 5), (1, 9, 5, 3, 5), (1, 6, 5, 4, 3)])
+@pytest.mark.parametrize("B, height, width, C, K", [
+    (1, 1, 1, 1, 5), (2, 6, 7, 130, 5), (1, 9, 5, 3, 5), (1, 6, 5, 4, 3)])
 def test_depthwise(B, height, width, C, K, dtype):
     r = torch.Generator().manual_seed(C)
     wide, weight = (torch.randn(s, generator=r).to(DEVICE, dtype) for s in ((B, height * width, C + 5), (C, 1, K, K)))
