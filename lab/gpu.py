@@ -99,7 +99,7 @@ def lines_of(what, scratch, rehearse):
             for dtype in DTYPES:
                 add(f"{op} {dtype}", 240, ["-m", "kernels.bench", "--check", "--op", op, "--dtype", dtype],
                     **interpreter)
-        for part in ("attention", "gate or mix", "norm or depthwise or join"):
+        for part in ("attention", "gate or mix", "norm or depthwise or join", "gpu"):
             tests(f"kernel tests, {part}", "test_kernels_triton.py", part, **interpreter)
         tests("graphs", "test_fast.py", "graph or dit or up_block")
         tests("goldens", "test_gpu.py", "golden", SANASR_GOLDENS=device)

@@ -21,13 +21,9 @@ from triton.runtime.jit import JITFunction, create_function_from_signature  # no
 
 import fast  # noqa: E402
 import kernels  # noqa: E402
-from kernels import dispatch  # noqa: E402
-from kernels.dcae import BLOCK_C as TILE_C  # noqa: E402
-from kernels.dcae import PIXELS, _bias_silu, _join_up_block  # noqa: E402
-from kernels.dcae import WARPS as DCAE_WARPS  # noqa: E402
+import sanasr  # noqa: E402
+from kernels import dcae, dispatch, layer_norm, rms_norm  # noqa: E402
 from kernels.depthwise import _depthwise  # noqa: E402
-from kernels.dispatch import INTERPRET  # noqa: E402
-from kernels.layer_norm import _add_layer_norm  # noqa: E402
 from kernels.linear_attention import (  # noqa: E402
     SIZES,
     _backward_key_value,
@@ -39,14 +35,11 @@ from kernels.linear_attention import (  # noqa: E402
     _plan,
 )
 from kernels.mix_ffn import BLOCK_C, COLS, WARPS, _backward_input, _gate  # noqa: E402
-from kernels.rms_norm import MAX_C, _add_rms_norm, tile  # noqa: E402
-from kernels.rms_norm import WARPS as NORM_WARPS  # noqa: E402
 from lab.bench import CONFIGS  # noqa: E402
-from sanasr import DCAE, LinearDiT  # noqa: E402
 
 CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
 pytestmark = [
-    pytest.mark.skipif(INTERPRET, reason="the interpreter has replaced the compiler"),
+    pytest.mark.skipif(dispatch.INTERPRET, reason="the interpreter has replaced the compiler"),
     pytest.mark.skipif(not CUOBJDUMP.exists(), reason="this triton comes without cuobjdump"),
 ]
 
@@ -95,23 +88,6 @@ def faults(kernel, dtype, arch, constants, strided=False):
     return found + ([f"{shared} bytes of shared memory, the card has {SHARED[arch]}"] if shared > SHARED[arch] else [])
 
 
-def attention_faults(dtype, arch, d, strided):
-    """The faults of the four kernels as the launchers start them, by the kernel's name."""
-    constants = _plan(torch.empty(1, 1, 1, d, dtype=dtype))[2]
-    found = {
-        _forward_short: faults(_forward_short, dtype, arch, {**constants, "DOT": DOT[dtype]}, strided),
-        _forward_state: faults(_forward_state, dtype, arch, {**constants, "DOT": DOT[dtype]}, strided),
-        _forward_out: faults(_forward_out, dtype, arch, constants, strided),
-        _backward_query: faults(_backward_query, dtype, arch, _half_tile(constants), strided),
-        _backward_key_value: faults(_backward_key_value, dtype, arch, constants, strided),
-    }
-    if d == 64 and dtype != torch.float32 and arch < 90:
-        # kv and its transpose fill the registers: Triton 3.7 spills 8 bytes with strided channels, 3.6 up to 56. No
-        # model here has this head size; more than this would be a fault.
-        found[_backward_query] = [f for f in found[_backward_query] if "spilled" not in f or int(f.split()[0]) > 56]
-    return {kernel.__name__: f for kernel, f in found.items() if f}
-
-
 @pytest.fixture(autouse=True)
 def cold_cache(tmp_path):
     with triton.knobs.cache.scope():
@@ -119,24 +95,26 @@ def cold_cache(tmp_path):
         yield
 
 
+@pytest.mark.parametrize("strided", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("arch", SHARED)
 @pytest.mark.parametrize("dtype", POINTER)
 @pytest.mark.parametrize("d", SIZES)
-def test_attention_fits(arch, dtype, d):
-    assert attention_faults(dtype, arch, d, strided=False) == {}
+def test_attention_fits(arch, dtype, d, strided):
+    constants = _plan(torch.empty(1, 1, 1, d, dtype=dtype))[2]
+    dot = {**constants, "DOT": DOT[dtype]}
+    found = {kernel: faults(kernel, dtype, arch, how, strided) for kernel, how in (
+        (_forward_short, dot), (_forward_state, dot), (_forward_out, constants),
+        (_backward_query, _half_tile(constants)), (_backward_key_value, constants))}
+    if d == 64 and dtype != torch.float32 and arch < 90:
+        # kv and its transpose fill the registers: Triton 3.7 spills 8 bytes with strided channels, 3.6 up to 56. No
+        # model here has this head size; more than this would be a fault.
+        found[_backward_query] = [f for f in found[_backward_query] if "spilled" not in f or int(f.split()[0]) > 56]
+    assert not any(found.values()), {kernel.__name__: f for kernel, f in found.items()}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", SHARED)
-@pytest.mark.parametrize("dtype", POINTER)
-@pytest.mark.parametrize("d", SIZES)
-def test_attention_fits_with_strided_channels(arch, dtype, d):
-    assert attention_faults(dtype, arch, d, strided=True) == {}
-
-
-DCAE_TILE = {"PIXELS": PIXELS, "BLOCK_C": TILE_C, "num_warps": DCAE_WARPS}
-NORM_TILES = [dict(zip(("ROWS", "BLOCK_C"), tile(C), strict=True), num_warps=NORM_WARPS)
-              for C in (5, 128, 256, 512, 1152, MAX_C)]
+DCAE = {"PIXELS": dcae.PIXELS, "BLOCK_C": dcae.BLOCK_C, "num_warps": dcae.WARPS}
+NORM = [dict(zip(("ROWS", "BLOCK_C"), rms_norm.tile(C), strict=True), num_warps=rms_norm.WARPS)
+        for C in (5, 128, 256, 512, 1152, rms_norm.MAX_C)]
 
 
 @pytest.mark.parametrize("arch", SHARED)
@@ -145,10 +123,10 @@ NORM_TILES = [dict(zip(("ROWS", "BLOCK_C"), tile(C), strict=True), num_warps=NOR
     (_gate, [{"BACKWARD": value, **GATE} for value in (False, True)]),
     (_backward_input, [{"NEED_WEIGHT": value, **GATE} for value in (False, True)]),
     (_depthwise, [{"K": K, **GATE} for K in (3, 5)]),
-    (_add_rms_norm, NORM_TILES),
-    (_add_layer_norm, [{"GATED": value, **size} for value in (False, True) for size in NORM_TILES]),
-    (_bias_silu, [DCAE_TILE]),
-    (_join_up_block, [{"REPEATS": repeats, **DCAE_TILE} for repeats in (0, 1, 2, 4)])])
+    (rms_norm._add_rms_norm, NORM),
+    (layer_norm._add_layer_norm, [{"GATED": value, **size} for value in (False, True) for size in NORM]),
+    (dcae._bias_silu, [DCAE]),
+    (dcae._join_up_block, [{"REPEATS": repeats, **DCAE} for repeats in (0, 1, 2, 4)])])
 def test_fits(arch, dtype, kernel, constants):
     assert [faults(kernel, dtype, arch, case) for case in constants] == [[]] * len(constants)
 
@@ -203,7 +181,7 @@ def test_launches_at_512(monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", single)
     found, mode = {}, Launches()
     for name, rewrite in (("plain", False), ("fast", True)):
-        vae, dit = (seeded_meta(cls, part) for cls, part in ((DCAE, "vae"), (LinearDiT, "transformer")))
+        vae, dit = (seeded_meta(cls, part) for cls, part in ((sanasr.DCAE, "vae"), (sanasr.LinearDiT, "transformer")))
         if rewrite:
             vae, dit = fast.optimise_vae(vae), fast.optimise_dit(dit)
             monkeypatch.setattr(torch, "equal", lambda a, b: True)

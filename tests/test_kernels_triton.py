@@ -5,6 +5,8 @@ Errors are relative to the norm of the float64 result. With a GPU, memory errors
 compute-sanitizer python -m pytest tests/test_kernels_triton.py
 """
 
+import sys
+
 import pytest
 import torch
 
@@ -65,7 +67,7 @@ def check_attention(q, k, v, g, eps=1e-15):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d, short", [(16, 512), (32, 512), (64, 512), (32, 0)])
 def test_attention_head_sizes_and_dtypes(d, short, dtype, monkeypatch):
-    monkeypatch.setattr("kernels.linear_attention.SHORT", short)  # 0: in two launches
+    monkeypatch.setattr(sys.modules["kernels.linear_attention"], "SHORT", short)  # 0: in two launches
     check_attention(*attention_inputs(2, 70, 2, d, dtype))
 
 
@@ -302,16 +304,15 @@ def test_join_up_block(B, H, W, C, out, repeats, dtype):
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("N", [256, 4096, 65536, 1 << 20])
-def test_gpu_attention_long(N, dtype):
-    check_attention(*attention_inputs(1, N, 4, 32, dtype))
-
-
-@needs_gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("B, height, width, hidden", [(1, 25, 41, 2880), (2, 16, 16, 2880), (1, 64, 64, 2048)])
-def test_gpu_gate_our_sizes(B, height, width, hidden, dtype):
-    check_gate(*gate_inputs(B, height, width, hidden, dtype), height, width)
+def test_gpu_our_sizes(dtype):
+    for N in (256, 4096, 65536, 1 << 20):
+        check_attention(*attention_inputs(1, N, 4, 32, dtype))
+    for B, height, width, hidden in ((1, 25, 41, 2880), (2, 16, 16, 2880), (1, 64, 64, 2048)):
+        check_gate(*gate_inputs(B, height, width, hidden, dtype), height, width)
+    for name, n, C in (("add_rms_norm_", 512 * 512, 128), ("add_rms_norm_", 128 * 128, 512),
+                       ("add_rms_norm_", 256 * 256, 256), ("bias_silu_", 256 * 256, 256),
+                       ("add_layer_norm_", 16384, 1152)):
+        check_in_place(name, (n, C), dtype)
 
 
 @needs_gpu
@@ -321,14 +322,6 @@ def test_gpu_offsets_beyond_int32():
     assert (kernels.linear_attention(q, q, q, backend="triton")[:, -1] == 1).all()
     y, w = torch.ones((1 << 31) // 128 + 64, 128, device=DEVICE, dtype=torch.bfloat16), torch.ones(128, device=DEVICE)
     assert (kernels.add_rms_norm_(torch.zeros_like(y), y, w, w, 0.0, backend="triton") == 2).all()
-
-
-@needs_gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name, n, C", [("add_rms_norm_", 512 * 512, 128), ("add_rms_norm_", 128 * 128, 512),
-                                        ("bias_silu_", 256 * 256, 256), ("add_layer_norm_", 16384, 1152)])
-def test_gpu_in_place_norm_our_sizes(name, n, C, dtype):
-    check_in_place(name, (n, C), dtype)
 
 
 @needs_gpu
