@@ -38,7 +38,7 @@ from photos import pictures
 from photos.pairs import find_tags
 from photos.pictures import bicubic, find_inputs, read_rgb, reason
 from photos.restorer import NotFinite
-from runs import UserError, add_device_options, check_ranges, command, peak_memory, pick_device, pick_dtype
+from runs import UserError, add_device_options, check_ranges, command, peak_memory, pick_device, pick_dtype, set_flags
 
 # --- inputs and results ---
 
@@ -322,6 +322,7 @@ def main(argv=None):
     args.device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
     args.dtype = pick_dtype(args.dtype, args.device)
     torch.manual_seed(args.seed)
+    set_flags()
     warnings.filterwarnings("ignore", module="PIL")  # about odd files; errors are raised
     if args.sr:
         score(find_pairs(args, []), args)

@@ -13,7 +13,8 @@ bfloat16 by its own rounding (tests/test_fast.py). What each rewrite gains: `pyt
     down         the space-to-channel shortcut becomes a tap of the strided convolution
     norm         RMSNorm, gain, bias and residual in one pass over memory, strip by strip (on a GPU in one kernel, of
                  all blocks; bias and SiLU in another)
-    dit          text keys and values and the timestep's modulation are kept between calls; AdaLN is one layer_norm
+    dit          text keys and values and the timestep's modulation are kept between calls; residual and AdaLN are one
+                 kernel; the self-attention's gate is in a weight
 
 With graphs=True, on CUDA only, encoder, transformer and decoder are also replayed as CUDA graphs, see fast/graphs.py.
 
@@ -151,19 +152,30 @@ class ResBlock(nn.Module):
 
 
 class MultiscaleAttention(nn.Module):
-    """sanasr.MultiscaleLinearAttention, written over x: one QKV product, norm and residual in one kernel. For a GPU."""
+    """sanasr.MultiscaleLinearAttention, written over x: one QKV product, norm and residual in one kernel. For a GPU.
+
+    Of a coarser scale, the depthwise convolution is a kernel, and the grouped 1×1 a batched product. All scales are
+    written where the attention reads them.
+    """
 
     def __init__(self, plain):
         super().__init__()
         self.to_qkv, self.head_dim = merged(plain.to_q, plain.to_k, plain.to_v), plain.head_dim
-        self.scales, self.to_out, self.norm = plain.to_qkv_multiscale, plain.to_out, plain.norm_out
+        self.depth = nn.ParameterList(frozen(m.proj_in.weight) for m in plain.to_qkv_multiscale)  # 3C,1,k,k
+        self.point = nn.ParameterList(frozen(  # 3C/d,d,d: of each group, from column to row
+            m.proj_out.weight.view(-1, self.head_dim, self.head_dim).mT.contiguous()) for m in plain.to_qkv_multiscale)
+        self.to_out, self.norm = plain.to_out, plain.norm_out
 
     def forward(self, x):  # B,C,H,W
         x = x.contiguous(memory_format=torch.channels_last)
-        qkv = self.to_qkv(to_tokens(x))  # B,N,3C
-        scales = [qkv] + [to_tokens(m(to_picture(qkv, *x.shape[2:]))) for m in self.scales]
-        qkv = torch.cat(scales, dim=2).unflatten(2, (-1, 3 * self.head_dim))  # B,N,n,3d
-        h = kernels.linear_attention(*qkv.chunk(3, dim=3), eps=1e-15).flatten(2)  # B,N,n·d
+        (batch, _, height, width), (wide, d) = x.shape, (len(self.to_qkv.weight), self.head_dim)
+        qkv = x.new_empty(batch, height * width, (1 + len(self.depth)) * wide)  # B,N,s·3C
+        parts = qkv.flatten(0, 1).split(wide, dim=1)
+        torch.mm(rows_of(x), self.to_qkv.weight.t(), out=parts[0])
+        for depth, point, part in zip(self.depth, self.point, parts[1:], strict=True):
+            y = kernels.depthwise(qkv[..., :wide], height, width, depth).view(-1, wide // d, d)
+            torch.bmm(y.transpose(0, 1), point, out=part.unflatten(1, (-1, d)).transpose(0, 1))
+        h = kernels.linear_attention(*qkv.unflatten(2, (-1, 3 * d)).chunk(3, dim=3), eps=1e-15).flatten(2)  # B,N,n·d
         return add_norm_(x, [(slice(None), self.to_out(h).flatten(0, 1))], self.norm)
 
 
@@ -353,10 +365,11 @@ class FastDiT(nn.Module):
         self.plain, self.config, self.texts, self.times, self.made = plain, plain.config, [], [], Counter()
         self.multiple = TEXT if graphs else 8 if plain.scale_shift_table.is_cuda else 1
         self.prediction = Graphed(partial(prediction, plain)) if graphs else None
+        self.out = frozen(torch.stack([block.attn1.to_out[0].weight for block in plain.transformer_blocks]))  # L,D,D
         for block in plain.transformer_blocks:
             a = block.attn1
             a.to_qkv = merged(a.to_q, a.to_k, a.to_v)
-            del a.to_q, a.to_k, a.to_v
+            del a.to_q, a.to_k, a.to_v, a.to_out[0].weight
 
     def text(self, c, mask):
         """Keys and values of all L blocks (L,2,B,T',n·d) and the bias (B,1,1,T') of a text c: B,T,Dt, mask: B,T.
@@ -372,19 +385,27 @@ class FastDiT(nn.Module):
         return torch.stack(keys_values).unflatten(0, (-1, 2)), bias[:, None, None]
 
     def time(self, t):
-        """The modulation of the blocks (L,6,B,1,D) and of the output (2,B,1,D) at t: B; scales are 1 + scale."""
+        """What the blocks and the output need of a timestep t: 1, in the order in which `prediction` takes it."""
         self.made["time"] += 1
-        modulation, e = self.plain.time_embed(t)
-        tables = torch.stack([block.scale_shift_table for block in self.plain.transformer_blocks])  # L,6,D
-        blocks = (tables[:, None] + modulation).transpose(1, 2).unsqueeze(3)
-        blocks[:, [1, 4]] += 1
-        output = (self.plain.scale_shift_table + e[:, None]).transpose(0, 1).unsqueeze(2)
-        output[1] += 1
-        return blocks, output
+        plain, (modulation, e) = self.plain, self.plain.time_embed(t)
+        tables = torch.stack([block.scale_shift_table for block in plain.transformer_blocks]) + modulation  # L,6,D
+        norms = torch.stack([tables[:, [1, 4]], tables[:, [0, 3]]], dim=2).flatten(0, 1)  # 2L,2,D
+        norms = torch.cat([norms, (plain.scale_shift_table + e).flip(0)[None]])  # and of the output
+        norms[:, 0] += 1
+        gate1, gate2 = tables[:, 2], tables[:, 5]  # L,D
+        queries, outputs = [], []
+        for block, gate in zip(plain.transformer_blocks, gate1, strict=True):
+            late = gate * block.attn1.to_out[0].bias
+            queries.append(block.attn2.to_q(late))
+            outputs.append(block.attn2.to_out[0].bias + late)
+        return norms, gate2, gate1[:, :, None] * self.out, torch.stack(queries), torch.stack(outputs)
 
     def forward(self, z, t, c, mask, condition=None):
         """z: B,C,h,w; t: B; c: B,T,Dt; mask: B,T; condition: B,D,h,w -> B,C,h,w, as sanasr.LinearDiT.forward."""
-        kept = *recall(self.texts, 2, self.text, c, mask), *recall(self.times, 1, self.time, t)
+        if len(t) > 1 and (t != t[0]).any():  # what is kept of timesteps is for one
+            inputs = [x for x in (z, t, c, mask, condition) if x is not None]
+            return torch.cat([self(*parts) for parts in zip(*(x.split(1) for x in inputs), strict=True)])
+        kept = *recall(self.texts, 2, self.text, c, mask), *recall(self.times, 1, self.time, t[:1])
         if self.prediction:
             return self.prediction(z, condition, fixed=kept)
         return prediction(self.plain, z, condition, *kept)
@@ -402,32 +423,31 @@ def recall(kept, limit, make, *inputs):
     return kept[0][1]
 
 
-def prediction(plain, z, condition, keys_values, bias, blocks, output):
-    """LinearDiT.forward of z and condition, from what FastDiT's `text` and `time` return."""
+def prediction(plain, z, condition, keys_values, bias, norms, gates, out, queries, outputs):
+    """LinearDiT.forward of z and condition, from what FastDiT's `text` and `time` return.
+
+    norms: 2L + 1,2,D: 1 + scale and shift of every LayerNorm in turn; gates: L,D: of the Mix-FFN. The gate of the
+    self-attention is a part of its last product's weight, out: L,D,D, so that the product adds to x itself. Its bias
+    comes later, with that of the cross-attention, outputs: L,D; its share of the queries is in queries: L,n·d.
+    """
     height, width = z.shape[2:]
     x = plain.patch_embed["proj"](to_tokens(z))  # B,N,D
     if condition is not None:
         x = x + to_tokens(condition)
-    for block, (k, v), modulation in zip(plain.transformer_blocks, keys_values, blocks, strict=True):
-        shift1, gain1, gate1, shift2, gain2, gate2 = modulation  # B,1,D each
+    eps, rows = plain.config["norm_eps"], x.flatten(0, 1)  # the same memory
+    h = F.layer_norm(x, x.shape[2:], *norms[0], eps)
+    for i, (block, (k, v)) in enumerate(zip(plain.transformer_blocks, keys_values, strict=True)):
         a = block.attn1
-        q1, k1, v1 = a.to_qkv(modulated(x, gain1, shift1, block.eps)).unflatten(2, (3, a.heads, -1)).unbind(2)
-        y = a.to_out[0](kernels.linear_attention(q1, k1, v1, eps=1e-15).flatten(2))
-        x = torch.addcmul(x, gate1, y.clip_(-65504, 65504) if y.dtype == torch.float16 else y)
+        q1, k1, v1 = a.to_qkv(h).unflatten(2, (3, a.heads, -1)).unbind(2)
+        rows.addmm_(kernels.linear_attention(q1, k1, v1, eps=1e-15).flatten(0, 1).flatten(1), out[i].t())
         a = block.attn2
-        q, k, v = (y.unflatten(2, (a.heads, -1)).transpose(1, 2) for y in (a.to_q(x), k, v))  # B,n,N,d; B,n,T,d
+        q = F.linear(x, a.to_q.weight, queries[i])
+        q, k, v = (y.unflatten(2, (a.heads, -1)).transpose(1, 2) for y in (q, k, v))  # B,n,N,d; B,n,T,d
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
-        x = x.add_(a.to_out[0](y))
-        x = torch.addcmul(x, gate2, block.ff(modulated(x, gain2, shift2, block.eps), height, width))
-    shift, gain = output
-    return to_picture(plain.proj_out(modulated(x, gain, shift, 1e-6)), height, width)
-
-
-def modulated(x, gain, shift, eps):
-    """layer_norm(x) · gain + shift. x: B,N,D; gain, shift: B,1,D. For B = 1 it is one layer_norm call."""
-    if len(gain) == 1:
-        return F.layer_norm(x, x.shape[2:], gain.flatten(), shift.flatten(), eps)
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[2:], eps=eps), gain)
+        h = kernels.add_layer_norm_(x, F.linear(y, a.to_out[0].weight, outputs[i]), None, *norms[2 * i + 1], eps)
+        y, last = block.ff(h, height, width), 2 * i + 2 == len(norms) - 1
+        h = kernels.add_layer_norm_(x, y, gates[i], *norms[2 * i + 2], 1e-6 if last else eps)
+    return to_picture(plain.proj_out(h), height, width)
 
 
 def optimise_dit(dit, graphs=False):

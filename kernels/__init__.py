@@ -6,16 +6,20 @@
     add_rms_norm_      x += RMSNorm(y) in place, for inference                            (the end of DC-AE's ResBlock)
     bias_silu_         h = SiLU(h + bias) in place, for inference                         (after its first convolution)
     join_up_block      crop, channel-to-space, bias and shortcut, for inference           (the end of DC-AE's UpBlock)
+    add_layer_norm_    x += gate * y in place, LayerNorm and modulation, for inference    (between SANA's branches)
+    depthwise          a depthwise 3x3 or 5x5 convolution, for inference                  (in DC-AE's attention)
     set_backend        auto | torch | triton, as does the environment variable SANASR_KERNELS
 
 `python -m kernels.bench` checks and measures them.
 """
 
 from kernels.dcae import bias_silu_, join_up_block
+from kernels.depthwise import depthwise
 from kernels.dispatch import set_backend
+from kernels.layer_norm import add_layer_norm_
 from kernels.linear_attention import linear_attention
 from kernels.mix_ffn import depthwise_gate, mix_ffn
 from kernels.rms_norm import add_rms_norm_
 
-__all__ = ["add_rms_norm_", "bias_silu_", "depthwise_gate", "join_up_block", "linear_attention", "mix_ffn",
-           "set_backend"]
+__all__ = ["add_layer_norm_", "add_rms_norm_", "bias_silu_", "depthwise", "depthwise_gate", "join_up_block",
+           "linear_attention", "mix_ffn", "set_backend"]

@@ -27,7 +27,9 @@ import torch
 import kernels
 from fast.graphs import record
 from kernels.dcae import bias_silu_reference_, join_up_block_reference
+from kernels.depthwise import depthwise_reference
 from kernels.dispatch import device_obstacle, triton
+from kernels.layer_norm import add_layer_norm_reference_
 from kernels.linear_attention import linear_attention_reference
 from kernels.mix_ffn import depthwise_gate_reference
 from kernels.rms_norm import add_rms_norm_reference_
@@ -44,8 +46,7 @@ TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 SIZES = [(f"DiT {32 * s}px", b, s, 36, 1152, 2880) for b in (1, 8) for s in (16, 32, 64, 128)]
 VIT = ((512, 64), (1024, 32), (1024, 16))
 SIZES += [(f"DC-AE {C}x{s}x{s}", b, s, C // 16, C, 4 * C) for b in (1, 8) for C, s in VIT]
-
-
+QKV = [(f"DC-AE {3 * C}x{s}x{s}", b, s, 0, 3 * C, 0) for b in (1, 8) for C, s in VIT]
 RES = [(f"DC-AE {C}x{s}x{s}", b, s, 0, C, 0) for b in (1, 8) for C, s in ((128, 512), (256, 256), (512, 128))]
 UP = [(f"DC-AE {C}x{s}x{s}", b, s, 0, C, H) for b in (1, 8) for C, H, s in
       ((256, 128, 256), (512, 256, 128), (512, 512, 64), (1024, 512, 32), (1024, 1024, 16))]
@@ -110,6 +111,16 @@ OPS = {
         lambda N, heads, C, H, size: [*ffn_products(N, C, H, size), (3 * N * H * size, 0)],
         # the gradients of a product are two more of its size
         lambda N, heads, C, H, size: [*2 * ffn_products(N, C, H, size), (11 * N * H * size, 0)]),
+    "add_layer_norm_": Operator(
+        SIZES[:8], lambda draw, B, side, heads, C, H: [*(draw(B, side * side, C) for _ in "xy"), *draw(3, C)],
+        lambda backend, side, *t: kernels.add_layer_norm_(*t, 1e-6, backend=backend),
+        lambda side, *t: add_layer_norm_reference_(*t, 1e-6),
+        lambda N, heads, C, H, size: [(4 * N * C * size, 0)]),
+    "depthwise": Operator(
+        QKV, lambda draw, B, side, heads, C, H: [draw(B, side * side, C), draw(C, 1, 5, 5)],
+        lambda backend, side, u, weight: kernels.depthwise(u, side, side, weight, backend=backend),
+        lambda side, u, weight: depthwise_reference(u, side, side, weight),
+        lambda N, heads, C, H, size: [(2 * N * C * size, 0)]),
     "add_rms_norm_": Operator(
         RES, lambda draw, B, side, heads, C, H: [*(draw(B, side * side, C) for _ in "xy"), draw(C), draw(C)],
         lambda backend, side, *t: kernels.add_rms_norm_(*t, 1e-5, backend=backend),

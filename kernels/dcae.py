@@ -12,6 +12,10 @@ crops y to each parity, interleaves the parities, and adds the bias and the shor
 each channel repeated r = 4 C' / C times. It reads y and x once and writes out, the least. PyTorch's pixel_shuffle and
 repeat_interleave have no channels-last kernel on CUDA and add copies.
 
+Training runs the plain path. SiLU's backward needs h + bias, which an operation in place loses. Out of place, with a
+backward of its own, bias and SiLU would move 2 C instead of 4 C forward and 3 C instead of 4 C back (as many where the
+bias is frozen), beside a convolution that takes far longer. join_up_block's gradients would be two more kernels.
+
 fp32, fp16, bf16, contiguous; all else runs the reference. Arithmetic is float32.
 Check and measure: python -m kernels.bench --op bias_silu_
 """
@@ -21,7 +25,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels.dispatch import check, check_same, jit, tl, triton, use_triton
+from kernels.dispatch import check, check_same, jit, no_gradient, plain_obstacle, tl, triton, use_triton
 
 # --- reference: the specification -------------------------------------------------------------------------------------
 
@@ -92,21 +96,8 @@ def _join_up_block(
 # --- the public names -------------------------------------------------------------------------------------------------
 
 
-def _obstacle(*tensors):
-    if any(t.dtype not in (torch.float32, torch.float16, torch.bfloat16) for t in tensors):
-        return f"{tensors[0].dtype} is computed by the reference"
-    if not all(t.is_contiguous() for t in tensors):
-        return "a tensor is not contiguous"
-    return f"the first tensor is empty, {tuple(tensors[0].shape)}" if tensors[0].numel() == 0 else None
-
-
 def _grid(pixels, channels):
     return triton.cdiv(pixels, PIXELS), triton.cdiv(channels, BLOCK_C)
-
-
-def _no_gradient(name, *tensors):
-    needed = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    check(not needed, lambda: f"{name} has no gradient: call it under torch.no_grad(), or freeze the weights")
 
 
 def bias_silu_(h, bias, backend=None):
@@ -117,8 +108,8 @@ def bias_silu_(h, bias, backend=None):
     """
     check(h.ndim > 0 and bias.shape == h.shape[-1:], lambda: f"bias is {tuple(bias.shape)}, h {tuple(h.shape)}")
     check_same(h, bias=bias)
-    _no_gradient("bias_silu_", h, bias)
-    if use_triton(h, backend, _obstacle(h, bias)):
+    no_gradient("bias_silu_", h, bias)
+    if use_triton(h, backend, plain_obstacle(h, bias)):
         C = len(bias)
         n = h.numel() // C
         with torch.cuda.device(h.get_device()):  # Triton launches on the current device
@@ -140,8 +131,8 @@ def join_up_block(y, x, bias, repeats, backend=None):
     check(repeats in (0, 1, 2, 4) and repeats * C in (0, 4 * channels),
           lambda: f"repeats = {repeats} does not make {C} channels 4 · {channels}")
     check_same(y, x=x, bias=bias)
-    _no_gradient("join_up_block", y, x, bias)
-    if use_triton(y, backend, _obstacle(y, x, bias)):
+    no_gradient("join_up_block", y, x, bias)
+    if use_triton(y, backend, plain_obstacle(y, x, bias)):
         out, n = y.new_empty(B, 2 * H, 2 * W, channels), 4 * B * H * W
         with torch.cuda.device(y.get_device()):  # Triton launches on the current device
             _join_up_block[_grid(n, channels)](

@@ -6,6 +6,9 @@
 Eager PyTorch moves 7 C values a token: 2 C for the norm, 2 C for the bias, 3 C for the sum. The kernel, one launch,
 reads x and y and writes x: 3 C, the least that is possible. At about one operation a byte the memory is its limit.
 
+Training runs the plain path. A backward pass of its own would move 3 C (y and the gradient in, dy out) where autograd's
+moves 4 C, the fourth for the bias's gradient, and none where that is frozen; the residual costs neither anything.
+
 fp32, fp16, bf16, contiguous, C up to 4096; all else runs the reference. Arithmetic is float32.
 Check and measure: python -m kernels.bench --op add_rms_norm_
 """
@@ -14,7 +17,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.dispatch import check, check_same, jit, tl, triton, use_triton
+from kernels.dispatch import check_rows, jit, no_gradient, plain_obstacle, tl, triton, use_triton
 
 # --- reference: the specification -------------------------------------------------------------------------------------
 
@@ -73,25 +76,10 @@ def add_rms_norm_(x, y, weight, bias, eps, backend=None):
     backend: None (SANASR_KERNELS), "auto", "torch" or "triton"; see kernels.dispatch.use_triton.
     Raises ValueError for shapes, dtypes or devices that disagree, and where gradients would be needed.
     """
-    check(x.ndim > 0 and x.shape[-1] > 0, lambda: f"x must be ..., C, got shape {tuple(x.shape)}")
-    check(y.shape == x.shape, lambda: f"y has shape {tuple(y.shape)}, x {tuple(x.shape)}: they must agree")
-    check_same(x, y=y)
+    check_rows(x, y, weight=weight, bias=bias)
+    no_gradient("add_rms_norm_", x, y, weight, bias)
     C = x.shape[-1]
-    for name, t in (("weight", weight), ("bias", bias)):
-        check(t.shape == (C,), lambda: f"{name} must be {(C,)}, got {tuple(t.shape)}")  # noqa: B023
-        check(t.is_floating_point(), lambda: f"{name} must have a floating dtype, got {t.dtype}")  # noqa: B023
-        check(t.device == x.device, lambda: f"{name} is on {t.device}, the first argument on {x.device}")  # noqa: B023
-    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, weight, bias))
-    check(not grad, lambda: "add_rms_norm_ has no gradient: call it under torch.no_grad(), or freeze the weights")
-    obstacle = None
-    if any(t.dtype not in (torch.float32, torch.float16, torch.bfloat16) for t in (x, y)):
-        obstacle = f"{x.dtype} is computed by the reference"
-    elif C > MAX_C:
-        obstacle = f"x has {C} channels, the kernel up to {MAX_C}"
-    elif not all(t.is_contiguous() for t in (x, y, weight, bias)):
-        obstacle = "x, y, weight or bias is not contiguous"
-    elif x.numel() == 0:
-        obstacle = f"x is empty, {tuple(x.shape)}"
+    obstacle = f"x has {C} channels, the kernel up to {MAX_C}" if C > MAX_C else plain_obstacle(x, y, weight, bias)
     if use_triton(x, backend, obstacle):
         n, (rows, channels) = x.numel() // C, tile(C)
         with torch.cuda.device(x.get_device()):  # Triton launches on the current device

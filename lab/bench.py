@@ -2,12 +2,9 @@
 
     python -m lab.bench                                              # official configs under seeded weights, 128 → 512
     python -m lab.bench --device cuda --dtype bf16 --variants plain,fast,graphs --vs compiled
-    python -m lab.bench --model sana-600m-512 --size 1024
-    python -m lab.bench --vs diffusers --json results.json           # the same weights in diffusers' classes, eager
-    python -m lab.bench --vs compiled                                # and under torch.compile
+    python -m lab.bench --model sana-600m-512 --size 1024 --json results.json
     python -m lab.bench --size 4096 --dtype bf16 --variants fast     # in tiles, as eval.py restores large pictures
     python -m lab.bench --rewrites --size 256                        # fast, and fast without each of its rewrites
-    python -m lab.bench --variants fast --blocks 16 --batch 8        # fast only; a transformer pruned to 16 blocks
 
 All variants are in one process and take turns on the same inputs. "error" compares what a variant has after a stage
 with the first variant's, through all its own stages. Text is 300 random states: the text encoder is not part of it, and
@@ -27,6 +24,7 @@ import time
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -77,47 +75,37 @@ class Ours:
         return self.vae.decode(z / self.scale)
 
 
-class Diffusers(Ours):
-    """diffusers' AutoencoderDC and SanaTransformer2DModel with the weights of `ours`, as they come, or compiled."""
+def diffusers(ours, mode=None):
+    """diffusers' AutoencoderDC and SanaTransformer2DModel with the weights of `ours`, as they come, or compiled.
 
-    def __init__(self, ours, mode=None):
-        """mode: of torch.compile, None for eager."""
-        try:
-            from diffusers import AutoencoderDC, SanaTransformer2DModel
-        except ImportError as error:
-            raise UserError(f"--vs diffusers needs the package diffusers ({error}); pip install diffusers transformers")
+    mode: of torch.compile, None for eager.
+    """
+    try:
+        from diffusers import AutoencoderDC, SanaTransformer2DModel
+    except ImportError as error:
+        raise UserError(f"--vs diffusers needs the package diffusers ({error}); pip install diffusers transformers")
+    modules = []
+    for cls, mine in ((AutoencoderDC, ours.vae), (SanaTransformer2DModel, ours.dit)):
         with torch.device("meta"):
-            vae = AutoencoderDC.from_config({k: v for k, v in ours.vae.config.items() if k[0] != "_"})
-            dit = SanaTransformer2DModel.from_config({k: v for k, v in ours.dit.config.items() if k[0] != "_"})
-        for theirs, mine in ((vae, ours.vae), (dit, ours.dit)):
-            theirs.load_state_dict(mine.state_dict(), strict=True, assign=True)
-            theirs.eval().requires_grad_(False)
-        if mode:
-            torch._inductor.config.freezing = True  # weights as constants: prepacked on a CPU
-            vae.encode, vae.decode, dit = (torch.compile(f, mode=mode) for f in (vae.encode, vae.decode, dit))
-        super().__init__(vae, dit, ours.text, ours.timestep, ours.scale)
-
-    def encode(self, x):
-        return self.scale * self.vae.encode(x, return_dict=False)[0]
-
-    def transform(self, z):
-        c, mask = (y.expand(len(z), *y.shape[1:]) for y in self.text)
-        t = torch.full((len(z),), self.timestep, device=z.device)
-        f = self.dit(z, encoder_hidden_states=c, timestep=t, encoder_attention_mask=mask, return_dict=False)[0]
-        return z - self.timestep / 1000 * f
-
-    def decode(self, z):
-        return self.vae.decode(z / self.scale, return_dict=False)[0]
+            modules.append(cls.from_config({k: v for k, v in mine.config.items() if k[0] != "_"}))
+        modules[-1].load_state_dict(mine.state_dict(), strict=True, assign=True)
+        modules[-1].eval().requires_grad_(False)
+    functions = modules[0].encode, modules[0].decode, modules[1]
+    if mode:
+        torch._inductor.config.freezing = True  # weights as constants: prepacked on a CPU
+        functions = (torch.compile(f, mode=mode) for f in functions)
+    encode, decode, dit = (partial(f, return_dict=False) for f in functions)
+    vae = SimpleNamespace(encode=lambda x: encode(x)[0], decode=lambda z: decode(z)[0])
+    return Ours(vae, lambda z, t, c, mask: dit(z, c, timestep=t, encoder_attention_mask=mask)[0], ours.text,
+                ours.timestep, ours.scale)
 
 
 def relative(a, b):
     return ((a.float() - b.float()).norm() / b.float().norm()).item()
 
 
-def quantile(values, q):
-    return sorted(values)[math.ceil(q * len(values)) - 1]
-
-
+VARIANTS = "plain", "fast", "graphs", "inductor", "regional"
+REWRITES = *fast.REWRITES, "dit"
 STAGES = dict(encode=dict(down=32), transform={}, decode=dict(up=32))  # and how the sides of a tile change
 
 
@@ -151,25 +139,26 @@ def measure(variants, x, runs, tile, clock, warm=0):
     rows, results, timer = {}, {}, partial(timed, device=x.device, clock=clock)
     for turn in range(-warm, runs):
         for name, variant in list(variants.items()):
-            spent = []
             try:
                 for stage, y, ((seconds,), peak) in through(variant, x, tile, timer):
-                    row = rows.setdefault((name, stage), dict(variant=name, stage=stage, times=[], peak=None))
+                    row = rows.setdefault((name, stage), dict(variant=name, stage=stage, times=[], peak=0))
                     row["error"] = relative(y, results.setdefault(stage, y))
-                    row["peak"] = peak and max(peak, row["peak"] or 0)  # a graph takes its memory at first
-                    row["times"] += [seconds] * (turn >= 0)
-                    spent.append(seconds)
+                    row["peak"] = max(peak or 0, row["peak"])  # a graph takes its memory at first
+                    row["times"].append(seconds)
             except Exception as error:  # a rival that does not run must not cost the others' rows
                 print(f"{name}: left out, {type(error).__name__}: {one_line(error)[:300]}", file=sys.stderr)
                 del variants[name]
                 continue
-            whole = rows.setdefault((name, "sum"), dict(row, stage="sum", times=[], peak=None))
-            whole["times"] += [sum(spent)] * (turn >= 0)
             if turn == -warm < 0:
-                print(f"{name}: first call {sum(spent):.1f} s", flush=True)
-    for row in rows.values():
-        row["p50"], row["p95"] = (quantile(row["times"], q) if row["times"] else 0.0 for q in (0.5, 0.95))
-    return [row for row in rows.values() if row["variant"] in variants]
+                print(f"{name}: first call {sum(rows[name, s]['times'][0] for s in STAGES):.1f} s", flush=True)
+    found = []
+    for name in variants:
+        stages = [dict(rows[name, stage], times=rows[name, stage]["times"][warm:]) for stage in STAGES]
+        whole = [sum(times) for times in zip(*(row["times"] for row in stages), strict=True)]
+        found += [*stages, dict(stages[-1], stage="sum", times=whole, peak=0)]
+    for row in found:
+        row["p50"], row["p95"] = (sorted(row["times"])[math.ceil(q * runs) - 1] for q in (0.5, 0.95))
+    return found
 
 
 def profiled(variant, x, tile):
@@ -201,40 +190,30 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", help="a folder or a name of `python -m weights` (default: official configs, seeded weights)")
-    add("--size", type=int, default=512, help="side of the result in pixels, a multiple of 32")
-    add("--tile", type=int, default=32 * SanaSR.TILE, metavar="PX", help="the largest side that the networks see at "
-        "once, as in eval.py; 0: no limit (default: %(default)s)")
-    add("--batch", type=int, default=1, help="pictures at a time (default: %(default)s)")
-    add("--runs", type=int, default=3, help="timed calls of each variant (default: %(default)s)")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: %(default)s)")
+    add("--size", type=int, default=512, help="side of the result in pixels, a multiple of 32 (%(default)s)")
+    add("--tile", type=int, default=32 * SanaSR.TILE, help="as in eval.py, in pixels; 0: no limit (%(default)s)")
+    add("--batch", type=int, default=1, help="pictures at a time (%(default)s)")
+    add("--runs", type=int, default=3, help="timed calls of each variant (%(default)s)")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, … (%(default)s)")
     add("--dtype", choices=["fp32", "bf16"], default="fp32")
     add("--threads", type=int, default=1, help="on a CPU")
-    add("--blocks", type=int, metavar="N", help="keep N blocks of the transformer, as pruning does")
-    add("--variants", default="plain,fast", metavar="LIST", help="of ours: plain, fast, inductor (plain under "
-        "torch.compile), regional (its blocks are), and on CUDA graphs, which is fast with CUDA graphs (default: "
-        "%(default)s)")
-    add("--vs", choices=["diffusers", "compiled"], help="diffusers eager, or that and compiled, on CUDA also with "
-        'graphs (mode="reduce-overhead")')
-    add("--rewrites", nargs="?", const=",".join([*fast.REWRITES, "dit"]), metavar="LIST", help="the fast path, then "
-        "the same without each of these (default: all)")
-    add("--keep-memory", action="store_true", help="as eval.py does on a CPU (Linux): memory that a tensor leaves "
-        "stays with the process; for all variants")
+    add("--blocks", type=int, help="keep so many blocks of the transformer, as pruning does")
+    add("--variants", default="plain,fast", help="of plain, fast, inductor (plain under torch.compile), regional (its "
+        "blocks are) and, on CUDA, graphs, which is fast with CUDA graphs (%(default)s)")
+    add("--vs", choices=["diffusers", "compiled"], help="diffusers eager, or that and compiled, also with graphs")
+    add("--rewrites", nargs="?", const=",".join(REWRITES), help="the fast path, then the same without each of these")
+    add("--keep-memory", action="store_true", help="for all variants what eval.py does on a CPU, fast.keep_memory")
     add("--floor", action="store_true", help="count every variant's own multiplications, by one more call")
     add("--profile", action="store_true", help="on CUDA: kernels, launches and idle time of each variant")
-    add("--json", type=Path, metavar="FILE", help="write every number there, too")
+    add("--json", type=Path, help="a file: write every number there, too")
     args = parser.parse_args(argv)
-    args.device, args.variants = torch.device(args.device), args.variants.split(",")
-    if args.rewrites:
-        args.variants = ["fast"]
-    args.rewrites = args.rewrites.split(",") if args.rewrites else []
-    if args.size < 32 or args.size % 32:
-        raise UserError(f"--size {args.size} is not a multiple of 32")
-    if args.tile < 0:
-        raise UserError(f"--tile {args.tile} is negative")
-    if unknown := set(args.variants) - {"plain", "fast", "graphs", "inductor", "regional"}:
-        raise UserError(f"--variants: no variant is called {', '.join(sorted(unknown))!r}")
-    if unknown := set(args.rewrites) - {*fast.REWRITES, "dit"}:
-        raise UserError(f"--rewrites: no rewrite is called {', '.join(sorted(unknown))!r}")
+    args.device, args.rewrites = torch.device(args.device), args.rewrites.split(",") if args.rewrites else []
+    args.variants = ["fast"] if args.rewrites else args.variants.split(",")
+    if args.size < 32 or args.size % 32 or args.tile < 0:
+        raise UserError(f"--size {args.size} is not a multiple of 32, or --tile {args.tile} is negative")
+    for option, given, known in (("variant", args.variants, VARIANTS), ("rewrite", args.rewrites, REWRITES)):
+        if unknown := set(given) - {*known}:
+            raise UserError(f"--{option}s: no {option} is called {', '.join(sorted(unknown))!r}")
     if args.device.type != "cuda" and ("graphs" in args.variants or args.profile):
         raise UserError("--variants graphs and --profile need --device cuda")
     return args
@@ -258,31 +237,26 @@ def build(args, dtype):
     ours = partial(Ours, text=text, timestep=timestep, scale=scale)
     plain = ours(vae, dit)
     if args.vs:
-        variants["diffusers"] = Diffusers(plain)
-    if args.vs == "compiled":
-        variants["compiled"] = Diffusers(plain, "default")
-        if args.device.type == "cuda":
-            variants["compiled graphs"] = Diffusers(plain, "reduce-overhead")
-    if "plain" in args.variants:
-        variants["plain"] = plain
-    if "inductor" in args.variants:
-        variants["inductor"] = compiled = ours(shared(vae), shared(dit))
-        for stage in STAGES:
-            setattr(compiled, stage, torch.compile(getattr(compiled, stage)))
-    if "regional" in args.variants:
-        variants["regional"] = regional = ours(shared(vae), shared(dit))
-        for module in (*regional.vae.modules(), *regional.dit.modules()):
-            if isinstance(module, ResBlock | EfficientViTBlock | DiTBlock):
-                module.compile()
-    for name, graphs in (("fast", False), ("graphs", True)):
-        if name in args.variants:
-            quick = fast.optimise_vae(shared(vae), graphs=graphs), fast.optimise_dit(shared(dit), graphs)
-            variants[name] = ours(*quick)
+        modes = {"diffusers": None, "compiled": "default", "compiled graphs": "reduce-overhead"}
+        count = 1 if args.vs == "diffusers" else 3 if args.device.type == "cuda" else 2
+        variants = {name: diffusers(plain, modes[name]) for name in list(modes)[:count]}
+    for name in args.variants:
+        variants[name] = new = plain if name == "plain" else ours(shared(vae), shared(dit))
+        if name == "inductor":
+            for stage in STAGES:
+                setattr(new, stage, torch.compile(getattr(new, stage)))
+        elif name == "regional":
+            for module in (*new.vae.modules(), *new.dit.modules()):
+                if isinstance(module, ResBlock | EfficientViTBlock | DiTBlock):
+                    module.compile()
+        elif name != "plain":
+            graphs = name == "graphs"
+            new.vae, new.dit = fast.optimise_vae(new.vae, graphs=graphs), fast.optimise_dit(new.dit, graphs)
     for name in args.rewrites:
         others = [other for other in fast.REWRITES if other != name]
         variants[f"no {name}"] = ours(fast.optimise_vae(shared(vae), others),
                                       dit if name == "dit" else variants["fast"].dit)
-    return variants, Ours(shared(vae).to("meta"), shared(dit).to("meta"), [v.to("meta") for v in text], timestep, scale)
+    return variants, ours(shared(vae).to("meta"), shared(dit).to("meta"), text=[v.to("meta") for v in text])
 
 
 @torch.inference_mode()

@@ -34,10 +34,11 @@ from PIL import Image
 from kernels.bench import OPS
 from kernels.dispatch import triton
 from lab.bench import CONFIGS, seeded
+from metrics.perceptual import VGG16
 from photos.pictures import one_line, write_bytes
 from runs import DTYPES, UserError, command, cpu_name, revision
 from sanasr import DCAE, Gemma2, LinearDiT
-from weights.files import save_module
+from weights.files import save_module, save_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = {"correctness": 240, "timings": 540, "training": 540}
@@ -74,6 +75,8 @@ def make_model(folder, rehearse):
     for i in range(8):
         small = Image.fromarray(rng.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8))
         small.resize((side, side), Image.Resampling.BICUBIC).save(folder.parent / "photos" / f"{i}.png")
+    trunk = {key: value.half() for key, value in VGG16().state_dict().items()}
+    save_tensors(trunk, folder.parent / "weights" / "vgg16.safetensors")
     print(f"{sum(f.stat().st_size for f in folder.rglob('*') if f.is_file()) / 1e9:.3f} GB of seeded weights")
 
 
@@ -97,7 +100,7 @@ def lines_of(what, scratch, rehearse):
             for dtype in DTYPES:
                 add(f"{op} {dtype}", 240, ["-m", "kernels.bench", "--check", "--op", op, "--dtype", dtype],
                     **interpreter)
-        for part in ("attention", "gate or mix", "norm or bias or join"):
+        for part in ("attention", "gate or mix", "norm or depthwise or join", "gpu"):
             tests(f"kernel tests, {part}", "test_kernels_triton.py", part, **interpreter)
         tests("graphs", "test_fast.py", "graph or dit or up_block")
         tests("goldens", "test_gpu.py", "golden", SANASR_GOLDENS=device)
@@ -108,8 +111,9 @@ def lines_of(what, scratch, rehearse):
                             quick], ["eval.py", "examples", "--out", f"{theirs}/", "--device", "cpu", "--fast", "off"],
                 ["eval.py", "--sr", ours, "--hr", theirs, "--metrics", "psnr"])  # against the CPU's
         sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-        add("compute-sanitizer", 240, ["!", sanitizer, "--error-exitcode", "9", sys.executable, "-m", "pytest",
-                                       "tests/test_kernels_triton.py", "-k", "gate_sizes or norm_sizes or lengths"])
+        add("compute-sanitizer", 240, [
+            "!", sanitizer, "--error-exitcode", "9", sys.executable, "-m", "pytest", "tests/test_kernels_triton.py",
+            "-k", "gate_sizes or norm_sizes or lengths or depthwise"])
     elif what == "timings":
         small, large, huge = ("64", "96", "128") if rehearse else ("512", "1024", "4096")
         ours = "plain,fast" if rehearse else "plain,fast,graphs"
@@ -129,6 +133,8 @@ def lines_of(what, scratch, rehearse):
                   "--tags", "none", "--lpips", "alex", "--workers", 1 if rehearse else 8,
                   "--crop", 96 if rehearse else 512]
         for name, options, env in (("train", [], {}), ("train, checkpointing", ["--checkpointing", "all"], {}),
+                                   ("train, VGG-shaped LPIPS", ["--lpips", "vgg"],
+                                    {"SANASR_WEIGHTS": str(scratch / "weights")}),
                                    ("train, reference kernels", [], {"SANASR_KERNELS": "torch"})):
             steps, batch = (2, 1) if rehearse else (50, 4)
             add(name, 80, ["train.py", *common, "--name", scratch / name, "--steps", steps, "--every", steps, "--val",

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import eval as evaluate
 import fast
+import sanasr
 import weights
 from photos import pictures, tagger
 from photos.restorer import NotFinite

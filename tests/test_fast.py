@@ -11,7 +11,6 @@ import torch
 from conftest import DATA, ROOT, relative
 from PIL import Image
 from seeded import seeded_input, seeded_state_dict
-from tiny import tiny_model
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import eval as command
@@ -37,6 +36,14 @@ def load(cls, name, dtype=torch.float32):
     return model.to(dtype).eval().requires_grad_(False)
 
 
+def agree(plain, quick, x, tolerance=1e-5):
+    """Encoder and decoder, which leave their inputs as they are: in place means inside only."""
+    z, before = plain.encode(x), x.clone()
+    y, latents = plain.decode(z), z.clone()
+    assert relative(quick.encode(x), z) < tolerance and relative(quick.decode(z), y) < tolerance
+    assert torch.equal(x, before) and torch.equal(z, latents)
+
+
 @pytest.mark.parametrize("batch, height, width", [(1, 64, 96), (2, 96, 32)])
 @pytest.mark.parametrize("rewrites", [*([name] for name in fast.REWRITES), list(fast.REWRITES)], ids="+".join)
 @torch.inference_mode()
@@ -44,24 +51,17 @@ def test_vae(rewrites, batch, height, width, monkeypatch):
     monkeypatch.setattr(fast, "STRIP", 5000)  # several strips even here
     monkeypatch.setattr(fast.winograd, "TILES", 24)
     plain = load(DCAE, "dcae_small")
-    x = seeded_input("x", (batch, 3, height, width))
     quick = fast.optimise_vae(deepcopy(plain), rewrites)
     assert any(type(m).__module__ == "fast" for m in quick.modules()) or rewrites == ["down"]
-    z, before = plain.encode(x), x.clone()
-    y, latents = plain.decode(z), z.clone()
-    assert relative(quick.encode(x), z) < 1e-5
-    assert relative(quick.decode(z), y) < 1e-5
-    assert torch.equal(x, before) and torch.equal(z, latents)  # in place means inside only
+    agree(plain, quick, seeded_input("x", (batch, 3, height, width)))
 
 
 @torch.inference_mode()
 def test_vae_of_the_other_blocks():
     plain = seeded(DCAE, CHANNELS_TO_SPACE, torch.float32, "cpu")
-    quick, x = fast.optimise_vae(deepcopy(plain)), seeded_input("x", (2, 3, 64, 96))
+    quick = fast.optimise_vae(deepcopy(plain))
     assert not any(isinstance(m, sanasr.UpBlock | sanasr.ResBlock) for m in quick.modules())
-    z = plain.encode(x)
-    assert relative(quick.encode(x), z) < 1e-5
-    assert relative(quick.decode(z), plain.decode(z)) < 1e-5
+    agree(plain, quick, seeded_input("x", (2, 3, 64, 96)))
 
 
 @pytest.mark.parametrize("out", [16, 32, 64])
@@ -104,20 +104,24 @@ def test_vae_bfloat16_is_hardly_further_from_float32_than_the_plain_path():
 @torch.inference_mode()
 def test_dit(batch):
     plain = load(LinearDiT, "dit_small")
-    config = plain.config
-    quick = fast.optimise_dit(deepcopy(plain))
+    quick, config = fast.optimise_dit(deepcopy(plain)), plain.config
     z = seeded_input("z", (batch, config["in_channels"], 4, 6))
-    c = seeded_input("c", (batch, 7, config["caption_channels"]))
+    c, t = seeded_input("c", (batch, 7, config["caption_channels"])), torch.full((batch,), 900.0)
     mask = torch.ones(batch, 7)
     mask[-1, 4:] = 0
-    t = torch.full((batch,), 900.0)
-    for _ in range(2):  # the second call takes what the first has kept
+
+    def check():
         assert relative(quick(z, t, c, mask), plain(z, t, c, mask)) < 1e-5
+    check()
+    check()  # takes what the first call has kept
     c[0, 0] += 1  # in place: kept by value, not by name
-    assert relative(quick(z, t, c, mask), plain(z, t, c, mask)) < 1e-5
-    assert relative(quick(z, t - 300, c, mask), plain(z, t - 300, c, mask)) < 1e-5
+    check()
+    t -= 300
+    check()
     mask[0, 0] = 0
-    assert relative(quick(z, t, c, mask), plain(z, t, c, mask)) < 1e-5
+    check()
+    t[0] += 100  # with two pictures, two timesteps
+    check()
 
 
 @pytest.fixture
@@ -250,29 +254,16 @@ def test_adapters_must_be_merged():
         fast.optimise_dit(dit)
 
 
-def test_restore(tmp_path, monkeypatch):
-    monkeypatch.setenv("SANASR_CACHE", str(tmp_path / "cache"))
-    model = SanaSR.from_pretrained(tiny_model(tmp_path / "model"))
-    image = Image.effect_noise((40, 24), 80).convert("RGB")
-    plain = model.restore(image, "tree", tile=96)
-    quick = fast.optimise(model).restore(image, "tree", tile=96)
-    worst = max(abs(a - b) for a, b in zip(plain.tobytes(), quick.tobytes(), strict=True))
-    assert worst <= 1  # one step of the rounding to 8 bits
-
-
-def test_eval_restores_by_the_rewrites_unless_told_otherwise(tmp_path, monkeypatch):
-    monkeypatch.setenv("SANASR_CACHE", str(tmp_path / "cache"))
-    model, source = tiny_model(tmp_path / "model"), tmp_path / "in.png"
-    Image.effect_noise((16, 24), 80).convert("RGB").save(source)
-    calls, really = [], fast.optimise
+def test_eval_restores_by_the_rewrites_unless_told_otherwise(tmp_path, tiny_model, monkeypatch):
+    source, pictures, calls, really = tmp_path / "in.png", [], [], fast.optimise
+    Image.effect_noise((40, 24), 80).convert("RGB").save(source)
     monkeypatch.setattr(fast, "optimise", lambda model, **how: calls.append(model) or really(model, **how))
-    pictures = []
     for options in ([], ["--fast", "off"]):
         out = tmp_path / f"{len(options)}.png"
-        argv = [str(source), "--model", str(model), "--out", str(out), "--device", "cpu", *options]
-        assert command.main(argv) == 0 and len(calls) == 1
+        argv = [source, "--model", tiny_model, "--out", out, "--device", "cpu", "--prompt", "tree", "--tile", 96]
+        assert command.main([*map(str, argv), *options]) == 0 and len(calls) == 1
         pictures.append(Image.open(out).tobytes())
-    assert max(abs(a - b) for a, b in zip(*pictures, strict=True)) <= 1
+    assert max(abs(a - b) for a, b in zip(*pictures, strict=True)) <= 1  # one step of the rounding to 8 bits
 
 
 def test_auto_means_graphs_on_a_gpu(monkeypatch):
@@ -290,16 +281,12 @@ def test_auto_means_graphs_on_a_gpu(monkeypatch):
 @pytest.mark.slow
 @torch.inference_mode()
 def test_official_size():
-    x = seeded_input("x", (1, 3, 512, 512))
     plain = seeded(DCAE, json.loads((CONFIGS / "vae.config.json").read_text()), torch.float32, "cpu")
-    z = plain.encode(x)
-    y = plain.decode(z)
-    quick = fast.optimise_vae(plain)
-    assert relative(quick.encode(x), z) < 1e-4
-    assert relative(quick.decode(z), y) < 1e-4
+    x = seeded_input("x", (1, 3, 512, 512))
+    agree(plain, fast.optimise_vae(deepcopy(plain)), x, 1e-4)
     dit = seeded(LinearDiT, json.loads((CONFIGS / "transformer.config.json").read_text()), torch.float32, "cpu")
     c = seeded_input("c", (1, 300, dit.config["caption_channels"]))
-    arguments = z, torch.full((1,), 900.0), c, torch.ones(1, 300)
+    arguments = plain.encode(x), torch.full((1,), 900.0), c, torch.ones(1, 300)
     f = dit(*arguments)
     assert relative(fast.optimise_dit(dit)(*arguments), f) < 1e-4
 

@@ -17,7 +17,7 @@ from sanasr import DCAE, Gemma2, LinearDiT
 @pytest.mark.parametrize("what, names, env", [
     ("correctness", ["linear_attention fp32", "pictures fp32, fast on"], {}),
     ("timings", ["card", "stages 512", "kernels"], {}),
-    ("training", ["model", "train", "prune"], {"OMP_NUM_THREADS": "1"})])
+    ("training", ["model", "train, VGG-shaped LPIPS", "prune"], {"OMP_NUM_THREADS": "1"})])
 def test_rehearsal(what, names, env, tmp_path):
     command = [sys.executable, "-m", "lab.gpu", what, "--out", tmp_path, "--rehearse", "--only", *names]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True)

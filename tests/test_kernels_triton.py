@@ -5,12 +5,16 @@ Errors are relative to the norm of the float64 result. With a GPU, memory errors
 compute-sanitizer python -m pytest tests/test_kernels_triton.py
 """
 
+import sys
+
 import pytest
 import torch
 
 import kernels
 from kernels.dcae import bias_silu_reference_, join_up_block_reference
+from kernels.depthwise import depthwise_reference
 from kernels.dispatch import INTERPRET, device_obstacle
+from kernels.layer_norm import add_layer_norm_reference_
 from kernels.linear_attention import linear_attention_reference
 from kernels.mix_ffn import depthwise_gate_reference
 from kernels.rms_norm import MAX_C, add_rms_norm_reference_, tile
@@ -61,8 +65,9 @@ def check_attention(q, k, v, g, eps=1e-15):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("d", [16, 32, 64])
-def test_attention_head_sizes_and_dtypes(d, dtype):
+@pytest.mark.parametrize("d, short", [(16, 512), (32, 512), (64, 512), (32, 0)])
+def test_attention_head_sizes_and_dtypes(d, short, dtype, monkeypatch):
+    monkeypatch.setattr(sys.modules["kernels.linear_attention"], "SHORT", short)  # 0: in two launches
     check_attention(*attention_inputs(2, 70, 2, d, dtype))
 
 
@@ -151,14 +156,11 @@ def check_gate(u, weight, bias, g, height, width):
     assert_close(got, expected, u.dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_gate_dtypes(dtype):
-    check_gate(*gate_inputs(1, 3, 5, 3, dtype), 3, 5)
-
-
-@pytest.mark.parametrize("B, height, width, hidden", [(1, 1, 1, 1), (1, 9, 7, 5), (2, 3, 2, 130)])
-def test_gate_sizes(B, height, width, hidden):
-    check_gate(*gate_inputs(B, height, width, hidden, torch.float32), height, width)
+@pytest.mark.parametrize("B, height, width, hidden, dtype", [
+    *((1, 3, 5, 3, dtype) for dtype in DTYPES),
+    *((*size, torch.float32) for size in ((1, 1, 1, 1), (1, 9, 7, 5), (2, 3, 2, 130)))])
+def test_gate_sizes_and_dtypes(B, height, width, hidden, dtype):
+    check_gate(*gate_inputs(B, height, width, hidden, dtype), height, width)
 
 
 def test_gate_non_contiguous():
@@ -198,68 +200,93 @@ def test_mix_ffn_every_gradient():
     assert_close(got, expected, torch.float32, names=range(8))
 
 
-def check_add_rms_norm(shape, dtype, scale=1.0, eps=1e-5):
-    """Between other rows, which must stay as they are. weight and bias: one of another dtype."""
+IN_PLACE = {  # (x, y, vectors, eps) -> the result, and the number of vectors
+    "add_rms_norm_": (kernels.add_rms_norm_, add_rms_norm_reference_, 2),
+    "add_layer_norm_": (kernels.add_layer_norm_, add_layer_norm_reference_, 3),
+    "add_layer_norm_, no gate": (lambda x, y, *t, **how: kernels.add_layer_norm_(x, y, None, *t, **how),
+                                 lambda x, y, *t: add_layer_norm_reference_(x, y, None, *t), 2),
+    "bias_silu_": (lambda x, y, b, eps, **how: kernels.bias_silu_(x, b, **how),
+                   lambda x, y, b, eps: bias_silu_reference_(x, b), 1)}
+
+
+def check_in_place(name, shape, dtype, scale=1.0, eps=1e-5):
+    """x lies between other rows, which must stay as they are. The first of two or three vectors is float32."""
+    function, reference, count = IN_PLACE[name]
     r = torch.Generator().manual_seed(shape[-1])
-    around = torch.randn(3, *shape, generator=r).to(DEVICE, dtype)
-    y = torch.randn(shape, generator=r).mul(scale).to(DEVICE, dtype)
-    weight, bias = torch.randn(shape[-1], generator=r).to(DEVICE), torch.randn(shape[-1], generator=r).to(DEVICE, dtype)
-    before, y_before = around.clone(), y.clone()
-    out = kernels.add_rms_norm_(around[1], y, weight, bias, eps, backend="triton")
-    expected = add_rms_norm_reference_(*double(before[1], y, weight, bias), eps)
-    assert out.data_ptr() == around[1].data_ptr() and torch.equal(y, y_before)
-    assert torch.equal(around[::2], before[::2])
-    assert_close([out], [expected], dtype)
+    around, y = (torch.randn(s, generator=r).to(DEVICE, dtype) for s in ((3, *shape), shape))
+    vectors = [torch.randn(shape[-1], generator=r).to(DEVICE, dtype if i == 2 else torch.float32)
+               for i in range(3)][-count:]
+    y, x, before = y * scale, around[1], around.clone()
+    double_x, y_before = before[1].double(), y.clone()
+    out = function(x, y, *vectors, eps, backend="triton")
+    expected = reference(double_x, *double(y, *vectors), eps)
+    assert (out.data_ptr() == x.data_ptr()) == (expected is double_x)
+    assert torch.equal(y, y_before) and torch.equal(around[::2], before[::2])
+    assert_close([out, x], [expected, double_x], dtype)
     return out
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n, C", [(1, 128), (37, 128), (19, 96), (300, 5), (5, 512), (2, 1024), (3, 1)])
-def test_add_rms_norm_sizes_and_dtypes(n, C, dtype):
-    check_add_rms_norm((n, C), dtype)
+@pytest.mark.parametrize("n, C", [(1, 128), (37, 128), (19, 96), (300, 5), (5, 512), (2, 1152), (3, 1)])
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_in_place_norm_sizes_and_dtypes(name, n, C, dtype):
+    if C > 1 or "layer" not in name:  # of a single channel the LayerNorm is 0
+        check_in_place(name, (n, C), dtype)
 
 
-def test_add_rms_norm_rows_of_a_tile():
+@pytest.mark.parametrize("name", list(IN_PLACE)[:2])
+def test_norm_rows_and_values(name):
     assert tile(128) == (16, 128) and 37 % 16 and tile(96) == (16, 128) and tile(MAX_C) == (1, MAX_C)
-    check_add_rms_norm((2, 3, 7, 33), torch.float32)
-    check_add_rms_norm((2, MAX_C), torch.float32)
+    check_in_place(name, (2, 3, 7, 33), torch.float32)
+    check_in_place(name, (2, MAX_C), torch.float32)
+    check_in_place(name, (9, 64), torch.float32, scale=1e-3, eps=1e-2)
+    assert check_in_place(name, (9, 64), torch.float32, scale=0.0).isfinite().all()
+    assert check_in_place(name, (9, 64), torch.float16, scale=5e3).isfinite().all()  # the squares exceed float16
 
 
-def test_add_rms_norm_large_small_and_zero_values():
-    assert check_add_rms_norm((9, 64), torch.float16, scale=1e4).isfinite().all()  # their squares exceed float16
-    check_add_rms_norm((9, 64), torch.float32, scale=1e-3, eps=1e-2)
-    assert check_add_rms_norm((9, 64), torch.float32, scale=0.0).isfinite().all()
-
-
-def test_add_rms_norm_carries_nan_in_its_row_only():
+@pytest.mark.parametrize("name", list(IN_PLACE)[:2])
+def test_norm_carries_nan_in_its_row_only(name):
+    function, _, count = IN_PLACE[name]
     x, y, w = torch.zeros(40, 96, device=DEVICE), torch.ones(40, 96, device=DEVICE), torch.ones(96, device=DEVICE)
     y[17, 3] = float("nan")
-    out = kernels.add_rms_norm_(x, y, w, w, 1e-5, backend="triton").isnan()
+    out = function(x, y, *[w] * count, 1e-5, backend="triton").isnan()
     assert out[17].all() and out.sum() == 96
 
 
-def test_add_rms_norm_elsewhere_runs_the_reference():
-    w = torch.ones(8, device=DEVICE)
+@pytest.mark.parametrize("name", list(IN_PLACE)[:2])
+def test_norm_elsewhere_runs_the_reference(name):
+    function, _, count = IN_PLACE[name]
+    w = [torch.ones(8, device=DEVICE)] * count
     x = torch.zeros(8, 4, device=DEVICE).t()  # 4, 8 with strided channels: in place all the same
-    kernels.add_rms_norm_(x, torch.ones(4, 8, device=DEVICE), w, w, 0.0)
-    assert (x == 2).all()
+    function(x, torch.ones(4, 8, device=DEVICE), *w, 1.0)
+    assert (x > 0).all()
     with pytest.raises(ValueError, match="is not contiguous"):
-        kernels.add_rms_norm_(x, x, w, w, 0.0, backend="triton")
-    x, w = torch.zeros(1, MAX_C + 1, device=DEVICE), torch.ones(MAX_C + 1, device=DEVICE)
-    assert (kernels.add_rms_norm_(x, torch.ones_like(x), w, w, 0.0) == 2).all()
-    assert kernels.add_rms_norm_(x[:0], x[:0], w, w, 0.0).shape == (0, MAX_C + 1)
-    assert kernels.add_rms_norm_(x[:0, :8].double(), x[:0, :8].double(), w[:8], w[:8], 0.0).shape == (0, 8)
+        function(x, x, *w, 0.0, backend="triton")
+    x, wide = torch.zeros(1, MAX_C + 1, device=DEVICE), [torch.ones(MAX_C + 1, device=DEVICE)] * count
+    function(x, torch.ones_like(x), *wide, 0.0)
+    assert (x > 0).all() and function(x[:0], x[:0], *wide, 1.0).shape == (0, MAX_C + 1)
+    assert function(x[:0, :8].double(), x[:0, :8].double(), *w, 1.0).shape == (0, 8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n, C", [(37, 128), (19, 96), (2, 200), (3, 1)])
-def test_bias_silu(n, C, dtype):
+@pytest.mark.parametrize("B, height, width, C, K", [
+    (1, 1, 1, 1, 5), (2, 6, 7, 130, 5), (1, 9, 5, 3, 5), (1, 6, 5, 4, 3)])
+def test_depthwise(B, height, width, C, K, dtype):
     r = torch.Generator().manual_seed(C)
-    h, bias = (torch.randn(s, generator=r).to(DEVICE, dtype) for s in ((3, n, C), (C,)))
-    before = h.clone()
-    out = kernels.bias_silu_(h[1], bias, backend="triton")
-    assert out.data_ptr() == h[1].data_ptr() and torch.equal(h[::2], before[::2])
-    assert_close([out], [bias_silu_reference_(*double(before[1], bias))], dtype)
+    wide, weight = (torch.randn(s, generator=r).to(DEVICE, dtype) for s in ((B, height * width, C + 5), (C, 1, K, K)))
+    u = wide[..., 2:2 + C]
+    out = kernels.depthwise(u, height, width, weight, backend="triton")
+    assert out.is_contiguous()
+    assert_close([out], [depthwise_reference(*double(u), height, width, *double(weight))], dtype)
+
+
+def test_depthwise_elsewhere_runs_the_reference():
+    u, weight = torch.ones(1, 4, 8, device=DEVICE), torch.ones(8, 1, 7, 7, device=DEVICE)
+    assert (kernels.depthwise(u, 2, 2, weight) == 4).all()
+    with pytest.raises(ValueError, match="7 x 7"):
+        kernels.depthwise(u, 2, 2, weight, backend="triton")
+    strided = u.transpose(1, 2).contiguous().transpose(1, 2)
+    assert (kernels.depthwise(strided, 2, 2, weight[..., :3, :3]) == 4).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -277,16 +304,15 @@ def test_join_up_block(B, H, W, C, out, repeats, dtype):
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("N", [256, 4096, 65536, 1 << 20])
-def test_gpu_attention_long(N, dtype):
-    check_attention(*attention_inputs(1, N, 4, 32, dtype))
-
-
-@needs_gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("B, height, width, hidden", [(1, 25, 41, 2880), (2, 16, 16, 2880), (1, 64, 64, 2048)])
-def test_gpu_gate_our_sizes(B, height, width, hidden, dtype):
-    check_gate(*gate_inputs(B, height, width, hidden, dtype), height, width)
+def test_gpu_our_sizes(dtype):
+    for N in (256, 4096, 65536, 1 << 20):
+        check_attention(*attention_inputs(1, N, 4, 32, dtype))
+    for B, height, width, hidden in ((1, 25, 41, 2880), (2, 16, 16, 2880), (1, 64, 64, 2048)):
+        check_gate(*gate_inputs(B, height, width, hidden, dtype), height, width)
+    for name, n, C in (("add_rms_norm_", 512 * 512, 128), ("add_rms_norm_", 128 * 128, 512),
+                       ("add_rms_norm_", 256 * 256, 256), ("bias_silu_", 256 * 256, 256),
+                       ("add_layer_norm_", 16384, 1152)):
+        check_in_place(name, (n, C), dtype)
 
 
 @needs_gpu
@@ -296,13 +322,6 @@ def test_gpu_offsets_beyond_int32():
     assert (kernels.linear_attention(q, q, q, backend="triton")[:, -1] == 1).all()
     y, w = torch.ones((1 << 31) // 128 + 64, 128, device=DEVICE, dtype=torch.bfloat16), torch.ones(128, device=DEVICE)
     assert (kernels.add_rms_norm_(torch.zeros_like(y), y, w, w, 0.0, backend="triton") == 2).all()
-
-
-@needs_gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n, C", [(512 * 512, 128), (256 * 256, 256), (128 * 128, 512)])
-def test_gpu_add_rms_norm_our_sizes(n, C, dtype):
-    check_add_rms_norm((n, C), dtype)
 
 
 @needs_gpu
