@@ -850,7 +850,7 @@ _DEGRADED = re.compile(r"(?<!\w)(" + "|".join(w.replace(" ", "[ ▁_-]") for w i
 MAX_INSTRUCTION = 4096  # tokens; Gemma-2's context is 8192
 MAX_TOKENS = 300  # of text, <bos> included, as SANA was trained
 KEEP_ALL = 2  # the n of `tokenize_prompt` without an instruction: 300 tokens are encoded, and all of them kept
-PROMPT_VERSION = 1  # raise it when the code changes a prompt's states, so that the cache makes them anew
+PROMPT_VERSION = 1  # raise it when new code makes other states of a prompt: then cached ones are not used
 
 
 def clean_tags(tags):
@@ -901,10 +901,10 @@ def tokenize_prompt(tokenizer, prompt, instruction=""):
 
 
 class PromptEncoder:
-    """Prompts to text states: the frozen Gemma-2, loaded only for a prompt that the disk does not have yet.
+    """Prompts to text states: the frozen Gemma-2, loaded only for prompts that are not in the cache.
 
-    States are kept in $SANASR_CACHE/prompts (by default ~/.cache/sanasr) under a hash of all that they depend on. The
-    text encoder is the largest part of the model; it is freed as soon as the new prompts are encoded.
+    The cache is $SANASR_CACHE/prompts (by default ~/.cache/sanasr). A file's name is a hash of all that the states
+    depend on. The text encoder, the largest part of the model, is freed when the new prompts are encoded.
     """
 
     def __init__(self, folder, dtype=torch.float32, device="cpu"):
@@ -931,7 +931,7 @@ class PromptEncoder:
                     found[prompt] = file.get_tensor("c"), file.get_tensor("m")
                 continue
             except (SafetensorError, ValueError):
-                pass  # not there, or damaged: made again
+                pass  # missing or damaged: the prompt is encoded
             if encoder is None:
                 tokenizer = GemmaTokenizer(self.folder / "tokenizer")
                 encoder = Gemma2.from_pretrained(self.folder / "text_encoder", self.dtype, self.device)
@@ -942,7 +942,7 @@ class PromptEncoder:
             ids = torch.tensor([ids], device=self.device)
             c = encoder(ids, torch.ones_like(ids))[0, kept].cpu()
             found[prompt] = c, torch.tensor(mask)
-            with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+            with contextlib.suppress(OSError):  # if the cache cannot be written, prompts are encoded again each time
                 save_tensors(dict(c=c, m=found[prompt][1]), path)
         states, masks = zip(*(found[prompt] for prompt in prompts), strict=True)
         pad = nn.utils.rnn.pad_sequence
