@@ -340,7 +340,7 @@ def validate(args):
 
 def prune(args):
     """The whole run, as the module's docstring says. Returns the exit code."""
-    set_flags(repeatable=True, tf32=True)
+    runs.set_flags(repeatable=True, tf32=True)
     # the network, with its adapter merged
     own = weights.folder(args.model, DTYPES[args.dtype]) / "adapter.safetensors"
     adapter = args.adapter or (own if own.is_file() else "none")

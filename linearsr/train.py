@@ -229,7 +229,7 @@ def fit(folder, k, args, network, start, data, pairs, conditions, held, judge):
 def run_stage(args):
     """Train what the stage names. Returns the exit code."""
     device, main = args.device, ranks()[0] == 0
-    set_flags(repeatable=True, tf32=True)
+    runs.set_flags(repeatable=True, tf32=True)
     model = load_model(args.model, device, torch.float32, adapter=False)
     if model.vae.factor != 4 * STRIDE:
         raise UserError(f"--model {args.model}: its latents are {model.vae.factor} times smaller, not {4 * STRIDE}")
