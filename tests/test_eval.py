@@ -5,6 +5,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import weakref
 import zlib
 from pathlib import Path
 
@@ -477,29 +478,22 @@ def test_one_picture_of_many_tiles_shows_a_bar_for_each_stage(run, tiny_model, m
 
 class Tags:
     """Stands for the tagger: calls a picture by its size and its first pixel."""
-    alive = 0
-
-    def __init__(self):
-        Tags.alive += 1
-
-    def __del__(self):
-        Tags.alive -= 1
-
     def tags(self, image):
         return ["a wall", f"{image.width} by {image.height}", f"red {image.getpixel((0, 0))[0]}"]
 
 
 def test_all_is_tagged_and_the_tagger_gone_before_the_model_is_loaded(run, monkeypatch):
     order = []
-    def load(*args):
-        order.append(Tags.alive)
-        return run.model
-    monkeypatch.setattr(evaluate, "load_model", load)
-    monkeypatch.setattr(tagger.Tagger, "from_pretrained", lambda *_: order.append("tagger") or Tags())
+    def load_tagger(*_):
+        found = Tags()
+        weakref.finalize(found, order.append, "the tagger is gone")
+        return found
+    monkeypatch.setattr(evaluate, "load_model", lambda *_: order.append("the model is loaded") or run.model)
+    monkeypatch.setattr(tagger.Tagger, "from_pretrained", load_tagger)
     Image.new("RGB", (7, 5), (9, 0, 0)).save("a.png")
     Path("b.png").write_text("no picture")
     code, out, err = run("b.png", "a.png", "--tagger", "ram", "--prompt", "at noon")
-    assert order == ["tagger", 0]
+    assert order == ["the tagger is gone", "the model is loaded"]
     assert run.model.seen["prompt"] == "at noon, a wall, 28 by 20, red 9"
     assert code == 1 and "1 restored, 1 skipped" in out
     assert err.splitlines()[-1].startswith("error: b.png: not a picture that can be read (")

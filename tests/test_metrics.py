@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import external, relative
 from PIL import Image
+from seeded import seeded
 
 import eval as evaluation
 import metrics
@@ -33,14 +34,12 @@ def draw(key, shape, gain=1.0):
         return torch.tensor(math.log(100.0))
     if key.endswith("running_var"):
         return 1 + 0.1 * torch.rand(shape, generator=generator)
-    r = torch.randn(shape, generator=generator)
     if key in ("alpha", "beta"):
-        return 0.1 + 0.01 * r
-    if key.startswith("lin"):
-        return r.abs() / math.sqrt(shape[1])
-    if len(shape) <= 1:
-        return 1 + 0.1 * r if key.endswith(".weight") else 0.02 * r
-    return 0.02 * r if TABLE.match(key) else gain * r / math.sqrt(math.prod(shape[1:]))
+        return 0.1 + 0.01 * torch.randn(shape, generator=generator)
+    if TABLE.match(key):
+        return 0.02 * torch.randn(shape, generator=generator)
+    x = seeded(key, shape)
+    return x.abs() if key.startswith("lin") else x * gain if len(shape) > 1 else x
 
 
 def seed(model):
