@@ -153,11 +153,12 @@ class Trainer:
         self.saved = self.step
 
     def note(self, row):
-        """Add a row to the log."""
+        """Add a row to the log, with six digits: a resumed run, which reads it, draws the same curves."""
+        row = {c: float(f"{row[c]:.6g}") if c != "step" else row[c] for c in self.columns if c in row}
         self.rows.append(row)
         try:
             with open(self.folder / "log.csv", "a", newline="") as f:
-                f.write(",".join(f"{row[c]:.6g}" if c in row else "" for c in self.columns) + "\r\n")
+                f.write(",".join(f"{row[c]:.12g}" if c in row else "" for c in self.columns) + "\r\n")
         except OSError as error:
             raise UserError(f"{self.folder}/log.csv cannot be written ({reason(error)})")
 
@@ -237,6 +238,7 @@ class Trainer:
         A batch with "name" and "prompt" is named where its loss is not finite. Returns the exit code.
         """
         if self.step >= self.steps:
+            self.save()  # makes files that are missing
             return 0
         if self.step == 0 and self.main and not self.rows:
             self.note({"step": 0} | self.look())
