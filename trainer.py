@@ -240,6 +240,7 @@ class Trainer:
         if self.step and self.main and self.export:  # again: someone may have deleted what they made
             self.export(self.step, dict(zip(self.names, self.ema, strict=True)))
         if self.step >= self.steps:
+            self.save()  # makes files that are missing
             return 0
         if self.step == 0 and self.main and not self.rows:
             self.note({"step": 0} | self.look())
