@@ -433,8 +433,8 @@ def prediction(plain, z, condition, keys_values, bias, norms, gates, out, querie
     height, width = z.shape[2:]
     x = plain.patch_embed["proj"](to_tokens(z))  # B,N,D
     if condition is not None:
-        x = x + to_tokens(condition)
-    eps, rows = plain.config["norm_eps"], x.flatten(0, 1)  # the same memory
+        x += to_tokens(condition)
+    eps, rows = plain.config["norm_eps"], x.view(-1, x.shape[2])  # the same memory
     h = F.layer_norm(x, x.shape[2:], *norms[0], eps)
     for i, (block, (k, v)) in enumerate(zip(plain.transformer_blocks, keys_values, strict=True)):
         a = block.attn1
