@@ -154,7 +154,7 @@ class Trainer:
 
     def note(self, row):
         """Add a row to the log."""
-        cells = {c: f"{row[c]:.6g}" for c in self.columns if c in row}
+        cells = {c: f"{row[c]:.6g}" for c in self.columns if c in row} | {"step": str(row["step"])}
         self.rows.append({c: float(text) for c, text in cells.items()} | {"step": row["step"]})  # as when resumed
         try:
             with open(self.folder / "log.csv", "a", newline="") as f:
