@@ -237,8 +237,6 @@ class Trainer:
 
         A batch with "name" and "prompt" is named where its loss is not finite. Returns the exit code.
         """
-        if self.step and self.main and self.export:  # again: someone may have deleted what they made
-            self.export(self.step, dict(zip(self.names, self.ema, strict=True)))
         if self.step >= self.steps:
             self.save()  # makes files that are missing
             return 0
