@@ -6,12 +6,13 @@
 
     x_H ── one of four kinds (photos/kinds.py) ─► x_L;     x̂ = D(E(x_L)) ─► x_H, or the teacher's picture of x_L
     one view in eight is clean: D(E(x_H)) ─► x_H
-    L = L1 + w·LPIPS (AlexNet, shifted) + critic·doubt(x̂, x_H)
+    L = L1 + w·LPIPS (AlexNet, shifted) + 0.3·repeated(x̂ − x_H) + critic·doubt(x̂, x_H)
 
 The paper's introduction asks for a degradation-aware autoencoder; its §3.1 takes SANA's as it is. The official weights
-stay as they are; the bundled model's were trained by this. The order matters: pixels until structure stands, then the
-pictures of a teacher, a function of x_L where x_H is one of many answers, then texture by a critic. The teacher is any
-restorer that was run over runs/pairs/KEY/lr and wrote pictures of the same names. What has no picture there learns x_H.
+stay as they are; the bundled model's come from programs before this one (docs/training.md). The order matters: pixels
+until structure stands, then the pictures of a teacher, a function of x_L where x_H is one of many answers, then texture
+by a critic. The teacher is any restorer that was run over runs/pairs/KEY/lr and wrote pictures of the same names. What
+has no picture there learns x_H.
 Leaves in runs/NAME: vae/ (EMA weights, an official folder), samples/, log.csv, curves.png, state.pt (--resume).
 """
 import hashlib
@@ -41,6 +42,7 @@ from weights.files import save_module
 WINDOW = 224            # pixels of a view: it begins at any phase of the 32-pixel grid
 ALIGNED = 0.3           # share of views that begin where the picture does, as the blocks of a JPEG do
 TAUGHT = 0.4            # of --perceptual, where the target is a teacher's picture: it is sharp by itself
+REPEATED = 0.3          # weight of `repeated`
 WARMUP, DECAY, EMA = 50, 0.25, 0.998
 VAL = 64                # held-out pairs, as many of each kind
 
@@ -117,8 +119,8 @@ def doubt(worse, better):
 
 def repeated(error, period=8, cells=4):
     """The norm of what of an error: B,C,H,W repeats from cell to cell, in windows of 4×4 cells of 8×8 pixels, the mean
-    over windows. D upsamples by sub-pixels, and a critic of features likes what is sharp: without this loss it had D
-    lay a lattice of dots, 4 pixels apart, over flat areas."""
+    over windows. D upsamples by sub-pixels. Without this loss AlexNet's LPIPS had it weave a canvas over flat areas,
+    and a critic of features lay a lattice of dots, 4 pixels apart."""
     cell = F.avg_pool2d(F.pixel_unshuffle(error, period), cells, 1).unflatten(1, (-1, period * period))
     return ((cell - cell.mean(2, keepdim=True)).square().mean((1, 2)) + 2.5e-6).sqrt().mean()
 
@@ -150,6 +152,8 @@ class Restoration:
             shares = self.args.perceptual * (1 - (1 - TAUGHT) * batch["taught"])
             distances = self.judge(leaf[:, :, top:, left:].clamp(-1, 1), x_h[:, :, top:, left:])
             terms["lpips"], weighted = distances.mean(), weighted + (shares * distances).mean()
+        if self.args.perceptual or self.critic:
+            weighted = weighted + REPEATED * repeated(leaf - x_h)
         judged = 0
         if self.critic:
             top, left = (batch["shift"][0] * (WINDOW - Critic.SIDE) // 31).tolist()
@@ -157,7 +161,7 @@ class Restoration:
             fake, real = self.features(crop), self.features(real)
             true = self.critic(real)
             terms["critic"] = doubt([v.detach() for v in true], self.critic(fake))
-            weighted = weighted + self.args.critic * terms["critic"] + 0.3 * repeated(leaf - x_h)
+            weighted = weighted + self.args.critic * terms["critic"]
             terms["judged"] = judged = doubt(self.critic([v.detach() for v in fake]), true)
         gradient, = torch.autograd.grad(weighted, leaf)
         loss = (y * gradient).sum() + judged
@@ -214,7 +218,7 @@ def train(args):
     if loss.critic:
         parameters |= {f"critic.{key}": p for key, p in loss.critic.named_parameters()}
     settings = {key: getattr(args, key) for key in SETTINGS} | {
-        "the pairs": folder.name, "the constants": [WINDOW, ALIGNED, TAUGHT, WARMUP, DECAY, EMA],
+        "the pairs": folder.name, "the constants": [WINDOW, ALIGNED, TAUGHT, REPEATED, WARMUP, DECAY, EMA],
         "--batch times the processes": args.batch * world}
 
     def export(step, averaged):
