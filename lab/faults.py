@@ -476,7 +476,7 @@ class Run:
         if not wrong and (code == 0 if complete is None else complete):  # it may have saved more checkpoints
             wrong = [f"{name} differs from the uninterrupted run's" for name in {**self.reference, **got}
                      if got.get(name) != self.reference.get(name)
-                     and (name in self.reference or not name.startswith(("checkpoints/", "samples/")))]
+                     and (name in self.reference or not {"checkpoints", "samples"} & {*Path(name).parts})]
         return wrong
 
 
