@@ -135,7 +135,7 @@ def test_bad_options(options, message, capsys):
     assert message in f"{end.value.code} {capsys.readouterr().err}"
 
 
-def test_the_carried_model_beats_bicubic_and_an_unsharp_mask():
+def test_the_bundled_model_beats_bicubic_and_an_unsharp_mask():
     hr = Image.open(ROOT / "examples/portrait.png").convert("RGB").crop((0, 0, 144, 160))
     lr = hr.resize((36, 40), Image.Resampling.BOX)
     bicubic = lr.resize(hr.size, Image.Resampling.BICUBIC)
