@@ -2,17 +2,17 @@
 
     python train.py --learn autoencoder --data ./hq --name pixels --steps 4000 --perceptual 0
     python train.py --learn autoencoder --data ./hq --name sharp --init runs/pixels/vae --teacher DIR --steps 20000
-    python train.py --learn autoencoder --data ./hq --name texture --init runs/sharp/vae --teacher DIR --critic 0.1
+    python train.py --learn autoencoder --data ./hq --name texture --init runs/sharp/vae --teacher DIR --texture 0.3
 
     x_H ── one of four kinds (photos/kinds.py) ─► x_L;     x̂ = D(E(x_L)) ─► x_H, or the teacher's picture of x_L
     one view in eight is clean: D(E(x_H)) ─► x_H
-    L = L1 + w·LPIPS (AlexNet, shifted) + 0.3·repeated(x̂ − x_H) + critic·doubt(x̂, x_H)
+    L = L1 + p·LPIPS (AlexNet, shifted) + 0.3·repeated(x̂ − x_H) + w·(DISTS(x̂, x_H) + doubt(x̂, x_H) / 15)
 
 The paper's introduction asks for a degradation-aware autoencoder; its §3.1 takes SANA's as it is. The official weights
 stay as they are; the bundled model's come from programs before this one (docs/training.md). The order matters: pixels
 until structure stands, then the pictures of a teacher, a function of x_L where x_H is one of many answers, then texture
-by a critic. The teacher is any restorer that was run over runs/pairs/KEY/lr and wrote pictures of the same names. What
-has no picture there learns x_H.
+by DISTS and a critic, which see x_H. The teacher is any restorer that was run over runs/pairs/KEY/lr and wrote pictures
+of the same names. What has no picture there learns x_H.
 Leaves in runs/NAME: vae/ (EMA weights, an official folder), samples/, log.csv, curves.png, state.pt (--resume).
 """
 import hashlib
@@ -41,8 +41,8 @@ from weights.files import save_module
 
 WINDOW = 224            # pixels of a view: it begins at any phase of the 32-pixel grid
 ALIGNED = 0.3           # share of views that begin where the picture does, as the blocks of a JPEG do
-TAUGHT = 0.4            # of --perceptual, where the target is a teacher's picture: it is sharp by itself
 REPEATED = 0.3          # weight of `repeated`
+DOUBT = 1 / 15          # weight of the critic's verdict in --texture: its gradient is then as large as that of DISTS
 WARMUP, DECAY, EMA = 50, 0.25, 0.998
 VAL = 64                # held-out pairs, as many of each kind
 
@@ -71,7 +71,7 @@ class Views(Dataset):
             return (x.flip(2) if flip else x).contiguous()
         x_h = view((self.teacher if taught else self.folder / "hr") / name)
         sample = {"x_H": x_h, "x_L": x_h if clean else view(self.folder / "lr" / name, 1), "name": name,
-                  "taught": np.float32(taught), "shift": rng.integers(32, size=2)}
+                  "shift": rng.integers(32, size=2)}
         return sample | ({"real": view(self.folder / "hr" / name) if taught else x_h} if self.real else {})
 
 
@@ -104,13 +104,6 @@ class Critic(nn.Module):
                 for head, tap in zip(self.heads, taps, strict=True)]
 
 
-def features(device):
-    """x: B,3,H,W in [-1, 1] -> the features that `Critic` judges. Raises weights.Unavailable."""
-    net = DISTS.from_pretrained().to(device)
-    net.net.stages = net.net.stages[:Critic.STAGES]
-    return lambda x: net.taps(x / 2 + 0.5)[1:]
-
-
 def doubt(worse, better):
     """Σ of the heads, softplus(worse − better): scalar. Judged in pairs, since of one view x̂ and x_H differ in little
     else but what restoring has missed (Jolicoeur-Martineau, "The Relativistic Discriminator", ICLR 2019)."""
@@ -129,17 +122,36 @@ def repeated(error, period=8, cells=4):
 
 
 class Restoration:
-    """The loss of a batch: {"loss", "l1", "lpips", "critic", "judged"}, those that have a weight."""
+    """The loss of a batch: {"loss", "l1", "lpips", "dists", "doubt", "critic"}, those that have a weight."""
 
     def __init__(self, args, net):
-        self.args, self.net = args, net
+        self.args, self.net, self.critic = args, net, None
         self.judge = LPIPS.from_pretrained("alex").to(args.device)
-        self.critic = Critic().to(args.device) if args.critic else None
-        self.features = features(args.device) if args.critic else None
+        if args.texture:
+            self.critic, self.dists = Critic().to(args.device), DISTS.from_pretrained().to(args.device)
+
+    def autocast(self):
+        return torch.autocast(self.args.device.type, DTYPES[self.args.dtype], self.args.dtype != "fp32")
 
     def restore(self, x):
-        with torch.autocast(self.args.device.type, DTYPES[self.args.dtype], self.args.dtype != "fp32"):
+        with self.autocast():
             return self.net.decode(self.net.encode(x)).float()
+
+    def texture(self, x, x_h, shift):
+        """(DISTS, doubt of x, doubt of x_H): scalars, by a crop of half of the views, the other half the next time.
+        The second's gradient is for x, the third's for the critic."""
+        half = slice(shift[0] % 2, None, 2) if len(x) > 1 else slice(None)
+        top, left = (shift * (WINDOW - Critic.SIDE) // 31).tolist()
+        x, x_h = (v[half, :, top:top + Critic.SIDE, left:left + Critic.SIDE] / 2 + 0.5 for v in (x, x_h))
+        with self.autocast():
+            taps = self.dists.taps(x)
+            with torch.no_grad():
+                target = self.dists.taps(x_h)
+        taps, target = ([tap.float() for tap in v] for v in (taps, target))
+        seen, real = (v[1:1 + Critic.STAGES] for v in (taps, target))
+        true = self.critic(real)
+        return (self.dists.distance(taps, target).mean(), doubt([v.detach() for v in true], self.critic(seen)),
+                doubt(self.critic([v.detach() for v in seen]), true))
 
     def __call__(self, batch):
         batch = {k: v.to(self.args.device) for k, v in batch.items() if torch.is_tensor(v)}
@@ -149,22 +161,15 @@ class Restoration:
         weighted = terms["l1"]
         if self.args.perceptual:
             top, left = batch["shift"][0].tolist()
-            shares = self.args.perceptual * (1 - (1 - TAUGHT) * batch["taught"])
-            distances = self.judge(leaf[:, :, top:, left:].clamp(-1, 1), x_h[:, :, top:, left:])
-            terms["lpips"], weighted = distances.mean(), weighted + (shares * distances).mean()
-        if self.args.perceptual or self.critic:
-            weighted = weighted + REPEATED * repeated(leaf - x_h)
-        judged = 0
+            terms["lpips"] = self.judge(leaf[:, :, top:, left:].clamp(-1, 1), x_h[:, :, top:, left:]).mean()
+            weighted = weighted + self.args.perceptual * terms["lpips"] + REPEATED * repeated(leaf - x_h)
+        verdict = 0
         if self.critic:
-            top, left = (batch["shift"][0] * (WINDOW - Critic.SIDE) // 31).tolist()
-            crop, real = (x[:, :, top:top + Critic.SIDE, left:left + Critic.SIDE] for x in (leaf, batch["real"]))
-            fake, real = self.features(crop), self.features(real)
-            true = self.critic(real)
-            terms["critic"] = doubt([v.detach() for v in true], self.critic(fake))
-            weighted = weighted + self.args.critic * terms["critic"]
-            terms["judged"] = judged = doubt(self.critic([v.detach() for v in fake]), true)
+            terms["dists"], terms["doubt"], verdict = self.texture(leaf, batch["real"], batch["shift"][0])
+            weighted = weighted + self.args.texture * (terms["dists"] + DOUBT * terms["doubt"])
+            terms["critic"] = verdict
         gradient, = torch.autograd.grad(weighted, leaf)
-        loss = (y * gradient).sum() + judged
+        loss = (y * gradient).sum() + verdict
         return {"loss": loss + (weighted - loss).detach()} | terms  # the value is the weighted sum, the gradient loss's
 
     def validate(self, pairs):
@@ -218,7 +223,7 @@ def train(args):
     if loss.critic:
         parameters |= {f"critic.{key}": p for key, p in loss.critic.named_parameters()}
     settings = {key: getattr(args, key) for key in SETTINGS} | {
-        "the pairs": folder.name, "the constants": [WINDOW, ALIGNED, TAUGHT, REPEATED, WARMUP, DECAY, EMA],
+        "the pairs": folder.name, "the constants": [WINDOW, ALIGNED, REPEATED, DOUBT, WARMUP, DECAY, EMA],
         "--batch times the processes": args.batch * world}
 
     def export(step, averaged):
@@ -226,11 +231,11 @@ def train(args):
             save_module(net, args.run / "vae", torch.float16)
 
     def training_batches(first, signals):
-        views = Views(folder, names, args.teacher, args.seed, 1 / 8, real=bool(args.critic))
+        views = Views(folder, names, args.teacher, args.seed, 1 / 8, real=bool(args.texture))
         return batches(views, args.batch, range(first, args.steps), args.workers, signals)
 
     watched = ["val_lpips", *(f"val_{kind}" for kind in KINDS), "val_clean", "val_psnr"]
-    terms = ["l1"] + ["lpips"] * bool(args.perceptual) + ["critic", "judged"] * bool(args.critic)
+    terms = ["l1"] + ["lpips"] * bool(args.perceptual) + ["dists", "doubt", "critic"] * bool(args.texture)
     trainer = Trainer(args.run, parameters, loss, settings, options=args.options, steps=args.steps, every=args.every,
                       lr=args.lr, device=args.device, samples=args.batch * world, terms=terms, watched=watched,
                       warmup=WARMUP, decay=DECAY, betas=(0.9, 0.99), weight_decay=0.0, ema=EMA, export=export,
@@ -239,4 +244,4 @@ def train(args):
 
 
 # what a step computes depends on these
-SETTINGS = ("data", "init", "model", "teacher", "pairs", "perceptual", "critic", "lr", "dtype", "seed")
+SETTINGS = ("data", "init", "model", "teacher", "pairs", "perceptual", "texture", "lr", "dtype", "seed")

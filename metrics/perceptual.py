@@ -169,8 +169,12 @@ class DISTS(nn.Module):
         return [x, *self.net((x - self.mean) / self.std)]
 
     def forward(self, x, y):
+        return self.distance(self.taps(x), self.taps(y))
+
+    def distance(self, taps_x, taps_y):
+        """The score of two pictures by their `taps`: (B,)."""
         s1, s2 = [], []
-        for fx, fy in zip(self.taps(x), self.taps(y), strict=True):
+        for fx, fy in zip(taps_x, taps_y, strict=True):
             mx, my, vx, vy, cov = moments(fx, fy)
             s1.append((2 * mx * my + 1e-6) / (mx.square() + my.square() + 1e-6))
             s2.append((2 * cov + 1e-6) / (vx + vy + 1e-6))
