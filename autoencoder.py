@@ -30,6 +30,7 @@ from torch.utils.data import Dataset
 import weights
 from metrics import DISTS, LPIPS
 from metrics.perceptual import VGG16
+from objective import judged
 from photos.degrade import SCALE, enlarge, to_image, to_tensor
 from photos.kinds import KINDS, PAIRS_VERSION, SIDE, write_pairs
 from photos.pairs import digest, scan, split
@@ -179,11 +180,11 @@ class Restoration:
         self.net.eval()
         for kind, lr, hr in pairs:
             x_l, x_h = (x[None].to(self.args.device) for x in (enlarge(lr), to_tensor(hr) * 2 - 1))
-            x = ((self.restore(x_l).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
-            scores.setdefault(f"val_{kind}", []).append(self.judge(x, x_h).item())
-            scores.setdefault("val_psnr", []).append(-10 * ((x - x_h).square().mean() / 4).log10().item())
+            _, psnr, lpips, row = judged(self.restore(x_l), x_l, x_h, self.judge)
+            scores.setdefault(f"val_{kind}", []).append(lpips)
+            scores.setdefault("val_psnr", []).append(psnr)
             if len(scores[f"val_{kind}"]) <= 2:
-                rows.append(torch.cat([x_l, x, x_h], 3)[0].cpu() / 2 + 0.5)
+                rows.append(row)
             if kind == "soft":
                 clean = self.restore(x_h).clamp(-1, 1)
                 scores.setdefault("val_clean", []).append(self.judge(clean, x_h).item())

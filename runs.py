@@ -6,6 +6,7 @@ import contextlib
 import csv
 import errno
 import functools
+import itertools
 import math
 import os
 import pickle
@@ -14,6 +15,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from datetime import timedelta
 from io import StringIO
@@ -79,10 +81,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def set_flags(repeatable=False, tf32=False):
     """PyTorch's global switches for GPUs. Each command sets them here, first of all, and nowhere else.
 
-    repeatable: a resumed run repeats an uninterrupted one: for trainings.
+    repeatable: a resumed run repeats an uninterrupted one: for trainings. Else cuDNN tries its algorithms at the first
+    convolution of a shape, and takes the fastest.
     tf32: float32 matrix products and convolutions with 10 bits of mantissa, several times as fast: for trainings.
     """
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = repeatable, False
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = repeatable, not repeatable
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
@@ -296,6 +299,8 @@ def curves(rows, names, mark=None, width=360, height=200):
 
 # --- Several processes ---
 
+MEASURED = 20, 60  # from and to which batch the waiting for loader processes is measured: they have started before
+
 
 def ranks():
     """(rank, number of ranks), with or without torchrun."""
@@ -311,12 +316,16 @@ def from_first(make):
     return box[0]
 
 
-def average(tensors):
-    """Replace each tensor by its mean over all ranks, in one message."""
-    if ranks()[1] > 1:
-        flat = torch.cat([t.flatten() for t in tensors])
+def average(tensors, wire=torch.float32, most=2**25):
+    """Replace each tensor by its mean over all ranks, in messages of dtype `wire` and of some `most` values."""
+    if ranks()[1] == 1:
+        return
+    message = (end // most for end in itertools.accumulate(t.numel() for t in tensors))  # the number of each tensor's
+    for _, part in itertools.groupby(tensors, lambda _: next(message)):
+        part = list(part)
+        flat = torch.cat([t.flatten().to(wire) for t in part])
         dist.all_reduce(flat)
-        for t, mean in zip(tensors, (flat / ranks()[1]).split([t.numel() for t in tensors]), strict=True):
+        for t, mean in zip(part, flat.div_(ranks()[1]).split([t.numel() for t in part]), strict=True):
             t.copy_(mean.view_as(t))
 
 
@@ -358,14 +367,25 @@ def outlive_signals(worker):
 def batches(dataset, size, steps, workers, signals, pin_memory=False):
     """This rank's batches of `size` samples of an endless dataset: yields one for each of `steps`, a range.
 
-    A signal may end a worker that has just started: then the batches end without an error.
+    A signal may end a worker that has just started: then the batches end without an error. pin_memory: on a GPU, where
+    a line says so if it waits for too few workers.
     """
     rank, world = ranks()
     mine = ([(n * world + rank) * size + i for i in range(size)] for n in steps)
     loader = DataLoader(dataset, batch_sampler=mine, num_workers=workers, worker_init_fn=outlive_signals,
                         pin_memory=pin_memory)
+    waited = begun = last = 0.0
     try:
-        yield from loader
+        for n, batch in enumerate(loader):
+            now = time.perf_counter()
+            waited += now - last
+            if n == MEASURED[0]:
+                waited, begun = 0.0, now
+            if n == MEASURED[1] and pin_memory and rank == 0 and waited > 0.1 * (now - begun):
+                need = math.ceil(max(workers, 1) * (now - begun) / (now - begun - waited))
+                print(f"note: the GPU waits for photos: it needs --workers {need}, not {workers}", file=sys.stderr)
+            yield batch
+            last = time.perf_counter()
     except RuntimeError:
         if not signals.caught:
             raise

@@ -16,7 +16,6 @@ names. Starts from the model's own adapter where it has one (--init none: from n
 adapter.safetensors (EMA weights), checkpoints/, samples/, log.csv, curves.png, state.pt (to resume), val/ (the fixed
 validation pairs). Settings are the paper's Appendix B; 100 000 steps took it 8 GPUs.
 """
-import math
 import sys
 from contextlib import nullcontext
 from functools import partial
@@ -113,10 +112,9 @@ class Networks:
             x_l, x_h = enlarge(lr)[None].to(device), (to_tensor(hr) * 2 - 1)[None].to(device)
             tau = torch.full((1,), self.args.timestep, device=device)
             x = self.vae.decode(one_step(self.f, self.vae.encode(x_l), tau, *self.conditions([prompt])))
-            x = ((x.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
-            psnr = 10 * math.log10(4 / max((x - x_h).square().mean().item(), 1e-10))
-            scores.append((self.judge(x, x_h).item(), psnr, objective.lattice(x - x_h)))
-            rows.append(torch.cat([x_l, x, x_h], 3)[0].cpu() / 2 + 0.5)
+            x, psnr, lpips, row = objective.judged(x, x_l, x_h, self.judge)
+            scores.append((lpips, psnr, objective.lattice(x - x_h)))
+            rows.append(row)
         means = [sum(column) / len(pairs) for column in zip(*scores, strict=True)]
         return dict(zip(WATCHED, means, strict=True)), to_image(torch.cat(rows[:6], 1))
 
@@ -186,7 +184,7 @@ def training_batches(args, model, data, first, signals):
     """This rank's batches of the steps from `first` on."""
     side, steps = args.crop // model.vae.factor, range(first * args.accumulate, args.steps * args.accumulate)
     pairs = Pairs(data.photos, data.prompts, args.crop, (model.dit.config["in_channels"], side, side),
-                  PROTOCOLS[args.protocol][1], args.seed, data.lq, args.usm, args.mild)
+                  PROTOCOLS[args.protocol][1], args.seed, data.lq, args.usm, args.mild, getattr(args, "cache", None))
     return runs.batches(pairs, args.batch, steps, args.workers, signals, args.device.type == "cuda")
 
 
@@ -241,7 +239,9 @@ NOT_OPTIONS = ("run", "name", "device", "resume", "select")
 
 def parser():
     p = runs.parser(__doc__)
-    add_data_options(p.add_argument_group("photos").add_argument)
+    add = p.add_argument_group("photos").add_argument
+    add_data_options(add)
+    add("--cache", metavar="DIR", help="keep the photos there, cut into tiles, which are read faster than large photos")
     add = p.add_argument_group("the run").add_argument
     add("--learn", choices=["adapter", "autoencoder"], default="adapter", help="what is trained")
     add("--model", default="embedded", metavar="NAME|FOLDER", help="the prior, see `python -m weights`")

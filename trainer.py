@@ -21,6 +21,7 @@ from itertools import islice
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import runs
@@ -34,7 +35,7 @@ NAMED = ("name", "prompt", "t")  # of a batch: what is told of it where its loss
 @contextlib.contextmanager
 def holding(parameters, values):
     """A context within which the parameters have these values."""
-    own = [p.detach().clone() for p in parameters]
+    own = [p.detach().to("cpu", copy=True) for p in parameters]  # of memory a GPU may have none to spare
     copy(parameters, values)
     try:
         yield
@@ -89,7 +90,7 @@ class Trainer:
     def __init__(self, folder, parameters, loss, settings, *, steps, every, lr, device, samples, options=None,
                  terms=(), watched=(), warmup=0, decay=0.0, betas=(0.9, 0.999), weight_decay=1e-2, clip=1.0, ema=0.999,
                  accumulate=1, fp16=False, validate=None, export=None, backward=None, label="", watch=None,
-                 patience=0, tolerance=0.05, resume="rerun to resume"):
+                 patience=0, tolerance=0.05, resume="rerun to resume", wire=torch.float32):
         """parameters: {name: parameter}, all that is trained. Where one is of half precision, a float32 master moves.
         loss(batch): {"loss": scalar, **terms}; backward(batch), by default loss(batch)["loss"].backward(), leaves the
         gradients and returns the same. settings: what the run depends on; a state of other settings is refused.
@@ -98,6 +99,7 @@ class Trainer:
         export(step, {name: EMA weights}) writes the caller's files.
         warmup: steps; decay: the share of the steps at the end over which the rate falls to zero.
         patience: stop that many validations past the `knee` of the column `watch`; `knee_step` then names it.
+        wire: the dtype in which ranks exchange gradients.
         Raises UserError where the folder's state is of other settings or does not fit.
         """
         self.folder, self.loss, self.label, self.resume = folder, loss, label, resume
@@ -106,6 +108,7 @@ class Trainer:
         self.clip, self.ema_decay, self.accumulate, self.device = clip, ema, accumulate, device
         self.validate, self.export, self.backward = validate, export, backward or self.eager
         self.watch, self.patience, self.tolerance, self.knee_step = watch, patience, tolerance, None
+        self.wire, self.tflop = wire, None  # tflop: of a step on all ranks, once it is known
         self.names, self.parameters = list(parameters), list(parameters.values())
         self.masters = [p.detach().float() for p in self.parameters]  # of a float32 parameter the same memory
         self.half = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p.dtype != m.dtype]
@@ -113,7 +116,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.masters, lr, betas=betas, eps=1e-8, weight_decay=weight_decay,
                                            fused=device.type == "cuda" or None)
         self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0 ** 12, enabled=fp16)
-        self.columns = ["step", "loss", *terms, "grad_norm", *watched, "samples_per_s", "memory_gb"]
+        self.columns = ["step", "loss", *terms, "grad_norm", *watched, "samples_per_s", "tflops", "memory_gb"]
         self.step, self.rows, self.main = 0, [], ranks()[0] == 0
         if (folder / "state.pt").exists():
             self.load(open_state(folder))
@@ -144,7 +147,7 @@ class Trainer:
         """The caller's files, then the state: so what the state has reached exists, whenever the run is killed."""
         if self.main:
             mark = self.past_knee()[0] if self.watch else None
-            self.picture("curves.png", runs.curves(self.rows, self.columns[1:-2], mark))
+            self.picture("curves.png", runs.curves(self.rows, self.columns[1:-3], mark))
             if self.export:
                 self.export(self.step, dict(zip(self.names, self.ema, strict=True)))
             runs.save_state(self.folder / "state.pt", {
@@ -183,8 +186,11 @@ class Trainer:
     # --- the loop ---
 
     def eager(self, batch):
-        values = self.loss(batch)
-        self.scaler.scale(values["loss"] / self.accumulate).backward()
+        with FlopCounterMode(display=False) if self.tflop is None else contextlib.nullcontext() as counter:
+            values = self.loss(batch)
+            self.scaler.scale(values["loss"] / self.accumulate).backward()
+        if counter:
+            self.tflop = counter.get_total_flops() * self.accumulate * ranks()[1] / 1e12
         return {name: value.detach() for name, value in values.items()}
 
     def gradients(self, stream):
@@ -204,7 +210,7 @@ class Trainer:
             return None
         for master, p in zip(self.masters, self.parameters, strict=True):
             master.grad = p.grad.float()
-        average([m.grad for m in self.masters])
+        average([m.grad for m in self.masters], self.wire)
         self.scaler.unscale_(self.optimizer)
         return sums, torch.nn.utils.clip_grad_norm_(self.masters, self.clip), seen
 
@@ -278,8 +284,9 @@ class Trainer:
             self.update()
             bar.update()
             stop = any([row.pop("stop") for row in rows])  # of any rank
-            also = {"samples_per_s": self.samples * len(rows) / (time.perf_counter() - started),
-                    "memory_gb": runs.peak_memory(self.device) or 0.0}
+            rate = len(rows) / (time.perf_counter() - started)
+            also = {"samples_per_s": self.samples * rate, "memory_gb": runs.peak_memory(self.device) or 0.0}
+            also |= {"tflops": self.tflop * rate} if self.tflop else {}
             rows = [{"step": step} | row | also for (step, *_), row in zip(unread, rows, strict=True)]
             bar.set_postfix({k: f"{v:.4g}" for k, v in rows[-1].items() if k != "step"}, refresh=False)
             if due:

@@ -16,10 +16,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from linearsr import sample, shifted, unshifted
-from objective import put
-from photos.degrade import DEGRADE_VERSION, to_image, to_tensor
+from objective import judged, put
+from photos.degrade import DEGRADE_VERSION, enlarge, to_image, to_tensor
 from photos.pairs import Pairs
-from photos.pictures import bicubic
 from runs import from_first, outlive_signals, ranks
 from weights.files import open_weights, save_tensors
 
@@ -143,26 +142,22 @@ class Held:
         return torch.cat(losses).cpu()
 
     @torch.no_grad()
-    def restored(self, velocity, steps):
-        """Pictures in [-1, 1] as `LinearSR.restore` makes them, of 8 bits. velocity: (z, t, c, m, lr) -> v."""
-        noise, pictures = torch.randn(self.z.shape, generator=torch.Generator().manual_seed(0)), []
+    def restored(self, velocity, steps, lpips):
+        """({mean PSNR, LPIPS}, a grid x_L | x̂ | x_H of six) of what `LinearSR.restore` makes of the pairs.
+
+        velocity: (z, t, c, m, lr) -> v.
+        """
+        noise, scores, rows = torch.randn(self.z.shape, generator=torch.Generator().manual_seed(0)), [], []
         for part in self.parts():
             v = partial(velocity, c=self.c[part], m=self.m[part], lr=self.lr[part])
-            z = sample(v, noise[part].to(self.z.device), steps)
-            pictures += [self.latents.decode(row[None]).clamp(-1, 1).cpu() for row in z]
-        return ((torch.cat(pictures) + 1) * 127.5).round() / 127.5 - 1
-
-    @torch.no_grad()
-    def judged(self, pictures, lpips):
-        """Mean PSNR (RGB) and LPIPS of `pictures`, and a grid LR | restored | HR of the first six."""
-        device = next(lpips.parameters()).device
-        psnr = -10 * torch.log10((pictures - self.hr).square().mean((1, 2, 3)).clamp(min=1e-10) / 4)
-        distance = [lpips(x[None].to(device), y[None].to(device)).item()
-                    for x, y in zip(pictures, self.hr, strict=True)]
-        rows = [torch.cat([to_tensor(bicubic(to_image(lr.cpu() / 2 + 0.5))), x / 2 + 0.5, y / 2 + 0.5], 2)
-                for lr, x, y in zip(self.lr[:6], pictures, self.hr, strict=False)]
-        scores = {"val_psnr": psnr.mean().item(), "val_lpips": sum(distance) / len(distance)}
-        return scores, to_image(torch.cat(rows, 1))
+            for z in sample(v, noise[part].to(self.z.device), steps):
+                lr, x_h = self.lr[len(rows)], self.hr[len(rows)][None].to(z.device)
+                x_l = enlarge(lr.cpu() / 2 + 0.5)[None].to(z.device)
+                _, *score, row = judged(self.latents.decode(z[None]), x_l, x_h, lpips)
+                scores.append(score)
+                rows.append(row)
+        means = [sum(column) / len(rows) for column in zip(*scores, strict=True)]
+        return dict(zip(("val_psnr", "val_lpips"), means, strict=True)), to_image(torch.cat(rows[:6], 1))
 
 
 def held_flow(flow, boundaries):

@@ -149,7 +149,7 @@ def prepare(network, args, start, k):
 
 def capturable(args):
     """Whether forward and backward can be one CUDA graph."""
-    return args.device.type == "cuda" and ranks()[1] == 1 and not args.checkpointing
+    return args.device.type == "cuda" and not args.checkpointing
 
 
 def batches(args, k, data, pairs, conditions, length, first, signals):
@@ -193,8 +193,7 @@ def fit(folder, k, args, network, start, data, pairs, conditions, held, judge):
         the training; val_psnr (RGB), val_lpips (AlexNet): of restorations in --val-steps steps."""
         with autocast():
             flow = [held.flow(network, interval(j, boundaries)).mean().item() for j in range(len(boundaries) + 1)]
-            pictures = held.restored(velocity, args.val_steps)
-        scores, grid = held.judged(pictures, judge)
+            scores, grid = held.restored(velocity, args.val_steps, torch.autocast(device.type, enabled=False)(judge))
         own = held_flow(flow, boundaries) if k is None else flow[k]
         return {"val_flow": own, **{f"val_flow_{j}": v for j, v in enumerate(flow)}, **scores}, grid
 
@@ -214,7 +213,7 @@ def fit(folder, k, args, network, start, data, pairs, conditions, held, judge):
         steps=args.steps, every=args.every, lr=args.lr, warmup=WARMUP, device=device, samples=args.batch * ranks()[1],
         watched=["val_flow", *(f"val_flow_{j}" for j in range(len(boundaries) + 1)), "val_psnr", "val_lpips"],
         watch=args.watch, tolerance=TOLERANCE, validate=look, export=export, label=label,
-        backward=graphed_backward(loss, parameters.values()) if graph else None)
+        backward=graphed_backward(loss, parameters.values()) if graph else None, wire=dtype)
     if trainer.main and trainer.step < args.steps:
         print(f"{label}: {sum(p.numel() for p in parameters.values()) / 1e6:.2f} M parameters, t in {ends}, batch "
               f"{trainer.samples}, {args.dtype} on {device}, torch {torch.__version__}; {folder}", flush=True)
@@ -234,6 +233,7 @@ def run_stage(args):
     if model.vae.factor != 4 * STRIDE:
         raise UserError(f"--model {args.model}: its latents are {model.vae.factor} times smaller, not {4 * STRIDE}")
     fill_crop(args, model)
+    model.dit.cpu()  # the trainings have copies of it
     model.vae.requires_grad_(False)
     latents, judge = Latents(model.vae, model.scaling_factor), LPIPS.from_pretrained("alex").to(device)
 
@@ -255,7 +255,7 @@ def run_stage(args):
             continue
         start = from_first(lambda folder=folder, k=k: starts(folder, args, k, data))
         torch.manual_seed(args.seed)
-        dit = deepcopy(model.dit)
+        dit = deepcopy(model.dit).to(device)
         dit.checkpointing = args.checkpointing
         network = Network(dit, Stem({"width": dit.config["cross_attention_dim"]}).to(device))
         with runs.claimed(folder) if main else contextlib.nullcontext():

@@ -159,6 +159,8 @@ def match_lq(photos, folder):
 
 # --- Training and validation pairs ---
 
+TILE = 1024  # pixels of a tile of --cache, more where a crop is over half of it
+
 
 class Pairs(Dataset):
     """Sample n of the endless stream of training pairs: photo `order[n]` of epoch n // len(photos).
@@ -167,8 +169,8 @@ class Pairs(Dataset):
     carries what Algorithm 1 draws for it, t and ε.
     """
 
-    def __init__(self, photos, prompts, crop, latent, t_range, seed, lq=None, usm=False, mild=0.0):
-        self.photos, self.prompts, self.lq, self.mild = photos, prompts, lq or {}, mild
+    def __init__(self, photos, prompts, crop, latent, t_range, seed, lq=None, usm=False, mild=0.0, cache=None):
+        self.photos, self.prompts, self.lq, self.mild, self.cache = photos, prompts, lq or {}, mild, cache
         self.crop, self.latent, self.t_range, self.seed, self.usm = crop, latent, t_range, seed, usm
         self.epoch = None, None
 
@@ -186,7 +188,7 @@ class Pairs(Dataset):
         photo, crop = self.photos[i], self.crop
         left, top = (int(rng.integers((size - crop) // SCALE + 1)) * SCALE for size in (photo.width, photo.height))
         flip = rng.random() < 0.5
-        hr, lr = crop_pair(photo.path, self.lq.get(photo.path), left, top, crop)
+        hr, lr = crop_pair(photo, self.lq.get(photo.path), left, top, crop, self.cache)
         if flip:
             hr, lr = hr.flip(-1), None if lr is None else lr.flip(-1)
         hr = sharpen(hr) if self.usm else hr
@@ -200,15 +202,37 @@ class Pairs(Dataset):
                 "prompt": self.prompts[i], "name": self.photos[i].path, "shift": rng.integers(32, size=2)}
 
 
-def crop_pair(path, lq_path, left, top, crop):
+def crop_pair(photo, lq_path, left, top, crop, cache=None):
     """(hr, lr): 3,crop,crop in [0, 1] and the same part of the real LR picture, or None without one."""
-    box = left, top, left + crop, top + crop
+    def cut(path, left, top, crop):
+        return to_tensor(read(path).rgb.crop((left, top, left + crop, top + crop)))
     try:
-        hr = to_tensor(read(path).rgb.crop(box))
-        lr = to_tensor(read(lq_path).rgb.crop([v // SCALE for v in box])) if lq_path else None
+        hr = cut(*(tile(photo, left, top, crop, cache) if cache else (photo.path, left, top)), crop)
+        lr = cut(lq_path, left // SCALE, top // SCALE, crop // SCALE) if lq_path else None
     except Exception as error:  # it could be read when the run began; of a loader only the last line is shown
-        raise OSError(f"{path} (or its LR picture) can no longer be read: {reason(error)}") from error
+        raise OSError(f"{photo.path} (or its LR picture) can no longer be read: {reason(error)}") from error
     return hr, lr
+
+
+def tile(photo, left, top, crop, cache):
+    """(path, left, top): a tile in the folder `cache`, and where a crop of the photo lies in it.
+
+    Tiles overlap by a crop, so each crop lies in one. A photo's are cut when the first of them is asked for, and named
+    by its hash.
+    """
+    side = max(TILE, 2 * crop)
+    stride = side - crop
+
+    def name(x, y):
+        return Path(cache) / photo.sha256[:2] / f"{photo.sha256}_{side}_{stride}_{x}_{y}.png"
+    x, y = left // stride * stride, top // stride * stride
+    if not name(x, y).exists():
+        image = read(photo.path).rgb
+        for across in range(0, photo.width - crop + 1, stride):
+            for down in range(0, photo.height - crop + 1, stride):
+                right, bottom = min(across + side, photo.width), min(down + side, photo.height)
+                write_bytes(name(across, down), png(image.crop((across, down, right, bottom))))
+    return name(x, y), left - x, top - y
 
 
 def validation_pairs(photos, lq, crop, seed, folder, mild=0.0):
@@ -216,7 +240,7 @@ def validation_pairs(photos, lq, crop, seed, folder, mild=0.0):
     pairs = []
     for i, photo in enumerate(photos):
         left, top = ((size - crop) // 2 // SCALE * SCALE for size in (photo.width, photo.height))
-        hr, lr = crop_pair(photo.path, lq.get(photo.path), left, top, crop)
+        hr, lr = crop_pair(photo, lq.get(photo.path), left, top, crop)
         lr = degrade(hr, (seed, 2 ** 32 - 1, i), mild=mild) if lr is None else lr  # an epoch that no training reaches
         pairs.append((f"{i:02d}_{bare_name(photo.path)}.png", to_image(lr), to_image(hr)))
     if folder:
@@ -368,6 +392,6 @@ def add_data_options(add):
 def absolute(args):
     """Make the paths among the data options absolute: a resumed run may start elsewhere."""
     args.data = args.data and [str(Path(folder).resolve()) for folder in args.data]
-    for option in ("lq", "tags", "init"):
+    for option in ("lq", "tags", "init", "cache"):
         if getattr(args, option, None) not in (None, "none", "ram", "dape"):
             setattr(args, option, str(Path(getattr(args, option)).resolve()))

@@ -46,8 +46,10 @@ class Double:
             "x_L": noise(2, 3, 96, 96).tanh(), "x_H": noise(2, 3, 96, 96, seed=1).tanh(),
             "c": noise(2, 5, 32, seed=2), "m": torch.tensor([[1, 1, 1, 1, 0], [1] * 5]),
             "t": torch.tensor([70.0, 650.0]).double(), "noise": noise(2, 8, 3, 3, seed=3)}
+        self.encoded = []
 
     def encode(self, x):
+        self.encoded.append(len(x))
         return self.vae.encode(x) * self.s
 
     def decode(self, z):
@@ -83,7 +85,7 @@ def test_losses_follow_algorithm_1(double):
             "align": objective.align_loss(q, q_h), "cons": ((double.dit(noised, t, c, m) - q) ** 2).sum() / q.numel()}
     want = {"loss": want["mse"] + 2 * want["lpips"] + want["align"] + want["cons"]} | want
     values = double.losses()
-    assert list(values) == list(want)
+    assert list(values) == list(want) and double.encoded == [4], "both pictures in one pass"
     for k in want:
         assert torch.allclose(values[k], want[k], rtol=1e-10, atol=0), k
     theirs = torch.autograd.grad(want["loss"], list(double.adapter.values()))
@@ -92,6 +94,8 @@ def test_losses_follow_algorithm_1(double):
     assert all(torch.allclose(a, b, rtol=1e-8, atol=1e-12) for a, b in zip(ours, theirs, strict=True))
     frozen = [p for n, p in double.dit.named_parameters() if "lora" not in n] + list(double.vae.parameters())
     assert all(p.grad is None for p in frozen)
+    double.losses({"mse": 1.0, "cons": 1.0})
+    assert double.encoded == [4, 2], "x_H is encoded for L_align alone"
 
 
 @pytest.mark.parametrize("term", ["mse", "align", "cons", "lattice"])

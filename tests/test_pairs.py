@@ -109,6 +109,21 @@ def test_crops_flips_t_and_shifts_cover_their_ranges(found):
     assert all(u or m for u, m in zip(upright, mirrored, strict=True)) and any(upright) and any(mirrored)
 
 
+def test_tiles_give_the_same_crops_and_are_cut_once_for_each_photo(tmp_path, monkeypatch):
+    """Also without the photo; another photo of the same name gets tiles of its own."""
+    path, cache = tmp_path / "hq" / "a.png", tmp_path / "cache"
+    monkeypatch.setattr(pairs, "TILE", 100)  # two crops are more: 192
+    for seed in (0, 1):
+        save_photo(path, 324, 204, seed)
+        found = scan([path.parent], 96, tmp_path / "index.json", 1)[0]
+        whole, tiled = ([stream(found, **options)[n]["x_H"] for n in range(20)] for options in ({}, {"cache": cache}))
+        assert all(torch.equal(a, b) for a, b in zip(whole, tiled, strict=True))
+        assert len(list(cache.rglob("*.png"))) == 6 * (seed + 1) and len({x.sum() for x in whole}) > 10
+        path.unlink()
+        assert torch.equal(stream(found, cache=cache)[3]["x_H"], whole[3])
+    assert {Image.open(tile).size for tile in cache.rglob("*.png")} == {(a, b) for a in (192, 132) for b in (192, 108)}
+
+
 def test_the_mild_share_reaches_training_and_validation_pairs(found):
     data, other = stream(found, mild=1.0), stream(found)
     assert torch.equal(data[3]["x_H"], other[3]["x_H"]) and not torch.equal(data[3]["x_L"], other[3]["x_L"])

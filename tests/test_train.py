@@ -23,12 +23,14 @@ from seeded import seeded_state_dict
 
 import metrics
 import objective
+import runs
 import train
 import weights
+from lab import profile
 from photos import pairs, tagger
 from photos.degrade import sharpen, to_tensor
 from runs import peak_memory, read_log
-from sanasr import DCAE, LinearDiT, SanaSR, inject_lora, lora_modules, lora_parameters, read_lora
+from sanasr import DCAE, MAX_TOKENS, LinearDiT, SanaSR, inject_lora, lora_modules, lora_parameters, read_lora
 
 QUICK = ["--tags", "none", "--steps", "3", "--no-lpips", "--crop", "96", "--batch", "1", "--workers", "0", "--val", "0"]
 
@@ -96,13 +98,17 @@ def test_a_run_leaves_what_it_promises(here, line, photos, tiny_model):
             "photos_sha256": pairs.digest(trained_on(photos, here))}
     assert want.items() <= metadata.items()
     assert (folder / "log.csv").read_text().splitlines()[0] == \
-        "step,loss,mse,lpips,align,cons,grad_norm,val_lpips,val_psnr,val_lattice,samples_per_s,memory_gb"
+        "step,loss,mse,lpips,align,cons,grad_norm,val_lpips,val_psnr,val_lattice,samples_per_s,tflops,memory_gb"
     rows = read_log(folder / "log.csv")
     assert [("val_lpips" in row, "val_psnr" in row, "loss" in row) for row in rows] == [
         (True, True, False), (False, False, True), (True, True, True), (True, True, True)]
     for row in rows[1:]:
         want = sum(term.weight * row[name] for name, term in objective.TERMS.items() if term.weight)
         assert math.isclose(row["loss"], want, rel_tol=1e-4)
+    model = SanaSR.from_pretrained(tiny_model)
+    encode, dit, decode = (2e-12 * stage.macs for stage in profile.count(model, 96, MAX_TOKENS) if stage.name != "text")
+    least = 2 * (2 * encode + 4 * dit + decode)  # of two samples, forward alone
+    assert all(least < 2 * row["tflops"] / row["samples_per_s"] < 4 * least for row in rows[1:])
     assert rows[1]["cons"] == 0 < min(rows[2][name] for name in objective.PAPER), "B starts at zero"
     assert Image.open(folder / "samples" / "000002.png").size == (3 * 96, 96)
     assert Image.open(folder / "curves.png").width > 900
@@ -360,6 +366,35 @@ def test_knee_stops_the_run(run, monkeypatch):
     assert same(folder / "knee.safetensors", folder / "checkpoints" / "000003.safetensors")
 
 
+def test_a_mean_over_ranks_travels_in_messages(monkeypatch):
+    sent, tensors = [], [noise(*s, dtype=torch.float32).squeeze() for s in ((3, 2), (5,), (1,), (4, 2), (1, 1))]
+    monkeypatch.setattr(runs, "ranks", lambda: (0, 2))
+    monkeypatch.setattr(runs.dist, "all_reduce", lambda x: sent.append((len(x), x.dtype)) or x.mul_(3))  # 1 + 2 times
+    for wire, error in ((torch.float32, 1e-7), (torch.bfloat16, 1e-2)):
+        means = [t.clone() for t in tensors]
+        runs.average(means, wire, most=8)
+        assert all(torch.allclose(a, 1.5 * b, rtol=error) for a, b in zip(means, tensors, strict=True))
+    assert sent == [(n, wire) for wire in (torch.float32, torch.bfloat16) for n in (6, 6, 9)]
+
+
+@pytest.mark.parametrize("photo, workers, says", [
+    (3.0, 0, "it needs --workers 4, not 0"), (3.0, 2, "it needs --workers 8, not 2"), (0.05, 0, "")])
+def test_too_few_loader_processes_are_told(monkeypatch, capsys, photo, workers, says):
+    clock = [0.0]
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: clock[0])
+
+    def loader(dataset, batch_sampler, **options):
+        for _ in batch_sampler:
+            clock[0] += photo
+            yield 0
+    monkeypatch.setattr(runs, "DataLoader", loader)
+    for gpu in (False, True):
+        for _ in runs.batches(None, 1, range(100), workers, None, gpu):
+            clock[0] += 1  # a step
+        said = capsys.readouterr().err
+        assert said.count("\n") == bool(gpu and says) and (says in said or not gpu)
+
+
 @pytest.mark.parametrize("lpips, psnr, says", [
     ((0.5, 0.45, 0.4), (20, 15, 19.9), ""), ((0.5, 0.3, 0.495), (20, 22, 20), "nothing was gained"),
     ((0.5, 0.4, 0.3), (20, 20, 19.7), "nothing was gained")])
@@ -426,7 +461,7 @@ def test_one_step_at_official_size(capsys):
             parts[name] = parts.get(name, 0) + time.process_time() - start
             return result
         return wrapper
-    vae.encode, vae.decode = timed("encode twice", vae.encode), timed("decode", vae.decode)
+    vae.encode, vae.decode = timed("encode both", vae.encode), timed("decode", vae.decode)
     f, f0 = timed("f twice", objective.in_float32(dit)), timed("f0 twice", objective.prior(dit))
     lpips = timed("LPIPS (AlexNet)", objective.load_lpips("alex", torch.device("cpu"), torch.float32)[0])
     values = objective.losses(f, f0, vae, batch, 900.0, lpips)

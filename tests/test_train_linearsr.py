@@ -178,7 +178,7 @@ def same_state(a, b):
 
 
 def columns_of(folder):
-    return [{key: row[key] for key in row.keys() - {"samples_per_s", "memory_gb"}}
+    return [{key: row[key] for key in row.keys() - {"samples_per_s", "tflops", "memory_gb"}}
             for row in read_log(folder / "log.csv")]
 
 
