@@ -149,6 +149,12 @@ def to_picture(x, height, width):
     return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
+def attend(q, k, v, heads, **options):
+    """Softmax attention of n heads of d channels: q …,N,n·d and k, v …,T,n·d -> …,N,n·d."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(-3, -2) for x in (q, k, v))  # …,n,N,d and …,n,T,d
+    return F.scaled_dot_product_attention(q, k, v, **options).transpose(-3, -2).flatten(-2)
+
+
 def checkpointed(block, *args, checkpointing=False):
     """block(*args). With `checkpointing`, its activations are not stored but recomputed in the backward pass.
 
@@ -261,9 +267,7 @@ class CrossAttention(Attention):
     """Softmax attention of the picture's tokens to the text; `bias` is 0 for a kept and −10000 for a masked token."""
 
     def forward(self, x, c, bias):  # x: B,N,D; c: B,T,D; bias: B,1,1,T
-        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2)  # B,n,N,d and B,n,T,d
-                   for y in (self.to_q(x), self.to_k(c), self.to_v(c)))
-        return self.to_out[0](F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
+        return self.to_out[0](attend(self.to_q(x), self.to_k(c), self.to_v(c), self.heads, attn_mask=bias))
 
 
 class DiTBlock(nn.Module):

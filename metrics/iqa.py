@@ -9,24 +9,21 @@ better; the images of a batch do not touch each other.
 """
 import math
 import re
+from collections import OrderedDict
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 import weights
-from photos.swin import Block
+from photos.swin import Block, WindowAttention
+from sanasr import attend
+from weights.files import read_checkpoint
 
 
 def read(name):
-    """The state_dict in the file `name` of weights.FILES, float32. Pickled files may hold plain tensors only."""
-    path = weights.file(name)
-    if path.suffix == ".safetensors":
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("params", state)
+    """The state_dict in the file `name` of weights.FILES, float32."""
+    state = read_checkpoint(weights.file(name))
     return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
 
 
@@ -34,37 +31,6 @@ def load(model, state, unused):
     """Load `state` strictly, but for the keys that match the pattern `unused`, which the score does not depend on."""
     model.load_state_dict({k: v for k, v in state.items() if not re.match(unused, k)})
     return model.requires_grad_(False).eval()
-
-
-def attend(q, k, v, n, **options):
-    """Attention of n heads: (…, N, n·d) each -> the same."""
-    q, k, v = (t.unflatten(-1, (n, -1)).transpose(-3, -2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, **options).transpose(-3, -2).flatten(-2)
-
-
-class MLP(nn.Module):
-    """Two linear layers with an exact GELU between them."""
-
-    def __init__(self, width, hidden):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class TransformerBlock(nn.Module):
-    """Pre-norm attention and MLP; name: what the checkpoint calls the attention."""
-
-    def __init__(self, width, hidden, name, attention):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.name, self.mlp = name, MLP(width, hidden)
-        self.add_module(name, attention)
-
-    def forward(self, x):
-        x = x + self.get_submodule(self.name)(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
 
 
 # --- MUSIQ ---
@@ -121,7 +87,7 @@ class MUSIQ(nn.Module):
     The original pads the tokens of the first two scales to fixed numbers and masks the padding; every token here is
     a real one, which gives the same.
     """
-    width, blocks, grid = 384, 14, 10
+    width, grid = 384, 10
 
     def __init__(self):
         super().__init__()
@@ -133,9 +99,9 @@ class MUSIQ(nn.Module):
         encoder.posembed_input, encoder.scaleembed_input = nn.Module(), nn.Module()
         encoder.posembed_input.position_emb = nn.Parameter(torch.zeros(1, self.grid ** 2, self.width))
         encoder.scaleembed_input.scale_emb = nn.Parameter(torch.zeros(3, self.width))
-        encoder.transformer = nn.ModuleDict({
-            f"encoderblock_{i}": TransformerBlock(self.width, 1152, "attention", SplitAttention(self.width, 6))
-            for i in range(self.blocks)})
+        encoder.transformer = nn.Sequential(OrderedDict(
+            (f"encoderblock_{i}", Block(self.width, 1152, SplitAttention(self.width, 6), "attention", eps=1e-6))
+            for i in range(14)))
         encoder.encoder_norm = nn.LayerNorm(self.width, eps=1e-6)
         self.head = nn.Linear(self.width, 1)
 
@@ -164,9 +130,7 @@ class MUSIQ(nn.Module):
         scales = [F.interpolate(x, size, mode="bicubic", align_corners=False) for size in sizes] + [x]
         encoder = self.transformer_encoder
         x = torch.cat([encoder.cls.expand(len(x), -1, -1), *(self.tokens(t, i) for i, t in enumerate(scales))], 1)
-        for block in encoder.transformer.values():
-            x = block(x)
-        return self.head(encoder.encoder_norm(x[:, 0])).squeeze(1)
+        return self.head(encoder.encoder_norm(encoder.transformer(x)[:, 0])).squeeze(1)
 
 
 # --- MANIQA ---
@@ -191,8 +155,7 @@ class ViT(nn.Module):
         self.patch_embed = nn.Module()
         self.patch_embed.proj = nn.Conv2d(3, width, 8, 8)
         self.cls_token, self.pos_embed = (nn.Parameter(torch.zeros(1, n, width)) for n in (1, 28 * 28 + 1))
-        self.blocks = nn.ModuleList(
-            TransformerBlock(width, 4 * width, "attn", Attention(width, 12)) for _ in range(10))
+        self.blocks = nn.ModuleList(Block(width, 4 * width, Attention(width, 12), eps=1e-6) for _ in range(10))
 
     def forward(self, x):
         x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)
@@ -222,19 +185,14 @@ class Swin(nn.Module):
     def __init__(self, width, scale):
         super().__init__()
         self.scale = scale
-        self.layers = nn.ModuleList()
-        for _ in range(2):
-            layer = nn.Module()
-            layer.blocks = nn.ModuleList(Block(width, 4, 4, shift, hidden=768) for shift in (0, 2))
-            layer.conv = nn.Conv2d(width, width, 3, padding=1)
-            self.layers.append(layer)
+        self.layers = nn.ModuleList(nn.ModuleDict({
+            "blocks": nn.Sequential(*(Block(width, 768, WindowAttention(width, 4, 4, shift)) for shift in (0, 2))),
+            "conv": nn.Conv2d(width, width, 3, padding=1)}) for _ in range(2))
 
     def forward(self, x):
         for layer in self.layers:
-            y = x.permute(0, 2, 3, 1)
-            for block in layer.blocks:
-                y = block(y)
-            x = x + self.scale * F.relu(layer.conv(y.permute(0, 3, 1, 2)))
+            y = layer["blocks"](x.permute(0, 2, 3, 1))
+            x = x + self.scale * F.relu(layer["conv"](y.permute(0, 3, 1, 2)))
         return x
 
 
@@ -249,9 +207,9 @@ class MANIQA(nn.Module):
         super().__init__()
         self.crops = crops
         self.vit = ViT()
-        self.tablock1 = nn.ModuleList(TransposedAttention(784) for _ in range(2))
+        self.tablock1 = nn.Sequential(*(TransposedAttention(784) for _ in range(2)))
         self.conv1, self.swintransformer1 = nn.Conv2d(4 * 768, 768, 1), Swin(768, scale)
-        self.tablock2 = nn.ModuleList(TransposedAttention(784) for _ in range(2))
+        self.tablock2 = nn.Sequential(*(TransposedAttention(784) for _ in range(2)))
         self.conv2, self.swintransformer2 = nn.Conv2d(768, 384, 1), Swin(384, scale)
         # Index 2 was a dropout.
         self.fc_score = nn.Sequential(nn.Linear(384, 384), nn.ReLU(), nn.Identity(), nn.Linear(384, 1), nn.ReLU())
@@ -273,14 +231,10 @@ class MANIQA(nn.Module):
 
     def patches(self, x):
         """(B,3,224,224) in [-1,1] -> score and weight of each patch, (B,784) each."""
-        x = self.vit(x).transpose(1, 2)          # B, 3072, 784
-        for block in self.tablock1:
-            x = block(x)
-        x = self.swintransformer1(self.conv1(x.unflatten(2, (28, 28)))).flatten(2)
-        for block in self.tablock2:
-            x = block(x)
-        x = self.swintransformer2(self.conv2(x.unflatten(2, (28, 28))))
-        x = x.flatten(2).transpose(1, 2)         # B, 784, 384
+        x = self.tablock1(self.vit(x).transpose(1, 2))                                 # B, 3072, 784
+        x = self.swintransformer1(self.conv1(x.unflatten(2, (28, 28)))).flatten(2)     # B, 768, 784
+        x = self.swintransformer2(self.conv2(self.tablock2(x).unflatten(2, (28, 28))))
+        x = x.flatten(2).transpose(1, 2)                                               # B, 784, 384
         return self.fc_score(x).squeeze(2), self.fc_weight(x).squeeze(2)
 
     def forward(self, x):

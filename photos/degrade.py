@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from photos.pictures import read_rgb, write
+from photos.pictures import read_rgb, to_image, to_tensor, write
 from runs import command
 
 SCALE = 4
@@ -203,18 +203,6 @@ def degrade(hr: torch.Tensor, rng, trace: list | None = None, mild: float = 0.0)
     for stage in (shrink, compress) if rng.random() < 0.5 else (compress, shrink):
         x = stage(x)
     return (x.clamp(0, 1) * 255).round() / 255
-
-
-# Tensors and pictures
-
-def to_image(x):
-    """(3, H, W) in [0, 1], clamped and rounded to 8 bits -> PIL image."""
-    return Image.fromarray((x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy())
-
-
-def to_tensor(image):
-    """PIL image -> (3, H, W) float32 in [0, 1]."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous().float() / 255
 
 
 def enlarge(lr, size=None):
