@@ -325,21 +325,21 @@ PROMPTS = {
 
 def text_features(state, n=8):
     """CLIP's text encoder on the ten prompts, from its state_dict: (10, 1024). Causal, so padding cannot matter."""
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def linear(x, name):
+        return F.linear(x, state[f"{name}weight"], state[f"{name}bias"])
+
     features = []
     for ids in PROMPTS.values():
         x = state["token_embedding.weight"][list(ids)] + state["positional_embedding"][:len(ids)]   # T, 512
-        for i in range(12):
-            block = f"transformer.resblocks.{i}."
-            w = {k.removeprefix(block): v for k, v in state.items() if k.startswith(block)}
-            y = F.layer_norm(x, x.shape[-1:], w["ln_1.weight"], w["ln_1.bias"])
-            q, k, v = F.linear(y, w["attn.in_proj_weight"], w["attn.in_proj_bias"]).chunk(3, -1)
-            y = attend(q, k, v, n, is_causal=True)
-            x = x + F.linear(y, w["attn.out_proj.weight"], w["attn.out_proj.bias"])
-            y = F.layer_norm(x, x.shape[-1:], w["ln_2.weight"], w["ln_2.bias"])
-            y = F.linear(y, w["mlp.c_fc.weight"], w["mlp.c_fc.bias"])
-            x = x + F.linear(y * torch.sigmoid(1.702 * y), w["mlp.c_proj.weight"], w["mlp.c_proj.bias"])  # QuickGELU
-        x = F.layer_norm(x[-1], x.shape[-1:], state["ln_final.weight"], state["ln_final.bias"])
-        features.append(x @ state["text_projection"])
+        for block in (f"transformer.resblocks.{i}" for i in range(12)):
+            q, k, v = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.in_proj_").chunk(3, -1)
+            x = x + linear(attend(q, k, v, n, is_causal=True), f"{block}.attn.out_proj.")
+            y = linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc.")
+            x = x + linear(y * torch.sigmoid(1.702 * y), f"{block}.mlp.c_proj.")  # QuickGELU
+        features.append(norm(x[-1], "ln_final") @ state["text_projection"])
     return torch.stack(features)
 
 
