@@ -107,7 +107,7 @@ class Skipped(Exception):
 
 
 def tile_bar():
-    """progress(stage, done, total) for `SanaSR.restore`: on a terminal a bar over each stage's tiles, if it has several."""
+    """progress(stage, done, total) for `SanaSR.restore`: on a terminal a bar over the tiles of a stage, if several."""
     bar = None
 
     def progress(stage, done, total):
@@ -256,13 +256,13 @@ def add_score_options(parser):
 
 def check(args):
     """Check what argparse cannot; read --instruction, resolve --metrics. Raises UserError or ValueError."""
-    mistakes = {
-        "name pictures or folders to restore, or --sr DIR to score what exists": not args.inputs and not args.sr,
-        "--prompt-from hr needs pictures to restore, --tagger ram or dape, and --hr DIR":
-            args.prompt_from == "hr" and (args.tagger not in ("ram", "dape") or not args.hr or args.sr),
-    } | {f"{folder}: no such folder": not Path(folder).exists() for folder in (args.sr, args.hr) if folder}
-    if found := [mistake for mistake, made in mistakes.items() if made]:
-        raise UserError(found[0])
+    if not args.inputs and not args.sr:
+        raise UserError("name pictures or folders to restore, or --sr DIR to score what exists")
+    if args.prompt_from == "hr" and (args.tagger not in ("ram", "dape") or not args.hr or args.sr):
+        raise UserError("--prompt-from hr needs pictures to restore, --tagger ram or dape, and --hr DIR")
+    for folder in filter(None, (args.sr, args.hr)):
+        if not Path(folder).exists():
+            raise UserError(f"{folder}: no such folder")
     runs.check_ranges(args)
     if args.score:
         args.metrics = pick(args.metrics, bool(args.hr))

@@ -442,26 +442,24 @@ def load_lora(model: nn.Module, path: str | Path, system: str = "sana-sr") -> di
     """Attach the adapters of a file to `model`; returns the file's metadata.
 
     Without "alpha" or "alphas" in the metadata α = r. system: see `read_lora`. Raises ValueError, naming file and key,
-    where the adapter belongs to another base.
+    if the adapter belongs to another base.
     """
     state, metadata = read_lora(path, system)
     try:
         alphas = {name: float(alpha) for name, alpha in json.loads(metadata.get("alphas", "{}")).items()}
     except (AttributeError, TypeError, ValueError):
         raise ValueError(f"{path}: its metadata says alphas = {metadata['alphas']!r}, no numbers by module") from None
-    modules = dict(model.named_modules())
-    for key in state:
-        name, _, half = key.removesuffix(".weight").rpartition(".")
-        if not isinstance(modules.get(name), Linear) or half not in ("lora_A", "lora_B"):
-            raise ValueError(f"{path}: {key} fits no projection of this model; was the adapter made for another one?")
-        a, b, (out_features, in_features) = (state.get(f"{name}.lora_A.weight"), state.get(f"{name}.lora_B.weight"),
-                                             modules[name].weight.shape[:2])
-        if a is None or b is None or (a.shape[1], *b.shape) != (in_features, out_features, a.shape[0]):
-            raise ValueError(f"{path}: {key} does not fit a projection of {in_features} to {out_features} channels")
-    for name in {key.rpartition(".lora_")[0] for key in state}:
-        rank = state[f"{name}.lora_A.weight"].shape[0]
-        _attach_lora(modules[name], rank, alphas.get(name, float(metadata.get("alpha", rank))) / rank)
-    model.load_state_dict(state, strict=False)  # every key was checked above
+    for name, module in list(model.named_modules()):
+        a, b = (state.get(f"{name}.lora_{half}.weight") for half in "AB")
+        if a is None or b is None or not isinstance(module, Linear):
+            continue
+        (out_features, in_features), rank = module.weight.shape[:2], len(a)
+        if (a.shape[1], *b.shape) != (in_features, out_features, rank):
+            raise ValueError(f"{path}: {name} does not fit a projection of {in_features} to {out_features} channels")
+        _attach_lora(module, rank, alphas.get(name, float(metadata.get("alpha", rank))) / rank)
+    if unknown := model.load_state_dict(state, strict=False).unexpected_keys:
+        raise ValueError(f"{path}: {unknown[0]} fits no projection of this model or lacks its other half; was the "
+                         "adapter made for another model?")
     return metadata
 
 
@@ -594,7 +592,7 @@ class Encoder(nn.Module):
         # a first stage of depth 0 has no blocks at full resolution: the picture goes straight to the second width
         self.conv_in = (nn.Conv2d(config["in_channels"], widths[0], 3, padding=1) if depths[0]
                         else DownBlock(config["in_channels"], widths[1], strided, shortcut=False))
-        self.down_blocks = nn.ModuleList()
+        self.down_blocks = nn.Sequential()
         for i, depth in enumerate(depths):
             down = [DownBlock(widths[i], widths[i + 1], strided)] if depth and i + 1 < len(widths) else []
             self.down_blocks.append(nn.Sequential(*dcae_stage(config, "encoder", i), *down))
@@ -602,9 +600,7 @@ class Encoder(nn.Module):
         self.out_shortcut = config["encoder_out_shortcut"]
 
     def forward(self, x):  # B,3,H,W -> B,C,H/32,W/32
-        x = self.conv_in(x)
-        for stage in self.down_blocks:
-            x = stage(x)
+        x = self.down_blocks(self.conv_in(x))
         z = self.conv_out(x)
         return z + x.unflatten(1, (self.latent_channels, -1)).mean(2) if self.out_shortcut else z
 
