@@ -489,13 +489,6 @@ class ResBlock(nn.Module):
         return x + self.norm(h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def qkv_aggregation(channels, head_dim, size):
-    """One coarser scale of q, k, v: a depthwise convolution, then a 1×1 within every head's q, k and v."""
-    return nn.Sequential(OrderedDict(
-        proj_in=nn.Conv2d(channels, channels, size, padding=size // 2, groups=channels, bias=False),
-        proj_out=nn.Conv2d(channels, channels, 1, groups=channels // head_dim, bias=False)))
-
-
 class MultiscaleLinearAttention(nn.Module):
     """x + RMSNorm(W [LA(qkv), LA(aggregated qkv)]): ReLU linear attention over all H·W positions (EfficientViT).
 
@@ -509,7 +502,10 @@ class MultiscaleLinearAttention(nn.Module):
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(channels, channels, bias=False)
         self.to_v = nn.Linear(channels, channels, bias=False)
-        self.to_qkv_multiscale = nn.ModuleList(qkv_aggregation(3 * channels, head_dim, k) for k in kernel_sizes)
+        c = 3 * channels  # each coarser scale of q, k, v: a depthwise convolution, then a 1×1 within d of its channels
+        self.to_qkv_multiscale = nn.ModuleList(nn.Sequential(OrderedDict(
+            proj_in=nn.Conv2d(c, c, size, padding=size // 2, groups=c, bias=False),
+            proj_out=nn.Conv2d(c, c, 1, groups=c // head_dim, bias=False))) for size in kernel_sizes)
         self.to_out = nn.Linear(channels * (1 + len(kernel_sizes)), channels, bias=False)
         self.norm_out = RMSNorm(channels, bias=True)
 

@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from photos.pictures import read_rgb, to_image, to_tensor, write
+from photos.pictures import contact_sheet, read_rgb, to_image, to_tensor, write
 from runs import command
 
 SCALE = 4
@@ -80,11 +80,6 @@ def sinc_kernel(size, cutoff):
     return k / k.sum()
 
 
-def _half_below_one(rng, low, high):
-    """Shapes are drawn below and above 1 with equal chance, as in Real-ESRGAN (a low of 1 gives 1 half the time)."""
-    return rng.uniform(low, 1) if rng.random() < 0.5 else rng.uniform(1, high)
-
-
 def random_kernel(rng, sigma):
     """Draw (description, kernel) of an order's blur."""
     size = int(2 * rng.integers(3, 11) + 1)                                # odd, 7..21
@@ -95,10 +90,9 @@ def random_kernel(rng, sigma):
     angle, beta = 0.0, 1.0
     if "aniso" in kind:
         sigma_y, angle = rng.uniform(*sigma), rng.uniform(-math.pi, math.pi)
-    if "generalised" in kind:
-        beta = _half_below_one(rng, *BETA_G)
-    if "plateau" in kind:
-        beta = _half_below_one(rng, *BETA_P)
+    if "generalised" in kind or "plateau" in kind:  # below and above 1 with equal chance, as in Real-ESRGAN
+        low, high = BETA_G if "generalised" in kind else BETA_P
+        beta = rng.uniform(low, 1) if rng.random() < 0.5 else rng.uniform(1, high)
     return f"{kind} {size}", gaussian_kernel(size, sigma_x, sigma_y, angle, beta, "plateau" in kind)
 
 
@@ -226,18 +220,9 @@ def sharpen(x, weight=0.5, radius=50, threshold=10):
 
 def sheet(stages, height=320):
     """One picture of (caption, image) stages, all at one height, their pixels shown as they are."""
-    tiles = []
-    for caption, x in stages:
-        image = to_image(x)
-        tile = Image.new("RGB", (round(image.width * height / image.height), height + 16), "white")
-        tile.paste(image.resize((tile.width, height), Image.NEAREST), (0, 16))
-        ImageDraw.Draw(tile).text((3, 2), f"{caption}  {image.width}x{image.height}", "black")
-        tiles.append(tile)
-    columns, width = min(4, len(tiles)), max(t.width for t in tiles) + 4
-    canvas = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * (height + 20)), "white")
-    for i, tile in enumerate(tiles):
-        canvas.paste(tile, (i % columns * width, i // columns * (height + 20)))
-    return canvas
+    tiles = [(f"{caption}  {width}x{high}", to_image(x).resize((round(width * height / high), height), Image.NEAREST))
+             for caption, x in stages for high, width in [x.shape[1:]]]
+    return contact_sheet([tiles[i:i + 4] for i in range(0, len(tiles), 4)], letters=10)
 
 
 @command

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 
 # --- Errors in one line ---
 
@@ -114,16 +114,12 @@ class Picture:
     icc: bytes | None          # the colour profile that `rgb` is still in
     exif: bytes = b""          # without orientation, thumbnail and what describes the file rather than the photo
 
-    @property
-    def mode(self):
-        return ("LA" if self.alpha else "L") if self.grey else ("RGBA" if self.alpha else "RGB")
-
     def finish(self, image, scale=4):
         """`image`, an RGB result of `scale` times the size, with this picture's alpha, and grey if this is grey."""
+        image = image.convert(("L" if self.grey else "RGB") + ("A" if self.alpha else ""))
         if self.alpha:
-            image = image.copy()
             image.putalpha(bicubic(self.alpha, scale))
-        return image if image.mode == self.mode else image.convert(self.mode)
+        return image
 
 
 def to_8_bit(image):
@@ -304,3 +300,21 @@ def png(image):
     f = BytesIO()
     image.save(f, "PNG")
     return f.getvalue()
+
+
+def contact_sheet(rows, letters=20, gap=8):
+    """One white picture of RGB pictures. rows: [[(caption, picture), …], …], each caption above its picture.
+
+    letters: the captions' height in pixels; gap: the pixels between two pictures.
+    """
+    wide = max(picture.width for row in rows for _, picture in row) + gap
+    heads = [letters + gap if any(caption for caption, _ in row) else 0 for row in rows]
+    heights = [head + max(picture.height for _, picture in row) for head, row in zip(heads, rows, strict=True)]
+    sheet = Image.new("RGB", (max(map(len, rows)) * wide - gap, sum(heights) + gap * (len(rows) - 1)), "white")
+    draw, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(letters), 0
+    for row, head, height in zip(rows, heads, heights, strict=True):
+        for i, (caption, picture) in enumerate(row):
+            draw.text((i * wide + (wide - gap) // 2, y + head // 2), caption, "black", font, anchor="mm")
+            sheet.paste(picture, (i * wide + (wide - gap - picture.width) // 2, y + head))
+        y += height + gap
+    return sheet

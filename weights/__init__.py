@@ -131,19 +131,14 @@ def pick_files(names, dtype=None, others=True, where=""):
                             "whole or in shards")
 
 
-def part_dtype(part, dtype):
-    """The dtype in which `part` is stored best when the model is to run in `dtype`: fp16 is for the transformer alone,
-    the autoencoder (whose activations overflow fp16) and the text encoder then run in bf16."""
-    return "bf16" if part != "transformer" and _DTYPES.get(str(dtype)) == "fp16" else dtype
-
-
 def _needed(names, dtype, others=True):
     """The paths, out of all paths of a model's folder or repository, that the model needs."""
     wanted = ["tokenizer/tokenizer.json"]
     for part in PARTS:
         inside = [name.removeprefix(part + "/") for name in names if name.startswith(part + "/")]
-        weights = pick_files(inside, part_dtype(part, dtype), others, where=f"{part}/: ")
-        wanted += [f"{part}/{name}" for name in ["config.json", *weights]]
+        # fp16 is for the transformer alone, the others then run in bf16
+        stored = "bf16" if part != "transformer" and _DTYPES.get(str(dtype)) == "fp16" else dtype
+        wanted += [f"{part}/{name}" for name in ["config.json", *pick_files(inside, stored, others, f"{part}/: ")]]
     if missing := sorted(set(wanted) - set(names)):
         raise FileNotFoundError("missing " + ", ".join(missing))
     return wanted
