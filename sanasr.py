@@ -121,11 +121,8 @@ class SanaSR(Restorer):
         dit = LinearDiT.from_pretrained(folder / "transformer", dtype, device)
         if adapter is None and (folder / "adapter.safetensors").exists():
             adapter = folder / "adapter.safetensors"
-        if adapter:
-            metadata = load_lora(dit, adapter)
-        else:  # the adapter of a pruned model is merged already; its metadata are in config.json
-            config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
-            metadata = config.get("_provenance", {})
+        # the adapter of a pruned model is merged already; its metadata are in config.json
+        metadata = load_lora(dit, adapter) if adapter else dit.provenance
         if merge:
             merge_lora(dit)
         try:
@@ -379,17 +376,14 @@ def lora_parameters(model):
 @contextlib.contextmanager
 def adapters_at(model, scales):
     """A context within which the adapters of `model` have these scales α/r, in the order of `lora_modules`."""
-    modules = lora_modules(model).values()
-    before = [module.adapter_scale for module in modules]
-
-    def put(values):
-        for module, value in zip(modules, values, strict=True):
-            module.adapter_scale = value
-    put(scales)
+    before = {module: module.adapter_scale for module in lora_modules(model).values()}
+    for module, scale in zip(before, scales, strict=True):
+        module.adapter_scale = scale
     try:
         yield
     finally:
-        put(before)
+        for module, scale in before.items():
+            module.adapter_scale = scale
 
 
 def adapters_off(model):

@@ -9,18 +9,11 @@ from pathlib import Path
 
 import runs
 from linearsr import LinearSR
-from photos.pictures import bicubic, contact_sheet, find_inputs, read_rgb
+from photos.pictures import bicubic, central, contact_sheet, find_inputs, read_rgb
 from sanasr import SanaSR
 
 HERE = Path(__file__).resolve().parent
 SIDE = 320  # pixels shown of a picture
-
-
-def central(image):
-    """The part that is shown: at most SIDE×SIDE."""
-    w, h = min(image.width, SIDE), min(image.height, SIDE)
-    left, top = (image.width - w) // 2, (image.height - h) // 2
-    return image.crop((left, top, left + w, top + h))
 
 
 @runs.command
@@ -40,7 +33,7 @@ def main(argv=None):
     rows, labels = [], ["bicubic", "SANA-SR, one step", f"LinearSR, {args.steps} steps"]
     for photo in map(read_rgb, find_inputs(args.inputs)):
         results = bicubic(photo), one.restore(photo), many.restore(photo, steps=args.steps)
-        rows.append([(label, central(x)) for label, x in zip(labels, results, strict=True)])
+        rows.append([(label, central(x, SIDE)) for label, x in zip(labels, results, strict=True)])
         labels = ["", "", ""]  # they stand above the first row
     args.out.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(rows).save(args.out, quality=88)

@@ -10,7 +10,7 @@ import torch
 
 import weights
 from metrics import METRICS, load
-from photos.pictures import find_inputs, read_picture, read_rgb, restored, to_tensor
+from photos.pictures import central, find_inputs, read_picture, read_rgb, restored, to_tensor
 from runs import write_csv
 
 PATCH = 256  # side of the central crop of the protocol `patch`
@@ -76,10 +76,7 @@ def pick(text, has_reference):
 
 def crop(image, protocol):
     """The part of a PIL image that counts: all of it (`full`), or the central 256x256 (`patch`)."""
-    if protocol == "full":
-        return image
-    left, top = (image.width - PATCH) // 2, (image.height - PATCH) // 2
-    return image.crop((left, top, left + PATCH, top + PATCH))
+    return image if protocol == "full" else central(image, PATCH)
 
 
 def load_all(names, device):

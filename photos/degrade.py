@@ -208,20 +208,18 @@ def enlarge(lr, size=None):
     return to_tensor(lr.resize(size or (lr.width * SCALE, lr.height * SCALE), Image.BICUBIC)) * 2 - 1
 
 
-def sharpen(x, weight=0.5, radius=50, threshold=10):
-    """Unsharp mask of Real-ESRGAN's x_H (an option there too): x + weight * residual where it exceeds threshold/255."""
-    size = radius + 1 - radius % 2
-    sigma = 0.3 * ((size - 1) / 2 - 1) + 0.8                                # OpenCV's rule for a kernel of this size
-    kernel = gaussian_kernel(size, sigma, sigma, 0.0)
+def sharpen(x):
+    """Unsharp mask of Real-ESRGAN's x_H (an option there too): x + residual / 2 where that exceeds 10/255."""
+    kernel = gaussian_kernel(51, 8.0, 8.0, 0.0)                            # sigma by OpenCV's rule for a kernel of 51
     residual = x - blur(x, kernel)
-    mask = blur((residual.abs() * 255 > threshold).to(x.dtype), kernel)
-    return mask * (x + weight * residual).clamp(0, 1) + (1 - mask) * x
+    mask = blur((residual.abs() * 255 > 10).to(x.dtype), kernel)
+    return mask * (x + residual / 2).clamp(0, 1) + (1 - mask) * x
 
 
-def sheet(stages, height=320):
-    """One picture of (caption, image) stages, all at one height, their pixels shown as they are."""
-    tiles = [(f"{caption}  {width}x{high}", to_image(x).resize((round(width * height / high), height), Image.NEAREST))
-             for caption, x in stages for high, width in [x.shape[1:]]]
+def sheet(stages):
+    """One picture of (caption, image) stages, all 320 pixels high, their pixels shown as they are."""
+    tiles = [(f"{caption}  {width}x{height}", to_image(x).resize((round(width * 320 / height), 320), Image.NEAREST))
+             for caption, x in stages for height, width in [x.shape[1:]]]
     return contact_sheet([tiles[i:i + 4] for i in range(0, len(tiles), 4)], letters=10)
 
 

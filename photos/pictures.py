@@ -302,11 +302,19 @@ def png(image):
     return f.getvalue()
 
 
-def contact_sheet(rows, letters=20, gap=8):
+def central(image, side):
+    """The central part of `image`, at most side × side."""
+    width, height = min(image.width, side), min(image.height, side)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def contact_sheet(rows, letters=20):
     """One white picture of RGB pictures. rows: [[(caption, picture), …], …], each caption above its picture.
 
-    letters: the captions' height in pixels; gap: the pixels between two pictures.
+    letters: the captions' height in pixels.
     """
+    gap = 8  # pixels between two pictures
     wide = max(picture.width for row in rows for _, picture in row) + gap
     heads = [letters + gap if any(caption for caption, _ in row) else 0 for row in rows]
     heights = [head + max(picture.height for _, picture in row) for head, row in zip(heads, rows, strict=True)]

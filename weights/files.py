@@ -87,6 +87,7 @@ class Pretrained(nn.Module):
     """A network whose weights lie in a folder of the official layout. A subclass is built from its config alone."""
 
     filename = "diffusion_pytorch_model.safetensors"  # what `save_module` writes
+    provenance = {}  # the metadata that `save_module` was given
 
     @classmethod
     def from_pretrained(cls, folder, dtype=None, device="cpu"):
@@ -103,6 +104,7 @@ class Pretrained(nn.Module):
                 module = cls(config)
         except (IndexError, RuntimeError, TypeError, ValueError) as error:  # of JSON as well, or of impossible sizes
             raise ValueError(f"{folder / 'config.json'}: {error}") from None
+        module.provenance = config.get("_provenance", {})
         state = read_state(folder, module.state_dict(), dtype, device)
         module.load_state_dict(state, strict=True, assign=True)
         return module.eval().requires_grad_(False)
