@@ -150,15 +150,14 @@ class Attention(nn.Module):
 class ViT(nn.Module):
     """ViT-B/8 as far as it is needed. (B,3,224,224) -> (B,784,4·768), what blocks 6 to 9 put out, without the class."""
 
-    def __init__(self, width=768):
+    def __init__(self):
         super().__init__()
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(3, width, 8, 8)
-        self.cls_token, self.pos_embed = (nn.Parameter(torch.zeros(1, n, width)) for n in (1, 28 * 28 + 1))
-        self.blocks = nn.ModuleList(Block(width, 4 * width, Attention(width, 12), eps=1e-6) for _ in range(10))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, 768, 8, 8)})
+        self.cls_token, self.pos_embed = (nn.Parameter(torch.zeros(1, n, 768)) for n in (1, 28 * 28 + 1))
+        self.blocks = nn.ModuleList(Block(768, 4 * 768, Attention(768, 12), eps=1e-6) for _ in range(10))
 
     def forward(self, x):
-        x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)
+        x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
         outputs = []
         for block in self.blocks:
@@ -226,8 +225,8 @@ class MANIQA(nn.Module):
             x = F.interpolate(x, scale_factor=225 / short, mode="bilinear", align_corners=False)
         down, right = ((n - 224) // math.isqrt(self.crops) for n in x.shape[-2:])
         side = math.ceil(math.sqrt(self.crops))
-        places = [(i * down, j * right) for i in range(side) for j in range(side)][:self.crops]
-        return torch.cat([x[..., i:i + 224, j:j + 224] for i, j in places])
+        crops = [x[..., i * down:i * down + 224, j * right:j * right + 224] for i in range(side) for j in range(side)]
+        return torch.cat(crops[:self.crops])
 
     def patches(self, x):
         """(B,3,224,224) in [-1,1] -> score and weight of each patch, (B,784) each."""
@@ -257,10 +256,8 @@ class ResNetBlock(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(c_in, c, 1, bias=False), nn.BatchNorm2d(c)
         self.conv2, self.bn2 = nn.Conv2d(c, c, 3, padding=1, bias=False), nn.BatchNorm2d(c)
         self.conv3, self.bn3 = nn.Conv2d(c, 4 * c, 1, bias=False), nn.BatchNorm2d(4 * c)
-        if stride > 1 or c_in != 4 * c:
-            self.downsample = nn.Sequential(nn.Conv2d(c_in, 4 * c, 1, bias=False), nn.BatchNorm2d(4 * c))
-        else:
-            self.downsample = nn.Identity()
+        self.downsample = nn.Identity() if c_in == 4 * c else nn.Sequential(
+            nn.Conv2d(c_in, 4 * c, 1, bias=False), nn.BatchNorm2d(4 * c))
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))
@@ -273,17 +270,16 @@ class ResNetBlock(nn.Module):
 class AttentionPool(nn.Module):
     """Attention whose only query is the mean: (B,2048,h,w) -> (B,1024). No positions, so any size will do."""
 
-    def __init__(self, width=2048, out=1024, n=32):
+    def __init__(self):
         super().__init__()
-        self.n = n
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
-        self.c_proj = nn.Linear(width, out)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(2048, 2048) for _ in range(3))
+        self.c_proj = nn.Linear(2048, 1024)
 
     def forward(self, x):
         x = x.flatten(2).transpose(1, 2)
         mean = x.mean(1, keepdim=True)
         x = torch.cat([mean, x], 1)
-        return self.c_proj(attend(self.q_proj(mean), self.k_proj(x), self.v_proj(x), self.n).squeeze(1))
+        return self.c_proj(attend(self.q_proj(mean), self.k_proj(x), self.v_proj(x), 32).squeeze(1))
 
 
 class ModifiedResNet(nn.Module):
@@ -323,7 +319,7 @@ PROMPTS = {
 }
 
 
-def text_features(state, n=8):
+def text_features(state):
     """CLIP's text encoder on the ten prompts, from its state_dict: (10, 1024). Causal, so padding cannot matter."""
     def norm(x, name):
         return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"])
@@ -336,7 +332,7 @@ def text_features(state, n=8):
         x = state["token_embedding.weight"][list(ids)] + state["positional_embedding"][:len(ids)]   # T, 512
         for block in (f"transformer.resblocks.{i}" for i in range(12)):
             q, k, v = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.in_proj_").chunk(3, -1)
-            x = x + linear(attend(q, k, v, n, is_causal=True), f"{block}.attn.out_proj.")
+            x = x + linear(attend(q, k, v, 8, is_causal=True), f"{block}.attn.out_proj.")
             y = linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc.")
             x = x + linear(y * torch.sigmoid(1.702 * y), f"{block}.mlp.c_proj.")  # QuickGELU
         features.append(norm(x[-1], "ln_final") @ state["text_projection"])

@@ -125,14 +125,12 @@ class QueryLayer(nn.Module):
 
     def __init__(self, width, image_width):
         super().__init__()
-        def norm():
-            return nn.LayerNorm(width, eps=1e-12)
+        def output(inner):
+            return nn.ModuleDict({"dense": nn.Linear(inner, width), "LayerNorm": nn.LayerNorm(width, eps=1e-12)})
         self.crossattention = nn.ModuleDict({
             "self": nn.ModuleDict({"query": nn.Linear(width, width), "key": nn.Linear(image_width, width),
-                                   "value": nn.Linear(image_width, width)}),
-            "output": nn.ModuleDict({"dense": nn.Linear(width, width), "LayerNorm": norm()})})
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, 4 * width)})
-        self.output = nn.ModuleDict({"dense": nn.Linear(4 * width, width), "LayerNorm": norm()})
+                                   "value": nn.Linear(image_width, width)}), "output": output(width)})
+        self.intermediate, self.output = nn.ModuleDict({"dense": nn.Linear(width, 4 * width)}), output(4 * width)
 
     def forward(self, x, image):
         """x: B, tags, width; image: B, L, image_width."""
@@ -214,12 +212,10 @@ def add_dape(state, path):
     lora = _pick(read_checkpoint(path), shapes, path)
     for name in targets:
         a, b = lora[name + "lora_A"].float(), lora[name + "lora_B"].float()
+        parts = [up @ down for down, up in zip(a.split(8), b.chunk(len(a) // 8), strict=True)]
         if name.endswith("qkv."):
-            q, v = (up @ down for down, up in zip(a.chunk(2), b.chunk(2), strict=True))
-            delta = torch.cat([q, torch.zeros_like(q), v])
-        else:
-            delta = b @ a
-        state[name + "weight"] = state[name + "weight"].float() + delta / 8
+            parts.insert(1, torch.zeros_like(parts[0]))  # q, k and v
+        state[name + "weight"] = state[name + "weight"].float() + torch.cat(parts) / 8
     return state
 
 
@@ -257,9 +253,7 @@ def preprocess(image, size=384):
 def tag_list():
     """(the tags, their thresholds as a float32 tensor), in the order of the logits."""
     tags = (DATA / "tags.txt").read_text(encoding="utf-8").splitlines()
-    thresholds = torch.tensor([float(x) for x in (DATA / "thresholds.txt").read_text().split()])
-    assert len(tags) == len(thresholds)
-    return tags, thresholds
+    return tags, torch.tensor([float(x) for x in (DATA / "thresholds.txt").read_text().split()])
 
 
 def select(logits):
@@ -289,7 +283,7 @@ class Tagger:
         """
         if name not in ("ram", "dape"):
             raise ValueError(f"no tagger is called {name!r}: choose ram or dape")
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or choose_dtypes(device)[0]
         paths, missing = {"ram": ram or lean_path(), "dape": dape}, []
         for part in sorted({"ram", name}):
