@@ -16,20 +16,18 @@ It needs the packages of requirements.txt; --model embedded needs no download. `
 Scores are made with metrics/: the reference of a picture is the file of the same name in --hr (the endings and an _x4
 may differ). Without --hr, metrics that need no reference remain. psnr, ssim, lpips and niqe need no download.
 """
-import argparse
 import os
 import re
 import sys
 import time
 import warnings
-from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
+import runs
 from fast import is_linearsr, load_model
 from metrics import METRICS
 from metrics.report import write_report
@@ -38,54 +36,68 @@ from photos import pictures
 from photos.pairs import find_tags
 from photos.pictures import bicubic, find_inputs, read_rgb, reason
 from photos.restorer import NotFinite
-from runs import UserError, add_device_options, check_ranges, command, peak_memory, pick_device, pick_dtype, set_flags
+from runs import UserError
 
 # --- inputs and results ---
 
-@dataclass(frozen=True)
-class Job:
-    """One picture to restore."""
-    source: Path
-    target: Path
 
-    @property
-    def compare(self):
-        return self.target.with_name(f"{self.target.stem}_bicubic{self.target.suffix}")
+def beside(result):
+    """Where --compare writes the bicubic enlargement."""
+    return result.with_name(f"{result.stem}_bicubic{result.suffix}")
 
 
-def plan(inputs, out, scale, references):
-    """Where each input's result goes: `out` is a file for a single input, else a folder, results/ by default.
+def plan(args):
+    """[Pair] of the inputs, where their results go and their references: --out is a file for a single input, else a
+    folder, results/ by default.
 
     Inputs of one stem (a.png, a.jpg) get different results. Raises UserError where an input or a reference would be
-    overwritten.
+    overwritten, ValueError where a picture or a reference is missing.
     """
-    folder = Path(out or "results")
-    single = None
-    if out and not folder.is_dir() and not out.endswith(("/", os.sep)) and folder.suffix:
+    inputs, folder, single = find_inputs(args.inputs), Path(args.out or "results"), None
+    if args.out and not folder.is_dir() and not args.out.endswith(("/", os.sep)) and folder.suffix:
         if folder.suffix.lower() not in pictures.picture_suffixes(Image.SAVE):
-            raise UserError(f"--out {out}: no picture format is called {folder.suffix}; end a folder's name with /")
+            raise UserError(f"--out {folder}: no picture format is called {folder.suffix}; end a folder's name with /")
         if len(inputs) != 1:
-            raise UserError(f"--out {out} is one file but there are {len(inputs)} inputs: name a folder")
+            raise UserError(f"--out {folder} is one file but there are {len(inputs)} inputs: name a folder")
         single = folder
     elif folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file, not a folder")
-    jobs, taken = [], set()
+    results, taken = [], set()
     for source in inputs:
         stem, n = source.stem, 1
         while stem.lower() in taken:  # lower: macOS and Windows tell no difference
             n += 1
             stem = f"{source.stem}-{n}"
         taken.add(stem.lower())
-        jobs.append(Job(source, single or folder / f"{stem}_x{scale}.png"))
+        results.append(single or folder / f"{stem}_x{args.scale}.png")
 
     def identity(path):  # the same for all names of one file
         return (path.stat().st_dev, path.stat().st_ino) if path.exists() else None
-    kept = {identity(path) for path in [*inputs, *references]} - {None}
-    for job in jobs:
-        for target in (job.target, job.compare):
+    kept = {identity(path) for path in [*inputs, *(find_inputs([args.hr]) if args.hr else [])]} - {None}
+    for source, result in zip(inputs, results, strict=True):
+        for target in (result, beside(result)):
             if identity(target) in kept:
-                raise UserError(f"the result of {job.source} would overwrite {target}: choose another --out")
-    return jobs
+                raise UserError(f"the result of {source} would overwrite {target}: choose another --out")
+    return pair_up([source.name for source in inputs], results, inputs, args.hr)
+
+
+def existing(args):
+    """[Pair] of the pictures in --sr and their references. The inputs, if any are named, are shown in the report."""
+    results = [p for p in find_inputs([args.sr]) if not re.search(r"_x[124]_bicubic$", p.stem)]  # of --compare
+    if not results:
+        raise UserError(f"{args.sr}: only enlargements of --compare there; rename them to score them")
+    names = [p.name for p in results]
+    inputs = args.inputs and partners(names, " ".join(args.inputs), find_inputs(args.inputs))
+    return pair_up(names, results, inputs or [None] * len(names), args.hr)
+
+
+def pair_up(names, results, inputs, hr):
+    """[Pair], each with its partner in the folder `hr`. Raises ValueError where one has none."""
+    there = find_inputs([hr]) if hr else []
+    references = partners(names, hr, there) if hr else [None] * len(names)
+    if len(there) > len(names):
+        print(f"note: {len(there) - len(names)} of the pictures in {hr} have no result", file=sys.stderr)
+    return [Pair(*pair) for pair in zip(names, results, references, inputs, strict=True)]
 
 
 # --- one picture ---
@@ -95,22 +107,21 @@ class Skipped(Exception):
 
 
 def tile_bar():
-    """progress(stage, done, total) for `SanaSR.restore`: a bar over the tiles of each stage; none for a single tile."""
+    """progress(stage, done, total) for `SanaSR.restore`: on a terminal a bar over the tiles of a stage, if several."""
     bar = None
 
     def progress(stage, done, total):
         nonlocal bar
-        if total == 1:
-            return
-        bar = bar if done else tqdm(total=total, desc=stage, unit="tile", leave=False, disable=None)  # on a terminal
-        bar.update(done - bar.n)
-        if done == total:
-            bar.close()
+        if total > 1:
+            bar = bar if done else tqdm(total=total, desc=stage, unit="tile", leave=False, disable=None)
+            bar.update(done - bar.n)
+            if done == total:
+                bar.close()
     return progress
 
 
-def restore(job, model, args, tags=(), progress=None):
-    """Read, restore and write one picture: the line that is printed for it. Raises Skipped.
+def restore(pair, model, args, tags=(), progress=None):
+    """Restore the picture pair.lr and write the result pair.sr: the line that is printed for it. Raises Skipped.
 
     tags: what the picture shows, for the prompt. progress: see `SanaSR.restore`.
     Raises OSError or ValueError where the model's text encoder, which is loaded on the first new prompt, is broken.
@@ -118,12 +129,12 @@ def restore(job, model, args, tags=(), progress=None):
     start = time.perf_counter()
     if args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(args.device)
-    if not job.source.is_file():
-        raise Skipped("neither a file nor a folder" if job.source.exists() else "no such file or folder")
+    if not pair.lr.is_file():
+        raise Skipped("neither a file nor a folder" if pair.lr.exists() else "no such file or folder")
     try:
-        picture = pictures.read(job.source)
+        picture = pictures.read(pair.lr)
     except Exception as error:  # on broken files the decoders raise anything, from struct.error to IndexError
-        raise Skipped(f"not a picture that can be read ({reason(error, job.source)})") from error
+        raise Skipped(f"not a picture that can be read ({reason(error, pair.lr)})") from error
     width, height = picture.rgb.size
     prompt = ", ".join(filter(None, [args.prompt, *tags]))
     try:
@@ -137,58 +148,36 @@ def restore(job, model, args, tags=(), progress=None):
         raise
     try:
         metadata = () if args.no_metadata else (picture.icc, picture.exif)
-        pictures.write(result, job.target, *metadata)
+        pictures.write(result, pair.sr, *metadata)
         if args.compare:
-            pictures.write(picture.finish(bicubic(picture.rgb, args.scale), args.scale), job.compare, *metadata)
+            pictures.write(picture.finish(bicubic(picture.rgb, args.scale), args.scale), beside(pair.sr), *metadata)
     except (OSError, ValueError) as error:
-        raise Skipped(f"{job.target} cannot be written ({reason(error, job.target)})") from error
+        raise Skipped(f"{pair.sr} cannot be written ({reason(error, pair.sr)})") from error
     stages = "  ".join(f"{stage} {ms:.0f}" for stage, ms in model.stages.items())
-    peak = peak_memory(args.device)
-    return (f"{job.source.name}  {width}×{height} → {args.scale * width}×{args.scale * height}  ms: {stages}"
+    peak = runs.peak_memory(args.device)
+    return (f"{pair.name}  {width}×{height} → {args.scale * width}×{args.scale * height}  ms: {stages}"
             f"  total {time.perf_counter() - start:.2f} s{'' if peak is None else f'  peak {peak:.2f} GB'}"
-            f"  → {job.target}")
+            f"  → {pair.sr}")
 
 
-def input_tags(jobs, args, references):
-    """{job: its tags} by args.tagger; empty where the tagger's weights are unavailable.
+def input_tags(pairs, args):
+    """{pair: its tags} by args.tagger; empty where the tagger's weights are unavailable.
 
-    Tags describe the enlarged input, or with --prompt-from hr the reference, `references[job.target]`. All pictures are
-    tagged, and the tagger's memory is free, before the restorer is loaded.
+    Tags describe the enlarged input, or with --prompt-from hr the reference. All pictures are tagged, and the tagger's
+    memory is free, before the restorer is loaded.
     """
     def picture(i):
         if args.prompt_from == "hr":
-            return read_rgb(references[jobs[i].target])
+            return read_rgb(pairs[i].hr)
         try:
-            return bicubic(read_rgb(jobs[i].source), args.scale)
+            return bicubic(read_rgb(pairs[i].lr), args.scale)
         except (MemoryError, ValueError):  # restore() will say what is wrong with it
             return None
-    if args.tagger == "none":
-        return {}
-    found = find_tags(args.tagger, [job.source.name for job in jobs], picture, args.device)
-    return dict(zip(jobs, found, strict=True)) if found else {}
+    found = find_tags(args.tagger, [pair.name for pair in pairs], picture, args.device)
+    return dict(zip(pairs, found, strict=True)) if found else {}
 
 
 # --- scores ---
-
-def find_pairs(args, jobs):
-    """[Pair] to score: the results of `jobs`, or the pictures in --sr, with their partners in --hr.
-
-    With --sr, the inputs are only shown in the report. Raises UserError or ValueError.
-    """
-    if args.sr:
-        results = [p for p in find_inputs([args.sr]) if not re.search(r"_x[124]_bicubic$", p.stem)]  # of --compare
-        names = [p.name for p in results]
-        if not results:
-            raise UserError(f"{args.sr}: only enlargements of --compare there; rename them to score them")
-        inputs = args.inputs and partners(names, " ".join(args.inputs), find_inputs(args.inputs))
-    else:
-        results, inputs = [job.target for job in jobs], [job.source for job in jobs]
-        names = [path.name for path in inputs]
-    there = find_inputs([args.hr]) if args.hr else []
-    references = partners(names, args.hr, there) if args.hr else [None] * len(names)
-    if len(there) > len(names):
-        print(f"note: {len(there) - len(names)} of the pictures in {args.hr} have no result", file=sys.stderr)
-    return [Pair(*pair) for pair in zip(names, results, references, inputs or [None] * len(names), strict=True)]
 
 
 def score(pairs, args, note=""):
@@ -206,8 +195,7 @@ def score(pairs, args, note=""):
 # --- the command ---
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runs.parser(__doc__)
     add = parser.add_argument
     add("inputs", nargs="*", metavar="INPUT", help="pictures and folders of pictures")
     add("--out", metavar="PATH", help="folder, or file for one input (default: results/<stem>_x4.png)")
@@ -217,7 +205,7 @@ def parse(argv=None):
     add("--no-metadata", action="store_true", help="results without the input's EXIF and colour profile")
     add("--compare", action="store_true", help="write the bicubic enlargement beside the result")
     add("--model", default="embedded", metavar="NAME|FOLDER", help="see `python -m weights` (default: embedded)")
-    add_device_options(parser.add_argument)
+    runs.add_device_options(parser.add_argument)
     add("--fast", choices=["auto", "on", "off"], default="auto", help="the rewrites of fast/: the same result up to "
         "rounding, sooner; on a GPU with CUDA graphs (auto: on a CPU or an NVIDIA GPU)")
     add("--tile", type=int, metavar="N", help="largest side, in pixels of the result, that the networks see at once "
@@ -268,14 +256,14 @@ def add_score_options(parser):
 
 def check(args):
     """Check what argparse cannot; read --instruction, resolve --metrics. Raises UserError or ValueError."""
-    mistakes = {
-        "name pictures or folders to restore, or --sr DIR to score what exists": not args.inputs and not args.sr,
-        "--prompt-from hr needs pictures to restore, --tagger ram or dape, and --hr DIR":
-            args.prompt_from == "hr" and (args.tagger not in ("ram", "dape") or not args.hr or args.sr),
-    } | {f"{folder}: no such folder": not Path(folder).exists() for folder in (args.sr, args.hr) if folder}
-    if found := [mistake for mistake, made in mistakes.items() if made]:
-        raise UserError(found[0])
-    check_ranges(args)
+    if not args.inputs and not args.sr:
+        raise UserError("name pictures or folders to restore, or --sr DIR to score what exists")
+    if args.prompt_from == "hr" and (args.tagger not in ("ram", "dape") or not args.hr or args.sr):
+        raise UserError("--prompt-from hr needs pictures to restore, --tagger ram or dape, and --hr DIR")
+    for folder in filter(None, (args.sr, args.hr)):
+        if not Path(folder).exists():
+            raise UserError(f"{folder}: no such folder")
+    runs.check_ranges(args)
     if args.score:
         args.metrics = pick(args.metrics, bool(args.hr))
     if args.instruction:
@@ -299,54 +287,50 @@ def choose_system(args):
         raise UserError(f"{', '.join(given)}: {args.model} is a model of {what}; leave it out or name another --model")
 
 
-def restore_all(jobs, model, args, tags, single, quiet):
-    """Restore `jobs`: (how many were restored, the targets of those that were skipped). A line tells of each.
+def restore_all(pairs, model, args, tags, single, quiet):
+    """Restore the inputs of `pairs`, with a line for each. Returns the results that are missing: those skipped.
 
     single: it is the only picture of the run, so that its tiles have bars. quiet: no bar over the pictures.
     """
-    done, skipped = 0, []
-    for job in tqdm(jobs, unit="img", disable=True if single or quiet else None):  # None: on a terminal
+    skipped = []
+    for pair in tqdm(pairs, unit="img", disable=True if single or quiet else None):  # None: on a terminal
         try:
-            tqdm.write(restore(job, model, args, tags.get(job, ()), tile_bar() if single else None))
-            done += 1
+            tqdm.write(restore(pair, model, args, tags.get(pair, ()), tile_bar() if single else None))
         except Skipped as why:
-            skipped.append(job.target)
-            tqdm.write(" ".join(f"error: {job.source}: {why}".split()), file=sys.stderr)  # a name may hold newlines
-    return done, skipped
+            skipped.append(pair.sr)
+            tqdm.write(" ".join(f"error: {pair.lr}: {why}".split()), file=sys.stderr)  # a name may hold newlines
+    return skipped
 
 
-@command
+@runs.command
 def main(argv=None):
     args = parse(argv)
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    args.device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
-    args.dtype = pick_dtype(args.dtype, args.device)
-    torch.manual_seed(args.seed)
-    set_flags()
+    args.device = runs.pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+    args.dtype = runs.pick_dtype(args.dtype, args.device)
+    runs.set_flags()
     warnings.filterwarnings("ignore", module="PIL")  # about odd files; errors are raised
     if args.sr:
-        score(find_pairs(args, []), args)
+        score(existing(args), args)
         return 0
     choose_system(args)
-    jobs = plan(find_inputs(args.inputs), args.out, args.scale, find_inputs([args.hr]) if args.hr else [])
-    pairs = find_pairs(args, jobs) if args.score else []
-    if ranks > 1:  # so that all ranks end together: torchrun ends the others as soon as one rank fails
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
-    tags = input_tags(jobs[rank::ranks], args, {pair.sr: pair.hr for pair in pairs})
-    model = load_model(args.model, args.device, args.dtype, args.adapter, args.fast, args.offload)
-    done, skipped = restore_all(jobs[rank::ranks], model, args, tags, single=len(jobs) == 1, quiet=rank > 0)
-    if len(jobs) > 1:
-        print(f"{done} restored, {len(skipped)} skipped" + (f" (rank {rank})" if ranks > 1 else ""))
-    if ranks > 1:
-        torch.distributed.all_gather_object(every := [None] * ranks, skipped)
-        skipped = sum(every, [])
-    model = None  # scoring needs the memory
-    pairs = [pair for pair in pairs if pair.sr not in skipped]
-    if pairs and rank == 0:
-        score(pairs, args, note="prompts from the references" if tags and args.prompt_from == "hr" else "")
-    if ranks > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    pairs = plan(args)
+    with runs.process_group(torch.device("cpu")):
+        rank, world = runs.ranks()
+        mine = pairs[rank::world]
+        tags = input_tags(mine, args)
+        model = load_model(args.model, args.device, args.dtype, args.adapter, args.fast, args.offload)
+        skipped = restore_all(mine, model, args, tags, single=len(pairs) == 1, quiet=rank > 0)
+        if len(pairs) > 1:
+            where = f" (rank {rank})" if world > 1 else ""
+            print(f"{len(mine) - len(skipped)} restored, {len(skipped)} skipped{where}")
+        if world > 1:
+            torch.distributed.all_gather_object(every := [None] * world, skipped)
+            skipped = sum(every, [])
+        model = None  # scoring needs the memory
+        scored = [pair for pair in pairs if args.score and pair.sr not in skipped]
+        note = "prompts from the references" if tags and args.prompt_from == "hr" else ""
+        # the other ranks wait: torchrun ends all as soon as one of them fails
+        runs.from_first(lambda: score(scored, args, note) if scored else None)
     return 1 if skipped else 0
 
 

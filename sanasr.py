@@ -121,11 +121,8 @@ class SanaSR(Restorer):
         dit = LinearDiT.from_pretrained(folder / "transformer", dtype, device)
         if adapter is None and (folder / "adapter.safetensors").exists():
             adapter = folder / "adapter.safetensors"
-        if adapter:
-            metadata = load_lora(dit, adapter)
-        else:  # the adapter of a pruned model is merged already; its metadata are in config.json
-            config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
-            metadata = config.get("_provenance", {})
+        # the adapter of a pruned model is merged already; its metadata are in config.json
+        metadata = load_lora(dit, adapter) if adapter else dit.provenance
         if merge:
             merge_lora(dit)
         try:
@@ -147,6 +144,12 @@ def to_tokens(x):
 def to_picture(x, height, width):
     """B,H·W,C -> B,C,H,W in channels-last format, without a copy."""
     return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+def attend(q, k, v, heads, **options):
+    """Softmax attention of n heads of d channels: q …,N,n·d and k, v …,T,n·d -> …,N,n·d."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(-3, -2) for x in (q, k, v))  # …,n,N,d and …,n,T,d
+    return F.scaled_dot_product_attention(q, k, v, **options).transpose(-3, -2).flatten(-2)
 
 
 def checkpointed(block, *args, checkpointing=False):
@@ -261,9 +264,7 @@ class CrossAttention(Attention):
     """Softmax attention of the picture's tokens to the text; `bias` is 0 for a kept and −10000 for a masked token."""
 
     def forward(self, x, c, bias):  # x: B,N,D; c: B,T,D; bias: B,1,1,T
-        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2)  # B,n,N,d and B,n,T,d
-                   for y in (self.to_q(x), self.to_k(c), self.to_v(c)))
-        return self.to_out[0](F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
+        return self.to_out[0](attend(self.to_q(x), self.to_k(c), self.to_v(c), self.heads, attn_mask=bias))
 
 
 class DiTBlock(nn.Module):
@@ -375,17 +376,14 @@ def lora_parameters(model):
 @contextlib.contextmanager
 def adapters_at(model, scales):
     """A context within which the adapters of `model` have these scales α/r, in the order of `lora_modules`."""
-    modules = lora_modules(model).values()
-    before = [module.adapter_scale for module in modules]
-
-    def put(values):
-        for module, value in zip(modules, values, strict=True):
-            module.adapter_scale = value
-    put(scales)
+    before = {module: module.adapter_scale for module in lora_modules(model).values()}
+    for module, scale in zip(before, scales, strict=True):
+        module.adapter_scale = scale
     try:
         yield
     finally:
-        put(before)
+        for module, scale in before.items():
+            module.adapter_scale = scale
 
 
 def adapters_off(model):
@@ -438,26 +436,24 @@ def load_lora(model: nn.Module, path: str | Path, system: str = "sana-sr") -> di
     """Attach the adapters of a file to `model`; returns the file's metadata.
 
     Without "alpha" or "alphas" in the metadata α = r. system: see `read_lora`. Raises ValueError, naming file and key,
-    where the adapter belongs to another base.
+    if the adapter belongs to another base.
     """
     state, metadata = read_lora(path, system)
     try:
         alphas = {name: float(alpha) for name, alpha in json.loads(metadata.get("alphas", "{}")).items()}
     except (AttributeError, TypeError, ValueError):
         raise ValueError(f"{path}: its metadata says alphas = {metadata['alphas']!r}, no numbers by module") from None
-    modules = dict(model.named_modules())
-    for key in state:
-        name, _, half = key.removesuffix(".weight").rpartition(".")
-        if not isinstance(modules.get(name), Linear) or half not in ("lora_A", "lora_B"):
-            raise ValueError(f"{path}: {key} fits no projection of this model; was the adapter made for another one?")
-        a, b, (out_features, in_features) = (state.get(f"{name}.lora_A.weight"), state.get(f"{name}.lora_B.weight"),
-                                             modules[name].weight.shape[:2])
-        if a is None or b is None or (a.shape[1], *b.shape) != (in_features, out_features, a.shape[0]):
-            raise ValueError(f"{path}: {key} does not fit a projection of {in_features} to {out_features} channels")
-    for name in {key.rpartition(".lora_")[0] for key in state}:
-        rank = state[f"{name}.lora_A.weight"].shape[0]
-        _attach_lora(modules[name], rank, alphas.get(name, float(metadata.get("alpha", rank))) / rank)
-    model.load_state_dict(state, strict=False)  # every key was checked above
+    for name, module in list(model.named_modules()):
+        a, b = (state.get(f"{name}.lora_{half}.weight") for half in "AB")
+        if a is None or b is None or not isinstance(module, Linear):
+            continue
+        (out_features, in_features), rank = module.weight.shape[:2], len(a)
+        if (a.shape[1], *b.shape) != (in_features, out_features, rank):
+            raise ValueError(f"{path}: {name} does not fit a projection of {in_features} to {out_features} channels")
+        _attach_lora(module, rank, alphas.get(name, float(metadata.get("alpha", rank))) / rank)
+    if unknown := model.load_state_dict(state, strict=False).unexpected_keys:
+        raise ValueError(f"{path}: {unknown[0]} fits no projection of this model or lacks its other half; was the "
+                         "adapter made for another model?")
     return metadata
 
 
@@ -487,13 +483,6 @@ class ResBlock(nn.Module):
         return x + self.norm(h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def qkv_aggregation(channels, head_dim, size):
-    """One coarser scale of q, k, v: a depthwise convolution, then a 1×1 within every head's q, k and v."""
-    return nn.Sequential(OrderedDict(
-        proj_in=nn.Conv2d(channels, channels, size, padding=size // 2, groups=channels, bias=False),
-        proj_out=nn.Conv2d(channels, channels, 1, groups=channels // head_dim, bias=False)))
-
-
 class MultiscaleLinearAttention(nn.Module):
     """x + RMSNorm(W [LA(qkv), LA(aggregated qkv)]): ReLU linear attention over all H·W positions (EfficientViT).
 
@@ -507,7 +496,10 @@ class MultiscaleLinearAttention(nn.Module):
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(channels, channels, bias=False)
         self.to_v = nn.Linear(channels, channels, bias=False)
-        self.to_qkv_multiscale = nn.ModuleList(qkv_aggregation(3 * channels, head_dim, k) for k in kernel_sizes)
+        c = 3 * channels  # each coarser scale of q, k, v: a depthwise convolution, then a 1×1 within d of its channels
+        self.to_qkv_multiscale = nn.ModuleList(nn.Sequential(OrderedDict(
+            proj_in=nn.Conv2d(c, c, size, padding=size // 2, groups=c, bias=False),
+            proj_out=nn.Conv2d(c, c, 1, groups=c // head_dim, bias=False))) for size in kernel_sizes)
         self.to_out = nn.Linear(channels * (1 + len(kernel_sizes)), channels, bias=False)
         self.norm_out = RMSNorm(channels, bias=True)
 
@@ -590,7 +582,7 @@ class Encoder(nn.Module):
         # a first stage of depth 0 has no blocks at full resolution: the picture goes straight to the second width
         self.conv_in = (nn.Conv2d(config["in_channels"], widths[0], 3, padding=1) if depths[0]
                         else DownBlock(config["in_channels"], widths[1], strided, shortcut=False))
-        self.down_blocks = nn.ModuleList()
+        self.down_blocks = nn.Sequential()
         for i, depth in enumerate(depths):
             down = [DownBlock(widths[i], widths[i + 1], strided)] if depth and i + 1 < len(widths) else []
             self.down_blocks.append(nn.Sequential(*dcae_stage(config, "encoder", i), *down))
@@ -598,9 +590,7 @@ class Encoder(nn.Module):
         self.out_shortcut = config["encoder_out_shortcut"]
 
     def forward(self, x):  # B,3,H,W -> B,C,H/32,W/32
-        x = self.conv_in(x)
-        for stage in self.down_blocks:
-            x = stage(x)
+        x = self.down_blocks(self.conv_in(x))
         z = self.conv_out(x)
         return z + x.unflatten(1, (self.latent_channels, -1)).mean(2) if self.out_shortcut else z
 

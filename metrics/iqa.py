@@ -9,24 +9,21 @@ better; the images of a batch do not touch each other.
 """
 import math
 import re
+from collections import OrderedDict
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 import weights
-from photos.swin import Block
+from photos.swin import Block, WindowAttention
+from sanasr import attend
+from weights.files import read_checkpoint
 
 
 def read(name):
-    """The state_dict in the file `name` of weights.FILES, float32. Pickled files may hold plain tensors only."""
-    path = weights.file(name)
-    if path.suffix == ".safetensors":
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("params", state)
+    """The state_dict in the file `name` of weights.FILES, float32."""
+    state = read_checkpoint(weights.file(name))
     return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
 
 
@@ -34,37 +31,6 @@ def load(model, state, unused):
     """Load `state` strictly, but for the keys that match the pattern `unused`, which the score does not depend on."""
     model.load_state_dict({k: v for k, v in state.items() if not re.match(unused, k)})
     return model.requires_grad_(False).eval()
-
-
-def attend(q, k, v, n, **options):
-    """Attention of n heads: (…, N, n·d) each -> the same."""
-    q, k, v = (t.unflatten(-1, (n, -1)).transpose(-3, -2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, **options).transpose(-3, -2).flatten(-2)
-
-
-class MLP(nn.Module):
-    """Two linear layers with an exact GELU between them."""
-
-    def __init__(self, width, hidden):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class TransformerBlock(nn.Module):
-    """Pre-norm attention and MLP; name: what the checkpoint calls the attention."""
-
-    def __init__(self, width, hidden, name, attention):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.name, self.mlp = name, MLP(width, hidden)
-        self.add_module(name, attention)
-
-    def forward(self, x):
-        x = x + self.get_submodule(self.name)(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
 
 
 # --- MUSIQ ---
@@ -121,7 +87,7 @@ class MUSIQ(nn.Module):
     The original pads the tokens of the first two scales to fixed numbers and masks the padding; every token here is
     a real one, which gives the same.
     """
-    width, blocks, grid = 384, 14, 10
+    width, grid = 384, 10
 
     def __init__(self):
         super().__init__()
@@ -133,9 +99,9 @@ class MUSIQ(nn.Module):
         encoder.posembed_input, encoder.scaleembed_input = nn.Module(), nn.Module()
         encoder.posembed_input.position_emb = nn.Parameter(torch.zeros(1, self.grid ** 2, self.width))
         encoder.scaleembed_input.scale_emb = nn.Parameter(torch.zeros(3, self.width))
-        encoder.transformer = nn.ModuleDict({
-            f"encoderblock_{i}": TransformerBlock(self.width, 1152, "attention", SplitAttention(self.width, 6))
-            for i in range(self.blocks)})
+        encoder.transformer = nn.Sequential(OrderedDict(
+            (f"encoderblock_{i}", Block(self.width, 1152, SplitAttention(self.width, 6), "attention", eps=1e-6))
+            for i in range(14)))
         encoder.encoder_norm = nn.LayerNorm(self.width, eps=1e-6)
         self.head = nn.Linear(self.width, 1)
 
@@ -164,9 +130,7 @@ class MUSIQ(nn.Module):
         scales = [F.interpolate(x, size, mode="bicubic", align_corners=False) for size in sizes] + [x]
         encoder = self.transformer_encoder
         x = torch.cat([encoder.cls.expand(len(x), -1, -1), *(self.tokens(t, i) for i, t in enumerate(scales))], 1)
-        for block in encoder.transformer.values():
-            x = block(x)
-        return self.head(encoder.encoder_norm(x[:, 0])).squeeze(1)
+        return self.head(encoder.encoder_norm(encoder.transformer(x)[:, 0])).squeeze(1)
 
 
 # --- MANIQA ---
@@ -186,16 +150,14 @@ class Attention(nn.Module):
 class ViT(nn.Module):
     """ViT-B/8 as far as it is needed. (B,3,224,224) -> (B,784,4·768), what blocks 6 to 9 put out, without the class."""
 
-    def __init__(self, width=768):
+    def __init__(self):
         super().__init__()
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(3, width, 8, 8)
-        self.cls_token, self.pos_embed = (nn.Parameter(torch.zeros(1, n, width)) for n in (1, 28 * 28 + 1))
-        self.blocks = nn.ModuleList(
-            TransformerBlock(width, 4 * width, "attn", Attention(width, 12)) for _ in range(10))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, 768, 8, 8)})
+        self.cls_token, self.pos_embed = (nn.Parameter(torch.zeros(1, n, 768)) for n in (1, 28 * 28 + 1))
+        self.blocks = nn.ModuleList(Block(768, 4 * 768, Attention(768, 12), eps=1e-6) for _ in range(10))
 
     def forward(self, x):
-        x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)
+        x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
         outputs = []
         for block in self.blocks:
@@ -222,19 +184,14 @@ class Swin(nn.Module):
     def __init__(self, width, scale):
         super().__init__()
         self.scale = scale
-        self.layers = nn.ModuleList()
-        for _ in range(2):
-            layer = nn.Module()
-            layer.blocks = nn.ModuleList(Block(width, 4, 4, shift, hidden=768) for shift in (0, 2))
-            layer.conv = nn.Conv2d(width, width, 3, padding=1)
-            self.layers.append(layer)
+        self.layers = nn.ModuleList(nn.ModuleDict({
+            "blocks": nn.Sequential(*(Block(width, 768, WindowAttention(width, 4, 4, shift)) for shift in (0, 2))),
+            "conv": nn.Conv2d(width, width, 3, padding=1)}) for _ in range(2))
 
     def forward(self, x):
         for layer in self.layers:
-            y = x.permute(0, 2, 3, 1)
-            for block in layer.blocks:
-                y = block(y)
-            x = x + self.scale * F.relu(layer.conv(y.permute(0, 3, 1, 2)))
+            y = layer["blocks"](x.permute(0, 2, 3, 1))
+            x = x + self.scale * F.relu(layer["conv"](y.permute(0, 3, 1, 2)))
         return x
 
 
@@ -249,9 +206,9 @@ class MANIQA(nn.Module):
         super().__init__()
         self.crops = crops
         self.vit = ViT()
-        self.tablock1 = nn.ModuleList(TransposedAttention(784) for _ in range(2))
+        self.tablock1 = nn.Sequential(*(TransposedAttention(784) for _ in range(2)))
         self.conv1, self.swintransformer1 = nn.Conv2d(4 * 768, 768, 1), Swin(768, scale)
-        self.tablock2 = nn.ModuleList(TransposedAttention(784) for _ in range(2))
+        self.tablock2 = nn.Sequential(*(TransposedAttention(784) for _ in range(2)))
         self.conv2, self.swintransformer2 = nn.Conv2d(768, 384, 1), Swin(384, scale)
         # Index 2 was a dropout.
         self.fc_score = nn.Sequential(nn.Linear(384, 384), nn.ReLU(), nn.Identity(), nn.Linear(384, 1), nn.ReLU())
@@ -268,19 +225,15 @@ class MANIQA(nn.Module):
             x = F.interpolate(x, scale_factor=225 / short, mode="bilinear", align_corners=False)
         down, right = ((n - 224) // math.isqrt(self.crops) for n in x.shape[-2:])
         side = math.ceil(math.sqrt(self.crops))
-        places = [(i * down, j * right) for i in range(side) for j in range(side)][:self.crops]
-        return torch.cat([x[..., i:i + 224, j:j + 224] for i, j in places])
+        crops = [x[..., i * down:i * down + 224, j * right:j * right + 224] for i in range(side) for j in range(side)]
+        return torch.cat(crops[:self.crops])
 
     def patches(self, x):
         """(B,3,224,224) in [-1,1] -> score and weight of each patch, (B,784) each."""
-        x = self.vit(x).transpose(1, 2)          # B, 3072, 784
-        for block in self.tablock1:
-            x = block(x)
-        x = self.swintransformer1(self.conv1(x.unflatten(2, (28, 28)))).flatten(2)
-        for block in self.tablock2:
-            x = block(x)
-        x = self.swintransformer2(self.conv2(x.unflatten(2, (28, 28))))
-        x = x.flatten(2).transpose(1, 2)         # B, 784, 384
+        x = self.tablock1(self.vit(x).transpose(1, 2))                                 # B, 3072, 784
+        x = self.swintransformer1(self.conv1(x.unflatten(2, (28, 28)))).flatten(2)     # B, 768, 784
+        x = self.swintransformer2(self.conv2(self.tablock2(x).unflatten(2, (28, 28))))
+        x = x.flatten(2).transpose(1, 2)                                               # B, 784, 384
         return self.fc_score(x).squeeze(2), self.fc_weight(x).squeeze(2)
 
     def forward(self, x):
@@ -303,10 +256,8 @@ class ResNetBlock(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(c_in, c, 1, bias=False), nn.BatchNorm2d(c)
         self.conv2, self.bn2 = nn.Conv2d(c, c, 3, padding=1, bias=False), nn.BatchNorm2d(c)
         self.conv3, self.bn3 = nn.Conv2d(c, 4 * c, 1, bias=False), nn.BatchNorm2d(4 * c)
-        if stride > 1 or c_in != 4 * c:
-            self.downsample = nn.Sequential(nn.Conv2d(c_in, 4 * c, 1, bias=False), nn.BatchNorm2d(4 * c))
-        else:
-            self.downsample = nn.Identity()
+        self.downsample = nn.Identity() if c_in == 4 * c else nn.Sequential(
+            nn.Conv2d(c_in, 4 * c, 1, bias=False), nn.BatchNorm2d(4 * c))
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))
@@ -319,17 +270,16 @@ class ResNetBlock(nn.Module):
 class AttentionPool(nn.Module):
     """Attention whose only query is the mean: (B,2048,h,w) -> (B,1024). No positions, so any size will do."""
 
-    def __init__(self, width=2048, out=1024, n=32):
+    def __init__(self):
         super().__init__()
-        self.n = n
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
-        self.c_proj = nn.Linear(width, out)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(2048, 2048) for _ in range(3))
+        self.c_proj = nn.Linear(2048, 1024)
 
     def forward(self, x):
         x = x.flatten(2).transpose(1, 2)
         mean = x.mean(1, keepdim=True)
         x = torch.cat([mean, x], 1)
-        return self.c_proj(attend(self.q_proj(mean), self.k_proj(x), self.v_proj(x), self.n).squeeze(1))
+        return self.c_proj(attend(self.q_proj(mean), self.k_proj(x), self.v_proj(x), 32).squeeze(1))
 
 
 class ModifiedResNet(nn.Module):
@@ -369,23 +319,23 @@ PROMPTS = {
 }
 
 
-def text_features(state, n=8):
+def text_features(state):
     """CLIP's text encoder on the ten prompts, from its state_dict: (10, 1024). Causal, so padding cannot matter."""
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def linear(x, name):
+        return F.linear(x, state[f"{name}weight"], state[f"{name}bias"])
+
     features = []
     for ids in PROMPTS.values():
         x = state["token_embedding.weight"][list(ids)] + state["positional_embedding"][:len(ids)]   # T, 512
-        for i in range(12):
-            block = f"transformer.resblocks.{i}."
-            w = {k.removeprefix(block): v for k, v in state.items() if k.startswith(block)}
-            y = F.layer_norm(x, x.shape[-1:], w["ln_1.weight"], w["ln_1.bias"])
-            q, k, v = F.linear(y, w["attn.in_proj_weight"], w["attn.in_proj_bias"]).chunk(3, -1)
-            y = attend(q, k, v, n, is_causal=True)
-            x = x + F.linear(y, w["attn.out_proj.weight"], w["attn.out_proj.bias"])
-            y = F.layer_norm(x, x.shape[-1:], w["ln_2.weight"], w["ln_2.bias"])
-            y = F.linear(y, w["mlp.c_fc.weight"], w["mlp.c_fc.bias"])
-            x = x + F.linear(y * torch.sigmoid(1.702 * y), w["mlp.c_proj.weight"], w["mlp.c_proj.bias"])  # QuickGELU
-        x = F.layer_norm(x[-1], x.shape[-1:], state["ln_final.weight"], state["ln_final.bias"])
-        features.append(x @ state["text_projection"])
+        for block in (f"transformer.resblocks.{i}" for i in range(12)):
+            q, k, v = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.in_proj_").chunk(3, -1)
+            x = x + linear(attend(q, k, v, 8, is_causal=True), f"{block}.attn.out_proj.")
+            y = linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc.")
+            x = x + linear(y * torch.sigmoid(1.702 * y), f"{block}.mlp.c_proj.")  # QuickGELU
+        features.append(norm(x[-1], "ln_final") @ state["text_projection"])
     return torch.stack(features)
 
 

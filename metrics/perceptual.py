@@ -18,55 +18,51 @@ import weights
 EMBEDDED = Path(weights.__path__[0]) / "metrics"  # small parameters that live in the repository
 
 
-class AlexNet(nn.Module):
-    """AlexNet's convolutions, with torchvision's key names. (B,3,H,W) -> the five ReLU outputs; H, W at least 31."""
+class Features(nn.Module):
+    """A classifier's convolutions, with torchvision's key names. (B,3,H,W) -> the last ReLU output of every stage.
 
-    channels = (64, 192, 384, 256, 256)
+    stages: the convolutions' names; channels: of the outputs; pooled: stages that the method `pool` goes before.
+    """
+
+    def forward(self, x):
+        taps = []
+        for i, names in enumerate(self.stages):
+            x = self.pool(x) if i in self.pooled else x
+            for name in names:
+                x = F.relu(self.features[name](x), inplace=True)  # a convolution's backward does not need its output
+            taps.append(x)
+        return taps
+
+
+class AlexNet(Features):
+    """H and W must be at least 31."""
+
+    stages, pooled, channels = (("0",), ("3",), ("6",), ("8",), ("10",)), (1, 2), (64, 192, 384, 256, 256)
 
     def __init__(self):
         super().__init__()
+        self.pool = nn.MaxPool2d(3, 2)
         self.features = nn.ModuleDict({
             "0": nn.Conv2d(3, 64, 11, 4, 2), "3": nn.Conv2d(64, 192, 5, padding=2),
             "6": nn.Conv2d(192, 384, 3, padding=1), "8": nn.Conv2d(384, 256, 3, padding=1),
             "10": nn.Conv2d(256, 256, 3, padding=1)})
 
-    def forward(self, x):
-        taps = []
-        for name, conv in self.features.items():
-            if name in ("3", "6"):
-                x = F.max_pool2d(x, 3, 2)
-            x = F.relu(conv(x), inplace=True)  # a convolution's backward does not need its output
-            taps.append(x)
-        return taps
 
+class VGG16(Features):
+    """`pool` halves the size between the stages: max-pooling for the classifier and LPIPS, L2 pooling for DISTS."""
 
-class VGG16(nn.Module):
-    """VGG16's convolutions, with torchvision's key names. (B,3,H,W) -> ReLU outputs 1_2, 2_2, 3_3, 4_3 and 5_3.
-
-    `pool` halves the size between the stages: max-pooling for the classifier and LPIPS, L2 pooling for DISTS.
-    """
-
-    channels = (64, 128, 256, 512, 512)
     stages = (("0", "2"), ("5", "7"), ("10", "12", "14"), ("17", "19", "21"), ("24", "26", "28"))
+    pooled, channels = (1, 2, 3, 4), (64, 128, 256, 512, 512)
 
-    def __init__(self, pool=lambda x: F.max_pool2d(x, 2)):
+    def __init__(self, pool=None):
         super().__init__()
-        self.pool = pool
+        self.pool = pool or nn.MaxPool2d(2)
         self.features = nn.ModuleDict()
         c_in = 3
         for c, names in zip(self.channels, self.stages, strict=True):
             for name in names:
                 self.features[name] = nn.Conv2d(c_in, c, 3, padding=1)
                 c_in = c
-
-    def forward(self, x):
-        taps = []
-        for names in self.stages:
-            x = self.pool(x) if taps else x
-            for name in names:
-                x = F.relu(self.features[name](x), inplace=True)
-            taps.append(x)
-        return taps
 
 
 def vgg16_trunk():

@@ -29,7 +29,7 @@ tfoot td { font-weight: 600; border: 0 } td a { color: inherit }
 section { margin-top: 2rem; padding-top: 1rem; border-top: 1px solid var(--line) }
 dl { display: flex; flex-wrap: wrap; gap: 0 1.2rem; margin: .1rem 0 .6rem }
 dl div { display: flex; gap: .35rem } dt { opacity: .65 } dd { margin: 0; font-variant-numeric: tabular-nums }
-.row { display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); gap: .6rem }
+.row { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); gap: .6rem }
 figure { margin: 0 } figure img { width: 100%; display: block; cursor: zoom-in } figcaption { opacity: .65 }
 dialog { border: 0; padding: 1rem; max-width: 96vw; max-height: 96vh; box-sizing: border-box }
 dialog::backdrop { background: #000b }
@@ -39,12 +39,12 @@ dialog::backdrop { background: #000b }
 #cut { position: absolute; top: 0; bottom: 0; left: var(--cut); border-left: 1px solid #fff }
 dialog input { width: 100%; margin: .8rem 0 0; accent-color: var(--accent) }
 dialog p { display: flex; justify-content: space-between; margin: 0; gap: 1rem }
-@media (max-width: 700px) { body { padding: .8rem } }
 """
 
 SCRIPT = """
 const $ = s => document.querySelector(s), all = (s, e) => [...(e || document).querySelectorAll(s)];
-const rank = (e, name, sign) => isNaN(e.dataset[name]) ? 1e9 : sign * e.dataset[name];  // those without a value last
+const value = (e, name) => e.getAttribute("data-" + name);
+const rank = (e, name, sign) => isNaN(value(e, name)) ? 1e9 : sign * value(e, name);  // those without a value last
 function sortBy(button) {
   const name = button.dataset.metric, sign = button.dataset.sign;
   for (const b of all("th button")) b.setAttribute("aria-pressed", b == button);
@@ -69,15 +69,6 @@ dialog.onclick = e => { if (e.target == dialog) dialog.close() };
 """
 
 
-def data_uri(image):
-    """A PIL image as a data: URI."""
-    image = image.copy()
-    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=90)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
 def worst_first(rows, pairs):
     """(row, pair) for each picture, sorted by LPIPS if it is there, else by the first metric; and the metric's name."""
     by = "lpips" if "lpips" in rows[0] else list(rows[0])[1]
@@ -92,32 +83,34 @@ def write_report(rows, pairs, path, protocol="full", note=""):
     """
     names = list(rows[0])[1:]
     order, by = worst_first(rows, pairs)
-    columns = max(sum(x is not None for x in (p.lr, p.sr, p.hr)) for p in pairs)
 
     def data(row):  # attributes by which the page sorts
-        return "".join(f' data-{n.replace("-", "")}="{row[n]:.6f}"' for n in names)
+        return "".join(f' data-{n}="{row[n]:.6f}"' for n in names)
 
     def cells(row):
         return "".join(f"<td>{shown(n, row[n])}</td>" for n in names)
 
     def figure(kind, image):
-        source = data_uri(crop(image, protocol))
+        image, buffer = crop(image, protocol).copy(), io.BytesIO()
+        image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+        image.save(buffer, "WEBP", quality=90)
+        source = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
         return (f'<figure data-kind="{kind}"><img src="{source}" alt="{kind}" loading="lazy">'
                 f"<figcaption>{kind}</figcaption></figure>")
 
     def section(i, row, pair):
         sr = read_rgb(pair.sr)
-        figures = [figure("bicubic", read_rgb(pair.lr).resize(sr.size, Image.Resampling.BICUBIC))] if pair.lr else []
-        figures.append(figure("result", sr))
-        figures += [figure("reference", read_rgb(pair.hr))] if pair.hr else []
+        pictures = {"bicubic": pair.lr and read_rgb(pair.lr).resize(sr.size, Image.Resampling.BICUBIC), "result": sr,
+                    "reference": pair.hr and read_rgb(pair.hr)}
+        figures = "".join(figure(kind, image) for kind, image in pictures.items() if image)
         numbers = "".join(f"<div><dt>{n}</dt><dd>{shown(n, row[n])}</dd></div>" for n in names)
         return (f'<section id="i{i}"{data(row)}><h2>{escape(row["image"])}</h2><dl>{numbers}</dl>'
-                f'<div class="row">{"".join(figures)}</div></section>')
+                f'<div class="row">{figures}</div></section>')
 
     head = ""
     for n in names:
         m = METRICS[n]
-        head += (f'<th><button data-metric="{n.replace("-", "")}" data-sign="{m.sign}" '
+        head += (f'<th><button data-metric="{n}" data-sign="{m.sign}" '
                  f'aria-pressed="{"true" if n == by else "false"}" title="{escape(m.range)}; click: worst first">'
                  f'{n} {m.arrow}</button></th>')
     body = "".join(f'<tr{data(row)}><td><a href="#i{i}">{escape(row["image"])}</a></td>{cells(row)}</tr>'
@@ -129,7 +122,7 @@ def write_report(rows, pairs, path, protocol="full", note=""):
     write_bytes(path, f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Super-resolution report</title>
-<style>:root {{ --columns: {columns} }}{STYLE}</style>
+<style>{STYLE}</style>
 <h1>Super-resolution report</h1>
 <p>{escape(note)}</p>
 <table><thead><tr><th>image</th>{head}</tr></thead><tbody>{body}</tbody>

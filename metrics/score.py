@@ -6,12 +6,11 @@ from math import isnan, nan
 from pathlib import Path
 from statistics import fmean
 
-import numpy as np
 import torch
 
 import weights
 from metrics import METRICS, load
-from photos.pictures import find_inputs, read_picture, read_rgb, restored
+from photos.pictures import central, find_inputs, read_picture, read_rgb, restored, to_tensor
 from runs import write_csv
 
 PATCH = 256  # side of the central crop of the protocol `patch`
@@ -77,19 +76,7 @@ def pick(text, has_reference):
 
 def crop(image, protocol):
     """The part of a PIL image that counts: all of it (`full`), or the central 256x256 (`patch`)."""
-    if protocol == "full":
-        return image
-    left, top = (image.width - PATCH) // 2, (image.height - PATCH) // 2
-    return image.crop((left, top, left + PATCH, top + PATCH))
-
-
-def check(pair, sr, hr, protocol):
-    """Raises ValueError where the two PIL images of a pair cannot be compared."""
-    result = pair.sr or f"the result of {pair.lr}"
-    if hr and sr.size != hr.size:
-        raise ValueError(f"{result} is {sr.width}×{sr.height} but its reference {pair.hr} is {hr.width}×{hr.height}")
-    if protocol == "patch" and min(sr.size) < PATCH:
-        raise ValueError(f"{result} is {sr.width}×{sr.height}, too small for --protocol patch ({PATCH}×{PATCH})")
+    return image if protocol == "full" else central(image, PATCH)
 
 
 def load_all(names, device):
@@ -126,8 +113,12 @@ def evaluate(model, pairs: list, names: list, *, protocol: str = "full", device=
         else:
             sr = restored(model, read_picture(pair.lr), prompt, color_fix, scale, **options).convert("RGB")
         hr = read_rgb(pair.hr) if pair.hr else None
-        check(pair, sr, hr, protocol)
-        x, y = (torch.from_numpy(np.array(crop(t, protocol))).permute(2, 0, 1)[None].float() / 255 if t else None
+        size = f"{pair.sr or f'the result of {pair.lr}'} is {sr.width}×{sr.height}"
+        if hr and sr.size != hr.size:
+            raise ValueError(f"{size} but its reference {pair.hr} is {hr.width}×{hr.height}")
+        if protocol == "patch" and min(sr.size) < PATCH:
+            raise ValueError(f"{size}, too small for --protocol patch ({PATCH}×{PATCH})")
+        x, y = (to_tensor(crop(t, protocol))[None].contiguous(memory_format=torch.channels_last) if t else None
                 for t in (sr, hr))
         row = {"image": pair.name}
         for name, function in functions.items():

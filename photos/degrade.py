@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from photos.pictures import read_rgb, write
+from photos.pictures import contact_sheet, read_rgb, to_image, to_tensor, write
 from runs import command
 
 SCALE = 4
@@ -80,11 +80,6 @@ def sinc_kernel(size, cutoff):
     return k / k.sum()
 
 
-def _half_below_one(rng, low, high):
-    """Shapes are drawn below and above 1 with equal chance, as in Real-ESRGAN (a low of 1 gives 1 half the time)."""
-    return rng.uniform(low, 1) if rng.random() < 0.5 else rng.uniform(1, high)
-
-
 def random_kernel(rng, sigma):
     """Draw (description, kernel) of an order's blur."""
     size = int(2 * rng.integers(3, 11) + 1)                                # odd, 7..21
@@ -95,10 +90,9 @@ def random_kernel(rng, sigma):
     angle, beta = 0.0, 1.0
     if "aniso" in kind:
         sigma_y, angle = rng.uniform(*sigma), rng.uniform(-math.pi, math.pi)
-    if "generalised" in kind:
-        beta = _half_below_one(rng, *BETA_G)
-    if "plateau" in kind:
-        beta = _half_below_one(rng, *BETA_P)
+    if "generalised" in kind or "plateau" in kind:  # below and above 1 with equal chance, as in Real-ESRGAN
+        low, high = BETA_G if "generalised" in kind else BETA_P
+        beta = rng.uniform(low, 1) if rng.random() < 0.5 else rng.uniform(1, high)
     return f"{kind} {size}", gaussian_kernel(size, sigma_x, sigma_y, angle, beta, "plateau" in kind)
 
 
@@ -205,18 +199,6 @@ def degrade(hr: torch.Tensor, rng, trace: list | None = None, mild: float = 0.0)
     return (x.clamp(0, 1) * 255).round() / 255
 
 
-# Tensors and pictures
-
-def to_image(x):
-    """(3, H, W) in [0, 1], clamped and rounded to 8 bits -> PIL image."""
-    return Image.fromarray((x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy())
-
-
-def to_tensor(image):
-    """PIL image -> (3, H, W) float32 in [0, 1]."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous().float() / 255
-
-
 def enlarge(lr, size=None):
     """The network's input x_L of an LR picture: Pillow's BICUBIC on 8-bit RGB, 4x larger or to `size` (width, height).
 
@@ -226,30 +208,19 @@ def enlarge(lr, size=None):
     return to_tensor(lr.resize(size or (lr.width * SCALE, lr.height * SCALE), Image.BICUBIC)) * 2 - 1
 
 
-def sharpen(x, weight=0.5, radius=50, threshold=10):
-    """Unsharp mask of Real-ESRGAN's x_H (an option there too): x + weight * residual where it exceeds threshold/255."""
-    size = radius + 1 - radius % 2
-    sigma = 0.3 * ((size - 1) / 2 - 1) + 0.8                                # OpenCV's rule for a kernel of this size
-    kernel = gaussian_kernel(size, sigma, sigma, 0.0)
+def sharpen(x):
+    """Unsharp mask of Real-ESRGAN's x_H (an option there too): x + residual / 2 where that exceeds 10/255."""
+    kernel = gaussian_kernel(51, 8.0, 8.0, 0.0)                            # sigma by OpenCV's rule for a kernel of 51
     residual = x - blur(x, kernel)
-    mask = blur((residual.abs() * 255 > threshold).to(x.dtype), kernel)
-    return mask * (x + weight * residual).clamp(0, 1) + (1 - mask) * x
+    mask = blur((residual.abs() * 255 > 10).to(x.dtype), kernel)
+    return mask * (x + residual / 2).clamp(0, 1) + (1 - mask) * x
 
 
-def sheet(stages, height=320):
-    """One picture of (caption, image) stages, all at one height, their pixels shown as they are."""
-    tiles = []
-    for caption, x in stages:
-        image = to_image(x)
-        tile = Image.new("RGB", (round(image.width * height / image.height), height + 16), "white")
-        tile.paste(image.resize((tile.width, height), Image.NEAREST), (0, 16))
-        ImageDraw.Draw(tile).text((3, 2), f"{caption}  {image.width}x{image.height}", "black")
-        tiles.append(tile)
-    columns, width = min(4, len(tiles)), max(t.width for t in tiles) + 4
-    canvas = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * (height + 20)), "white")
-    for i, tile in enumerate(tiles):
-        canvas.paste(tile, (i % columns * width, i // columns * (height + 20)))
-    return canvas
+def sheet(stages):
+    """One picture of (caption, image) stages, all 320 pixels high, their pixels shown as they are."""
+    tiles = [(f"{caption}  {width}x{height}", to_image(x).resize((round(width * 320 / height), 320), Image.NEAREST))
+             for caption, x in stages for height, width in [x.shape[1:]]]
+    return contact_sheet([tiles[i:i + 4] for i in range(0, len(tiles), 4)], letters=10)
 
 
 @command

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 
 # --- Errors in one line ---
 
@@ -45,12 +45,15 @@ def atomically(path):
     """A context that yields a temporary path beside `path`, which takes its name when the block ends without error.
 
     The file is flushed to the disk before it is renamed, and the folder after: a crash leaves either the old file or
-    the new one. The temporary name is unique. Its file is removed when the block fails; what a killed process left, by
-    a later write of the same target. Missing folders are made. Raises OSError.
+    the new one. The temporary name is unique. Its file is removed when the block fails. What a killed process left is
+    removed by a later write of the same target, after an hour. Missing folders are made. Raises OSError.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(path)
+    for old in path.parent.glob(f".{glob.escape(path.name[:80])}.*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - old.stat().st_mtime > 3600:
+                old.unlink()
     temporary = path.with_name(f".{path.name[:80]}.{secrets.token_hex(8)}.tmp")
     try:
         yield temporary
@@ -71,14 +74,6 @@ def _flush(path):
             raise
     finally:
         os.close(handle)
-
-
-def _remove_stale(path):
-    """Remove the temporary files of `path` that nobody wrote to for an hour: a killed process left them."""
-    for old in path.parent.glob(f".{glob.escape(path.name[:80])}.*.tmp"):
-        with contextlib.suppress(OSError):
-            if time.time() - old.stat().st_mtime > 3600:
-                old.unlink()
 
 
 def write_bytes(path, content):
@@ -119,16 +114,12 @@ class Picture:
     icc: bytes | None          # the colour profile that `rgb` is still in
     exif: bytes = b""          # without orientation, thumbnail and what describes the file rather than the photo
 
-    @property
-    def mode(self):
-        return ("LA" if self.alpha else "L") if self.grey else ("RGBA" if self.alpha else "RGB")
-
     def finish(self, image, scale=4):
         """`image`, an RGB result of `scale` times the size, with this picture's alpha, and grey if this is grey."""
+        image = image.convert(("L" if self.grey else "RGB") + ("A" if self.alpha else ""))
         if self.alpha:
-            image = image.copy()
             image.putalpha(bicubic(self.alpha, scale))
-        return image if image.mode == self.mode else image.convert(self.mode)
+        return image
 
 
 def to_8_bit(image):
@@ -230,9 +221,20 @@ def bicubic(image: Image.Image, scale: int = 4) -> Image.Image:
     return image.resize((scale * image.width, scale * image.height), Image.Resampling.BICUBIC)
 
 
-# --- Colour correction: the result takes over the colours of the enlarged input, as in StableSR (arXiv 2305.07015) ---
+# --- Pictures and tensors ---
 
-COLOUR_FIXES = ("none", "adain", "wavelet")
+
+def to_tensor(image):
+    """PIL image -> (3, H, W) float32 in [0, 1]."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous().float() / 255
+
+
+def to_image(x):
+    """(3, H, W) in [0, 1], clamped and rounded to 8 bits -> PIL image."""
+    return Image.fromarray((x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+# --- Colour correction: the result takes over the colours of the enlarged input, as in StableSR (arXiv 2305.07015) ---
 
 
 def adain(result, reference):
@@ -259,13 +261,13 @@ def wavelet(result, reference):
     return result - low_frequencies(result) + low_frequencies(reference)
 
 
+COLOUR_FIXES = {"none": None, "adain": adain, "wavelet": wavelet}
+
+
 def fix_colours(result, reference, how):
-    """`result` with the colours of `reference`, 8-bit RGB pictures of one size; how: none, adain or wavelet."""
-    if how == "none":
-        return result
-    planes = [torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 for image in (result, reference)]
-    fixed = {"adain": adain, "wavelet": wavelet}[how](*planes)
-    return Image.fromarray((fixed * 255).round_().clamp_(0, 255).byte().permute(1, 2, 0).numpy())
+    """`result` with the colours of `reference`, 8-bit RGB pictures of one size; how: a key of COLOUR_FIXES."""
+    fix = COLOUR_FIXES[how]
+    return to_image(fix(to_tensor(result), to_tensor(reference))) if fix else result
 
 
 def restored(model, picture, prompt="", color_fix="none", scale=4, **options):
@@ -298,3 +300,29 @@ def png(image):
     f = BytesIO()
     image.save(f, "PNG")
     return f.getvalue()
+
+
+def central(image, side):
+    """The central part of `image`, at most side × side."""
+    width, height = min(image.width, side), min(image.height, side)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def contact_sheet(rows, letters=20):
+    """One white picture of RGB pictures. rows: [[(caption, picture), …], …], each caption above its picture.
+
+    letters: the captions' height in pixels.
+    """
+    gap = 8  # pixels between two pictures
+    wide = max(picture.width for row in rows for _, picture in row) + gap
+    heads = [letters + gap if any(caption for caption, _ in row) else 0 for row in rows]
+    heights = [head + max(picture.height for _, picture in row) for head, row in zip(heads, rows, strict=True)]
+    sheet = Image.new("RGB", (max(map(len, rows)) * wide - gap, sum(heights) + gap * (len(rows) - 1)), "white")
+    draw, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(letters), 0
+    for row, head, height in zip(rows, heads, heights, strict=True):
+        for i, (caption, picture) in enumerate(row):
+            draw.text((i * wide + (wide - gap) // 2, y + head // 2), caption, "black", font, anchor="mm")
+            sheet.paste(picture, (i * wide + (wide - gap - picture.width) // 2, y + head))
+        y += height + gap
+    return sheet

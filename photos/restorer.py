@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import time
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+
+from photos.pictures import to_image
 
 
 class NotFinite(ValueError):
@@ -62,8 +64,7 @@ class Restorer:
         x = by_tiles("decode", self.vae.decode, z, up=self.vae.factor)[0, :, :height, :width].float()  # 3,H,W
         if not x.isfinite().all():
             raise NotFinite("the result has values that are no finite numbers; try --dtype fp32")
-        x = x.add_(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0)
-        return Image.fromarray(x.cpu().numpy())
+        return to_image(x.add_(1).div_(2))
 
 
 # --- Tiles ---
@@ -80,17 +81,12 @@ def spans(length, tile, overlap):
 
 def blend_weights(pieces, up):
     """For each piece a weight for each position × `up`: linear ramps in the overlaps, 1 elsewhere; they sum to 1."""
-    ramps = []
-    for i, (start, end) in enumerate(pieces):
-        w = torch.ones((end - start) * up)
-        if i:
-            n = (pieces[i - 1][1] - start) * up
-            w[:n] = (torch.arange(n) + 0.5) / n
-        if i + 1 < len(pieces):
-            n = (end - pieces[i + 1][0]) * up
-            w[len(w) - n:] = 1 - (torch.arange(n) + 0.5) / n
-        ramps.append(w)
-    return ramps
+    weights = [torch.ones((end - start) * up) for start, end in pieces]
+    for i, (a, b) in enumerate(itertools.pairwise(pieces)):
+        n = (a[1] - b[0]) * up
+        ramp = (torch.arange(n) + 0.5) / n
+        weights[i][len(weights[i]) - n:], weights[i + 1][:n] = 1 - ramp, ramp
+    return weights
 
 
 def tiled(f, x, tile, overlap, down=1, up=1, progress=None):

@@ -1,4 +1,4 @@
-"""The block of Swin (Liu et al. 2021), on square maps B, H, W, C: RAM's image encoder and MANIQA are made of it.
+"""The transformer block of RAM's image encoder, MANIQA and MUSIQ, and Swin's attention (Liu et al. 2021).
 
 Module attributes carry the official key names.
 """
@@ -33,7 +33,7 @@ def shift_mask(side, window, device):
 
 
 class WindowAttention(nn.Module):
-    """Softmax attention inside windows, with a learnt bias for every relative position and head."""
+    """Softmax attention inside windows of square maps B, H, W, C, with a bias for every relative position and head."""
 
     def __init__(self, width, heads, window, shift):
         super().__init__()
@@ -60,16 +60,16 @@ class WindowAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm window attention and MLP, the GELU by erf (tanh is off by 1e-3). hidden: of the MLP, 4·width if None."""
+    """Pre-norm attention and MLP, the GELU by erf (tanh is off by 1e-3). name: of `attention` in the checkpoint."""
 
-    def __init__(self, width, heads, window, shift, hidden=None):
+    def __init__(self, width, hidden, attention, name="attn", eps=1e-5):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attn = WindowAttention(width, heads, window, shift)
-        self.norm2 = nn.LayerNorm(width)
-        hidden = hidden or 4 * width
+        self.name = name
+        self.norm1 = nn.LayerNorm(width, eps)
+        self.add_module(name, attention)
+        self.norm2 = nn.LayerNorm(width, eps)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
 
     def forward(self, x):
-        x = x + self.attn(self.norm1(x))
+        x = x + self.get_submodule(self.name)(self.norm1(x))
         return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))

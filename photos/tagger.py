@@ -27,20 +27,18 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 import weights
-from photos import swin
-from photos.pictures import atomically, read_rgb, write_bytes
+from photos.pictures import read_rgb, to_tensor, write_bytes
+from photos.swin import Block, WindowAttention
 from runs import command
-from sanasr import clean_tags
+from sanasr import attend, clean_tags
 from weights import cache_dir
 from weights.dtypes import choose_dtypes
+from weights.files import read_checkpoint, save_tensors
 
 DATA = weights.HERE / "ram"  # the tag list and the thresholds, one entry a logit
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
@@ -82,13 +80,12 @@ class Stage(nn.Module):
     def __init__(self, width, depth, heads, window, side, last):
         super().__init__()
         shift = window // 2 if side > window else 0
-        self.blocks = nn.ModuleList(swin.Block(width, heads, window, shift * (i % 2)) for i in range(depth))
-        self.downsample = None if last else PatchMerging(width)
+        self.blocks = nn.Sequential(*(Block(width, 4 * width, WindowAttention(width, heads, window, shift * (i % 2)))
+                                      for i in range(depth)))
+        self.downsample = nn.Identity() if last else PatchMerging(width)
 
     def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return self.downsample(x) if self.downsample else x
+        return self.downsample(self.blocks(x))
 
 
 class PatchEmbed(nn.Module):
@@ -110,16 +107,13 @@ class Swin(nn.Module):
         super().__init__()
         self.patch_embed = PatchEmbed(config.width)
         last = len(config.depths) - 1
-        self.layers = nn.ModuleList(
+        self.layers = nn.Sequential(*(
             Stage(config.width << i, depth, heads, config.window, config.size // 4 >> i, i == last)
-            for i, (depth, heads) in enumerate(zip(config.depths, config.heads, strict=True)))
+            for i, (depth, heads) in enumerate(zip(config.depths, config.heads, strict=True))))
         self.norm = nn.LayerNorm(config.width << last)
 
     def forward(self, x):
-        x = self.patch_embed(x)
-        for layer in self.layers:
-            x = layer(x)
-        x = self.norm(x).flatten(1, 2)
+        x = self.norm(self.layers(self.patch_embed(x))).flatten(1, 2)
         return torch.cat([x.mean(1, keepdim=True), x], 1)
 
 
@@ -131,23 +125,18 @@ class QueryLayer(nn.Module):
 
     def __init__(self, width, image_width):
         super().__init__()
-        def norm():
-            return nn.LayerNorm(width, eps=1e-12)
+        def output(inner):
+            return nn.ModuleDict({"dense": nn.Linear(inner, width), "LayerNorm": nn.LayerNorm(width, eps=1e-12)})
         self.crossattention = nn.ModuleDict({
             "self": nn.ModuleDict({"query": nn.Linear(width, width), "key": nn.Linear(image_width, width),
-                                   "value": nn.Linear(image_width, width)}),
-            "output": nn.ModuleDict({"dense": nn.Linear(width, width), "LayerNorm": norm()})})
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, 4 * width)})
-        self.output = nn.ModuleDict({"dense": nn.Linear(4 * width, width), "LayerNorm": norm()})
+                                   "value": nn.Linear(image_width, width)}), "output": output(width)})
+        self.intermediate, self.output = nn.ModuleDict({"dense": nn.Linear(width, 4 * width)}), output(4 * width)
 
     def forward(self, x, image):
         """x: B, tags, width; image: B, L, image_width."""
-        def heads(y):
-            return y.unflatten(-1, (4, -1)).transpose(1, 2)                # B, 4, ·, width/4
         attn, out = self.crossattention["self"], self.crossattention["output"]
-        q, k, v = heads(attn["query"](x)), heads(attn["key"](image)), heads(attn["value"](image))
-        a = F.scaled_dot_product_attention(q, k, v)
-        x = out["LayerNorm"](x + out["dense"](a.transpose(1, 2).flatten(2)))
+        y = attend(attn["query"](x), attn["key"](image), attn["value"](image), 4)
+        x = out["LayerNorm"](x + out["dense"](y))
         h = F.gelu(self.intermediate["dense"](x))
         return self.output["LayerNorm"](x + self.output["dense"](h))
 
@@ -183,27 +172,6 @@ class RAM(nn.Module):
 
 
 # --- checkpoints ---
-
-
-def read_checkpoint(path):
-    """The flat state dict of a file. It is memory-mapped: only tensors that are used are read from the disk.
-
-    path: `.safetensors`, or a PyTorch pickle of tensors, flat or under "model". Raises ValueError naming the file.
-    """
-    try:
-        if Path(path).suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError, ImportError) as error:
-        raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}); fetch it again") from error
-    except Exception as error:  # pickle.UnpicklingError and relatives: what weights_only refuses
-        raise ValueError(f"{path}: holds more than tensors, it is not the official file; fetch it again") from error
-    state = state.get("model", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict):
-        raise ValueError(f"{path}: holds no tensors by name, it is not the official file; fetch it again")
-    return state
 
 
 def _pick(state, shapes, path):
@@ -244,12 +212,10 @@ def add_dape(state, path):
     lora = _pick(read_checkpoint(path), shapes, path)
     for name in targets:
         a, b = lora[name + "lora_A"].float(), lora[name + "lora_B"].float()
+        parts = [up @ down for down, up in zip(a.split(8), b.chunk(len(a) // 8), strict=True)]
         if name.endswith("qkv."):
-            q, v = (up @ down for down, up in zip(a.chunk(2), b.chunk(2), strict=True))
-            delta = torch.cat([q, torch.zeros_like(q), v])
-        else:
-            delta = b @ a
-        state[name + "weight"] = state[name + "weight"].float() + delta / 8
+            parts.insert(1, torch.zeros_like(parts[0]))  # q, k and v
+        state[name + "weight"] = state[name + "weight"].float() + torch.cat(parts) / 8
     return state
 
 
@@ -258,17 +224,16 @@ LEAN = "ram_fp16.safetensors"
 
 def lean_path():
     """The lean checkpoint, in $SANASR_WEIGHTS or in the cache; None where there is none (see --convert)."""
-    roots = [Path(root) for root in (os.environ.get("SANASR_WEIGHTS"), cache_dir()) if root]
-    return next((root / LEAN for root in roots if (root / LEAN).is_file()), None)
+    folders = filter(None, (os.environ.get("SANASR_WEIGHTS"), cache_dir()))
+    return next((path for folder in folders if (path := Path(folder) / LEAN).is_file()), None)
 
 
 def convert(out, path=None, config=None):
     """Write the weights of RAM's checkpoint that tagging needs to `out`, as fp16 safetensors."""
-    state = {k: v.half().contiguous() for k, v in ram_state(path or weights.file("ram"), config).items()}
+    state = {k: v.half() for k, v in ram_state(path or weights.file("ram"), config).items()}
     if bad := [k for k, v in state.items() if not v.isfinite().all()]:
         raise ValueError(f"{bad[0]} has values beyond fp16")
-    with atomically(out) as temporary:
-        save_file(state, temporary, {"format": "pt"})
+    save_tensors(state, out)
     return Path(out)
 
 
@@ -280,8 +245,7 @@ def preprocess(image, size=384):
 
     Bilinear *without* antialiasing, even when shrinking, as RAM and DAPE resize tensors.
     """
-    x = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
-    x = F.interpolate(x, (size, size), mode="bilinear", align_corners=False, antialias=False)
+    x = F.interpolate(to_tensor(image)[None], (size, size), mode="bilinear", align_corners=False, antialias=False)
     return (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
@@ -289,9 +253,7 @@ def preprocess(image, size=384):
 def tag_list():
     """(the tags, their thresholds as a float32 tensor), in the order of the logits."""
     tags = (DATA / "tags.txt").read_text(encoding="utf-8").splitlines()
-    thresholds = torch.tensor([float(x) for x in (DATA / "thresholds.txt").read_text().split()])
-    assert len(tags) == len(thresholds)
-    return tags, thresholds
+    return tags, torch.tensor([float(x) for x in (DATA / "thresholds.txt").read_text().split()])
 
 
 def select(logits):
@@ -321,7 +283,7 @@ class Tagger:
         """
         if name not in ("ram", "dape"):
             raise ValueError(f"no tagger is called {name!r}: choose ram or dape")
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or choose_dtypes(device)[0]
         paths, missing = {"ram": ram or lean_path(), "dape": dape}, []
         for part in sorted({"ram", name}):

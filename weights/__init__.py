@@ -114,30 +114,21 @@ def pick_files(names, dtype=None, others=True, where=""):
     for name in sorted(names):
         if match := _WEIGHTS.fullmatch(name):
             variant = match["v1"] or match["v2"] or "plain"
-            sets.setdefault((variant, int(match["total"] or 0)), {})[int(match["shard"] or 0)] = name
+            sets.setdefault((variant, int(match["total"] or 1)), {})[int(match["shard"] or 1)] = name
     for variant in (_DTYPES.get(str(dtype)), "plain", *(("bf16", "fp16", "fp32") if others else ())):
-        totals = sorted(total for v, total in sets if v == variant)
-        if not totals:
-            continue
-        if 0 in totals:
-            return list(sets[variant, 0].values())
-        if len(totals) > 1:
-            raise FileNotFoundError(f"{where}shards of two different sets lie side by side, of {totals[0]} and of "
-                                    f"{totals[1]} files; keep one of them")
-        total, shards = totals[0], sets[variant, totals[0]]
+        total, *more = sorted(total for v, total in sets if v == variant) or [0]  # 1: a single file, which goes first
+        if more and total > 1:
+            raise FileNotFoundError(f"{where}shards of two different sets lie side by side, of {total} and of "
+                                    f"{more[0]} files; keep one of them")
+        shards = sets.get((variant, total), {})
         if missing := sorted(set(range(1, total + 1)) - set(shards)):
             like = next(iter(shards.values()))
             raise FileNotFoundError(where + "missing shard " + ", ".join(
                 re.sub(r"-\d{5}-of-", f"-{i:05d}-of-", like) for i in missing))
-        return [shards[i] for i in range(1, total + 1)]
+        if shards:
+            return [shards[i] for i in range(1, total + 1)]
     raise FileNotFoundError(f"{where}no weights: expected diffusion_pytorch_model.safetensors or model.safetensors, "
                             "whole or in shards")
-
-
-def part_dtype(part, dtype):
-    """The dtype in which `part` is stored best when the model is to run in `dtype`: fp16 is for the transformer alone,
-    the autoencoder (whose activations overflow fp16) and the text encoder then run in bf16."""
-    return "bf16" if part != "transformer" and _DTYPES.get(str(dtype)) == "fp16" else dtype
 
 
 def _needed(names, dtype, others=True):
@@ -145,8 +136,9 @@ def _needed(names, dtype, others=True):
     wanted = ["tokenizer/tokenizer.json"]
     for part in PARTS:
         inside = [name.removeprefix(part + "/") for name in names if name.startswith(part + "/")]
-        weights = pick_files(inside, part_dtype(part, dtype), others, where=f"{part}/: ")
-        wanted += [f"{part}/{name}" for name in ["config.json", *weights]]
+        # fp16 is for the transformer alone, the others then run in bf16
+        stored = "bf16" if part != "transformer" and _DTYPES.get(str(dtype)) == "fp16" else dtype
+        wanted += [f"{part}/{name}" for name in ["config.json", *pick_files(inside, stored, others, f"{part}/: ")]]
     if missing := sorted(set(wanted) - set(names)):
         raise FileNotFoundError("missing " + ", ".join(missing))
     return wanted

@@ -2,8 +2,8 @@
 
     linear_dit(config)      -> the complete config of a LinearDiT, or a ValueError that names the key
 
-_DEFAULTS: the keys that a network reads. _FIXED: keys of which the code supports one value. _UNUSED: keys without
-effect on the computation.
+_DEFAULTS: the keys that a network reads. _SUPPORTED: keys of which the code supports certain values only. _UNUSED: keys
+without effect on the computation.
 """
 import math
 
@@ -30,25 +30,26 @@ def valid(key, value, default):
     return True
 
 
-def read_config(name, config, defaults, fixed_values=None, unused_keys=()):
+def read_config(name, config, defaults, supported=None, unused=()):
     """`config` completed by `defaults`; every other key must be known.
 
-    fixed_values: key -> the only value that this code supports; a list gives it stage by stage.
-    unused_keys: keys that do not affect the computation. Keys that start with "_" do not, either.
+    supported: key -> the value that this code supports, or a tuple of them. A config may give one for each stage.
+    unused: keys that do not affect the computation. Keys that start with "_" do not, either.
     Raises ValueError naming a key that this code does not support, or a value that is not a number.
     """
     if not isinstance(config, dict):
         raise ValueError(f"{name} config: not an object of keys and values")
-    fixed_values = fixed_values or {}
+    supported = supported or {}
     for key, value in config.items():
         if key in defaults and not valid(key, value, defaults[key]):
             raise ValueError(f"{name} config: {key} = {repr(value)[:100]} cannot be used")
-        if key in defaults or key in unused_keys or key.startswith("_"):
-            continue
-        if key not in fixed_values:
+        if key in supported:
+            known = supported[key] if isinstance(supported[key], tuple) else (supported[key],)
+            if unknown := [v for v in (value if isinstance(value, list | tuple) else [value]) if v not in known]:
+                raise ValueError(f"{name} config: {key} = {unknown[0]!r} is not supported, only "
+                                 f"{' and '.join(map(repr, known))}")
+        elif not (key in defaults or key in unused or key.startswith("_")):
             raise ValueError(f"{name} config: unknown key {key!r} (value {value!r})")
-        if any(v != fixed_values[key] for v in (value if isinstance(value, (list, tuple)) else [value])):
-            raise ValueError(f"{name} config: {key} = {value!r} is not supported, only {fixed_values[key]!r}")
     return defaults | {key: value for key, value in config.items() if key in defaults}
 
 
@@ -60,13 +61,13 @@ DIT_DEFAULTS = dict(
     mlp_ratio=2.5, attention_bias=False, norm_eps=1e-6,
     sample_size=16,  # side of the latents it was trained at; only train.py's default crop depends on it
 )
-DIT_FIXED = dict(patch_size=1, norm_elementwise_affine=False, dropout=0.0, guidance_embeds=False, qk_norm=None,
-                 interpolation_scale=None, timestep_scale=1.0)
+DIT_SUPPORTED = dict(patch_size=1, norm_elementwise_affine=False, dropout=0.0, guidance_embeds=False, qk_norm=None,
+                     interpolation_scale=None, timestep_scale=1.0)
 DIT_UNUSED = {"guidance_embeds_scale"}
 
 
 def linear_dit(config):
-    config = read_config("LinearDiT", config, DIT_DEFAULTS, DIT_FIXED, DIT_UNUSED)
+    config = read_config("LinearDiT", config, DIT_DEFAULTS, DIT_SUPPORTED, DIT_UNUSED)
     width = config["num_attention_heads"] * config["attention_head_dim"]
     if config["cross_attention_dim"] != width:
         raise ValueError(f"LinearDiT config: cross_attention_dim must be the width of the blocks, {width}")
@@ -84,18 +85,14 @@ DCAE_DEFAULTS = dict(
     upsample_block_type="pixel_shuffle", downsample_block_type="pixel_unshuffle",
     encoder_out_shortcut=True, decoder_in_shortcut=True,
 )
-DCAE_BLOCKS = dict(  # the values that are known
+DCAE_SUPPORTED = dict(
     encoder_block_types=("ResBlock", "EfficientViTBlock"), decoder_block_types=("ResBlock", "EfficientViTBlock"),
-    upsample_block_type=("pixel_shuffle", "interpolate"), downsample_block_type=("pixel_unshuffle", "Conv"))
-DCAE_FIXED = dict(decoder_norm_types="rms_norm", decoder_act_fns="silu", decoder_conv_act_fn="relu")
+    upsample_block_type=("pixel_shuffle", "interpolate"), downsample_block_type=("pixel_unshuffle", "Conv"),
+    decoder_norm_types="rms_norm", decoder_act_fns="silu", decoder_conv_act_fn="relu")
 
 
 def dcae(config):
-    config = read_config("DCAE", config, DCAE_DEFAULTS, DCAE_FIXED)
-    for key, known in DCAE_BLOCKS.items():
-        if unknown := {config[key]} - {*known} if isinstance(config[key], str) else {*config[key]} - {*known}:
-            raise ValueError(f"DCAE config: {key} = {unknown.pop()!r} is not supported, only {' and '.join(known)}")
-    return config
+    return read_config("DCAE", config, DCAE_DEFAULTS, DCAE_SUPPORTED)
 
 
 # --- Gemma-2 ---
@@ -105,7 +102,7 @@ GEMMA2_DEFAULTS = dict(
     num_key_value_heads=4, head_dim=256, rms_norm_eps=1e-6, rope_theta=10000.0, query_pre_attn_scalar=256,
     sliding_window=4096, attn_logit_softcapping=50.0, layer_types=None,
 )
-GEMMA2_FIXED = dict(
+GEMMA2_SUPPORTED = dict(
     attention_bias=False, attention_dropout=0.0, hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh",
     use_bidirectional_attention=None, is_encoder_decoder=False, add_cross_attention=False, model_type="gemma2",
     rope_scaling=None, partial_rotary_factor=1.0, tie_word_embeddings=True,
@@ -120,7 +117,7 @@ def gemma2(config):
     rope = config.get("rope_parameters") if isinstance(config, dict) else None  # the newer spelling of rope_theta
     if rope is not None:
         config = config | read_config("Gemma2 rope", rope, dict(rope_theta=10000.0), dict(rope_type="default"))
-    config = read_config("Gemma2", config, GEMMA2_DEFAULTS, GEMMA2_FIXED, GEMMA2_UNUSED | {"rope_parameters"})
+    config = read_config("Gemma2", config, GEMMA2_DEFAULTS, GEMMA2_SUPPORTED, GEMMA2_UNUSED | {"rope_parameters"})
     if kinds := config["layer_types"]:
         known = isinstance(kinds, list | tuple) and {*map(str, kinds)} <= {"sliding_attention", "full_attention"}
         if not known or len(kinds) < config["num_hidden_layers"]:

@@ -7,16 +7,18 @@
 import hashlib
 import json
 import os
+import pickle
 import re
+import zipfile
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import weights
-from photos.pictures import atomically, write_bytes
+from photos.pictures import atomically, one_line, write_bytes
 
 STORED = {"F64", "F32", "F16", "BF16"}  # safetensors' names of the dtypes that weights may have
 
@@ -47,6 +49,28 @@ def sort_header(path):
     os.chmod(path, 0o666 & ~mask)
 
 
+def read_checkpoint(path):
+    """{key: tensor} of a `.safetensors`, or of a PyTorch pickle of tensors, flat or under "model" or "params".
+
+    It is memory-mapped: only tensors that are used are read from the disk. Raises ValueError that names the file.
+    """
+    try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+    except FileNotFoundError:
+        raise
+    except pickle.UnpicklingError as error:  # what weights_only refuses
+        raise ValueError(f"{path}: holds more than tensors, it is not the official file; fetch it again") from error
+    except Exception as error:  # a damaged archive raises anything
+        raise ValueError(f"{path}: not a readable checkpoint ({one_line(error)[:200]}); fetch it again") from error
+    for part in ("model", "params"):
+        state = state.get(part, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: holds no tensors by name, it is not the official file; fetch it again")
+    return state
+
+
 def save_tensors(state, path, metadata=None):
     """Write {key: tensor} as a safetensors file, whole or not at all. Raises OSError that names the file."""
     with atomically(path) as temporary:
@@ -63,6 +87,7 @@ class Pretrained(nn.Module):
     """A network whose weights lie in a folder of the official layout. A subclass is built from its config alone."""
 
     filename = "diffusion_pytorch_model.safetensors"  # what `save_module` writes
+    provenance = {}  # the metadata that `save_module` was given
 
     @classmethod
     def from_pretrained(cls, folder, dtype=None, device="cpu"):
@@ -79,6 +104,7 @@ class Pretrained(nn.Module):
                 module = cls(config)
         except (IndexError, RuntimeError, TypeError, ValueError) as error:  # of JSON as well, or of impossible sizes
             raise ValueError(f"{folder / 'config.json'}: {error}") from None
+        module.provenance = config.get("_provenance", {})
         state = read_state(folder, module.state_dict(), dtype, device)
         module.load_state_dict(state, strict=True, assign=True)
         return module.eval().requires_grad_(False)
