@@ -259,7 +259,7 @@ LEAN = "ram_fp16.safetensors"
 def lean_path():
     """The lean checkpoint, in $SANASR_WEIGHTS or in the cache; None where there is none (see --convert)."""
     roots = [Path(root) for root in (os.environ.get("SANASR_WEIGHTS"), cache_dir()) if root]
-    return next((root / LEAN for root in roots if (root / LEAN).is_file()), None)
+    return next((root / LEAN for root in roots if (root / LEAN).exists()), None)  # a folder is an error later
 
 
 def convert(out, path=None, config=None):
