@@ -10,8 +10,6 @@ import itertools
 import math
 import os
 import pickle
-import platform
-import re
 import signal
 import subprocess
 import sys
@@ -19,7 +17,6 @@ import time
 import warnings
 from datetime import timedelta
 from io import StringIO
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -107,15 +104,6 @@ def revision(folder):
     except OSError:  # there is no git
         return "unknown"
     return done.stdout.strip() or "unknown"
-
-
-def cpu_name():
-    """The processor's name, as precise as the system tells it."""
-    try:
-        info = dict(re.findall(r"^(.*?)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
-        return f"{info['model name']} (family {info['cpu family']} model {info['model']})"
-    except (OSError, KeyError):
-        return platform.processor() or platform.machine()
 
 
 def peak_memory(device):

@@ -42,7 +42,7 @@ import weights
 from fast import winograd
 from fast.graphs import Graphed
 from kernels.dcae import fold
-from kernels.rms_norm import add_rms_norm_reference_, rms_norm_
+from kernels.norms import add_rms_norm_reference_, rms_norm_
 from sanasr import to_picture, to_tokens
 
 STRIP = 64 * 1024  # values in a strip of elementwise work: 256 KB in float32, within a core's L2 cache

@@ -13,7 +13,6 @@ MB, GFLOP and the floors are counted, not measured: what the kernels must move, 
 once, and for each operation the longer of its bytes and its matrix products at the rates of CARDS, those of bf16.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -25,17 +24,12 @@ from statistics import quantiles
 import torch
 
 import kernels
+import runs
 from fast.graphs import record
-from kernels.dcae import bias_silu_reference_, join_up_block_reference
-from kernels.depthwise import depthwise_reference
 from kernels.dispatch import device_obstacle, triton
-from kernels.layer_norm import add_layer_norm_reference_
-from kernels.linear_attention import linear_attention_reference
-from kernels.mix_ffn import depthwise_gate_reference
-from kernels.rms_norm import add_rms_norm_reference_
-from kernels.timer import timed
+from kernels.timer import machine, timed
 from photos.pictures import write_bytes
-from runs import DTYPES, command, cpu_name
+from runs import DTYPES, command
 
 # bytes/s and bf16 FLOP/s, for the floors
 CARDS = {"H200": (4.3e12, 790e12), "H100": (3.35e12, 790e12), "4090": (1.0e12, 165e12)}
@@ -61,7 +55,6 @@ class Operator:
     sizes: list
     inputs: Callable  # (draw, B, side, heads, C, H) -> tensors; draw: shape -> unit-normal values
     run: Callable  # (backend, side, *tensors)
-    reference: Callable  # (side, *tensors)
     operations: Callable  # (N, heads, C, H, size)
     backward: Callable = lambda N, heads, C, H, size: []
 
@@ -93,13 +86,11 @@ OPS = {
     "linear_attention": Operator(  # q, k, v: slices of one projection, as the models have them
         SIZES, lambda draw, B, side, heads, C, H: draw(B, side * side, 3, heads, 32).unbind(2),
         lambda backend, side, *t: kernels.linear_attention(*t, backend=backend),
-        lambda side, *t: linear_attention_reference(*t),
         lambda N, heads, C, H, size: [(4 * N * heads * 32 * size, 4 * N * heads * 32 * 32)],
         lambda N, heads, C, H, size: [(7 * N * heads * 32 * size, 10 * N * heads * 32 * 32)]),
     "depthwise_gate": Operator(
         SIZES, lambda draw, B, side, heads, C, H: [draw(B, side * side, 2 * H), draw(2 * H, 1, 3, 3), draw(2 * H)],
         lambda backend, side, u, *t: kernels.depthwise_gate(u, side, side, *t, backend=backend),
-        lambda side, u, *t: depthwise_gate_reference(u, side, side, *t),
         lambda N, heads, C, H, size: [(3 * N * H * size, 0)],
         lambda N, heads, C, H, size: [(11 * N * H * size, 0)]),
     "mix_ffn": Operator(
@@ -107,34 +98,28 @@ OPS = {
             draw(B, side * side, C), draw(2 * H, C, 1, 1) * C**-0.5, draw(2 * H), draw(2 * H, 1, 3, 3), draw(2 * H),
             draw(C, H, 1, 1) * H**-0.5],
         lambda backend, side, x, *t: kernels.mix_ffn(x, side, side, *t, backend=backend),
-        lambda side, x, *t: kernels.mix_ffn(x, side, side, *t, backend="torch"),
         lambda N, heads, C, H, size: [*ffn_products(N, C, H, size), (3 * N * H * size, 0)],
         # the gradients of a product are two more of its size
         lambda N, heads, C, H, size: [*2 * ffn_products(N, C, H, size), (11 * N * H * size, 0)]),
     "add_layer_norm_": Operator(
         SIZES[:8], lambda draw, B, side, heads, C, H: [*(draw(B, side * side, C) for _ in "xy"), *draw(3, C)],
         lambda backend, side, *t: kernels.add_layer_norm_(*t, 1e-6, backend=backend),
-        lambda side, *t: add_layer_norm_reference_(*t, 1e-6),
         lambda N, heads, C, H, size: [(4 * N * C * size, 0)]),
     "depthwise": Operator(
         QKV, lambda draw, B, side, heads, C, H: [draw(B, side * side, C), draw(C, 1, 5, 5)],
         lambda backend, side, u, weight: kernels.depthwise(u, side, side, weight, backend=backend),
-        lambda side, u, weight: depthwise_reference(u, side, side, weight),
         lambda N, heads, C, H, size: [(2 * N * C * size, 0)]),
     "add_rms_norm_": Operator(
         RES, lambda draw, B, side, heads, C, H: [*(draw(B, side * side, C) for _ in "xy"), draw(C), draw(C)],
         lambda backend, side, *t: kernels.add_rms_norm_(*t, 1e-5, backend=backend),
-        lambda side, *t: add_rms_norm_reference_(*t, 1e-5),
         lambda N, heads, C, H, size: [(3 * N * C * size, 0)]),
     "bias_silu_": Operator(
         RES, lambda draw, B, side, heads, C, H: [draw(B, side * side, C), draw(C)],
         lambda backend, side, *t: kernels.bias_silu_(*t, backend=backend),
-        lambda side, *t: bias_silu_reference_(*t),
         lambda N, heads, C, H, size: [(2 * N * C * size, 0)]),
     "join_up_block": Operator(
         UP, lambda draw, B, side, heads, C, H: [draw(B, side + 1, side + 1, 4, H), draw(B, side, side, C), draw(H)],
         lambda backend, side, y, x, bias: kernels.join_up_block(y, x, bias, repeats(x, bias), backend=backend),
-        lambda side, y, x, bias: join_up_block_reference(y, x, bias, repeats(x, bias)),
         lambda N, heads, C, H, size: [(N * (8 * H + C) * size, 0)]),
 }
 
@@ -146,19 +131,13 @@ def drawn(op, dtype, device, *case):
 
 def step(function, inputs, gradient=None):
     """A call without arguments that runs function forward, or with a gradient forward and back to every input."""
-    if gradient is None:
-
-        def call():
-            with torch.no_grad():
-                return (function(*inputs),)
-
-        return call
-    inputs = [t.detach().requires_grad_() for t in inputs]
+    back = gradient is not None
+    inputs = [t.detach().requires_grad_() for t in inputs] if back else inputs
 
     def call():
-        out = function(*inputs)
-        return out.detach(), *torch.autograd.grad(out, inputs, gradient)
-
+        with torch.set_grad_enabled(back):
+            out = function(*inputs)
+            return out.detach(), *(torch.autograd.grad(out, inputs, gradient) if back else ())
     return call
 
 
@@ -171,10 +150,10 @@ def check(names, dtype, device, backend):
             torch.manual_seed(0)
             inputs = drawn(op, dtype, device, B, side, 2, 64, 160)
             double = [t.double() for t in inputs]
-            gradient = torch.randn_like(op.reference(side, *inputs)) if True in op.passes() else None
-            got = step(lambda *t: op.run(backend, side, *t), inputs, gradient)()  # noqa: B023
+            gradient = torch.randn_like(op.run("torch", side, *inputs)) if True in op.passes() else None
+            got = step(partial(op.run, backend, side), inputs, gradient)()
             gradient = None if gradient is None else gradient.double()
-            expected = step(lambda *t: op.reference(side, *t), double, gradient)()  # noqa: B023
+            expected = step(partial(op.run, "torch", side), double, gradient)()
             for a, b in zip(got, expected, strict=True):
                 error = ((a.double() - b).norm() / max(b.norm().item(), expected[0].norm().item())).item()
                 worst = max(worst, error if error == error else float("inf"))
@@ -275,7 +254,7 @@ def show(row, labels, copies, matmul):
 
 @command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runs.parser(__doc__)
     parser.add_argument("--op", choices=OPS, help="this one only")
     parser.add_argument("--dtype", choices=DTYPES, help="bf16 on a GPU and fp32 on a CPU, if not given")
     parser.add_argument("--check", action="store_true", help="correctness only")
@@ -293,10 +272,8 @@ def main(argv=None):
     if device == "cuda":
         backends.update({} if args.no_compile else {"compiled": "torch"})
         backends.update({} if obstacle else {"Triton": "triton"})
-    about = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(), "dtype": str(dtype),
-        "torch": torch.__version__, "triton": triton and triton.__version__, "threads": torch.get_num_threads(),
-    }  # fmt: skip
+    about = {"device": machine(device), "dtype": str(dtype), "torch": torch.__version__,
+             "triton": triton and triton.__version__, "threads": torch.get_num_threads()}
     print("  ".join(f"{k} {v}" for k, v in about.items()))
     if obstacle:
         print(f"No Triton here, since {obstacle}: what is measured is the PyTorch fallback, the rest stays empty.")

@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels.dispatch import check, check_same, jit, no_gradient, plain_obstacle, tl, triton, use_triton
+from kernels.dispatch import check, check_same, jit, launch, no_gradient, plain_obstacle, tl, triton, use_triton
 
 # --- reference: the specification -------------------------------------------------------------------------------------
 
@@ -96,8 +96,10 @@ def _join_up_block(
 # --- the public names -------------------------------------------------------------------------------------------------
 
 
-def _grid(pixels, channels):
-    return triton.cdiv(pixels, PIXELS), triton.cdiv(channels, BLOCK_C)
+def _launch(kernel, n, channels, *args, **constants):
+    """Over n pixels of so many channels."""
+    launch(kernel, (triton.cdiv(n, PIXELS), triton.cdiv(channels, BLOCK_C)), *args, PIXELS=PIXELS, BLOCK_C=BLOCK_C,
+           num_warps=WARPS, **constants)
 
 
 def bias_silu_(h, bias, backend=None):
@@ -109,13 +111,11 @@ def bias_silu_(h, bias, backend=None):
     check(h.ndim > 0 and bias.shape == h.shape[-1:], lambda: f"bias is {tuple(bias.shape)}, h {tuple(h.shape)}")
     check_same(h, bias=bias)
     no_gradient("bias_silu_", h, bias)
-    if use_triton(h, backend, plain_obstacle(h, bias)):
-        C = len(bias)
-        n = h.numel() // C
-        with torch.cuda.device(h.get_device()):  # Triton launches on the current device
-            _bias_silu[_grid(n, C)](h, bias, n, C, PIXELS=PIXELS, BLOCK_C=BLOCK_C, num_warps=WARPS)
-        return h
-    return bias_silu_reference_(h, bias)
+    if not use_triton(h, backend, plain_obstacle(h, bias)):
+        return bias_silu_reference_(h, bias)
+    n, C = h.numel() // len(bias), len(bias)
+    _launch(_bias_silu, n, C, h, bias, n, C)
+    return h
 
 
 def join_up_block(y, x, bias, repeats, backend=None):
@@ -132,11 +132,8 @@ def join_up_block(y, x, bias, repeats, backend=None):
           lambda: f"repeats = {repeats} does not make {C} channels 4 · {channels}")
     check_same(y, x=x, bias=bias)
     no_gradient("join_up_block", y, x, bias)
-    if use_triton(y, backend, plain_obstacle(y, x, bias)):
-        out, n = y.new_empty(B, 2 * H, 2 * W, channels), 4 * B * H * W
-        with torch.cuda.device(y.get_device()):  # Triton launches on the current device
-            _join_up_block[_grid(n, channels)](
-                y, x, bias, out, n, H, W, channels, C, REPEATS=repeats, PIXELS=PIXELS, BLOCK_C=BLOCK_C, num_warps=WARPS
-            )
-        return out
-    return join_up_block_reference(y, x, bias, repeats)
+    if not use_triton(y, backend, plain_obstacle(y, x, bias)):
+        return join_up_block_reference(y, x, bias, repeats)
+    out, n = y.new_empty(B, 2 * H, 2 * W, channels), 4 * B * H * W
+    _launch(_join_up_block, n, channels, y, x, bias, out, n, H, W, channels, C, REPEATS=repeats)
+    return out

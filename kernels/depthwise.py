@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels.dispatch import check, check_same, jit, no_gradient, tl, use_triton
+from kernels.dispatch import check, check_same, jit, launch, no_gradient, plain_obstacle, tl, use_triton
 from kernels.mix_ffn import BLOCK_C, COLS, WARPS, _load_row, _place, _where, _zeros, strips
 
 # --- reference: the specification -------------------------------------------------------------------------------------
@@ -96,20 +96,15 @@ def depthwise(u, height, width, weight, backend=None):
     check(weight.shape == (C, 1, K, K) and K % 2 == 1, lambda: f"weight is {tuple(weight.shape)}, u {tuple(u.shape)}")
     check_same(u, weight=weight)
     no_gradient("depthwise", u, weight)
-    obstacle = None
-    if not {u.dtype, weight.dtype} <= {torch.float32, torch.float16, torch.bfloat16}:
-        obstacle = f"{u.dtype} is computed by the reference"
-    elif K not in (3, 5):
+    obstacle = plain_obstacle(u, weight, contiguous=False)
+    if K not in (3, 5):
         obstacle = f"weight is {K} x {K}, the kernel has 3 x 3 and 5 x 5"
-    elif u.stride(2) != 1 or not weight.is_contiguous() or u.numel() == 0:
-        obstacle = f"u or weight is not contiguous, or u {tuple(u.shape)} is empty"
-    if use_triton(u, backend, obstacle):
-        out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-        rows, across, down, tiles = strips(B, height, width, C)
-        with torch.cuda.device(u.get_device()):  # Triton launches on the current device
-            _depthwise[(tiles * across * down, B)](
-                u, weight, out, height, width, C, rows, across, tiles, u.stride(0), u.stride(1),
-                K=K, BLOCK_C=BLOCK_C, COLS=COLS, num_warps=WARPS,
-            )  # fmt: skip
-        return out
-    return depthwise_reference(u, height, width, weight)
+    elif u.stride(2) != 1 or not weight.is_contiguous():
+        obstacle = "u or weight is not contiguous"
+    if not use_triton(u, backend, obstacle):
+        return depthwise_reference(u, height, width, weight)
+    out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    rows, across, down, tiles = strips(B, height, width, C)
+    launch(_depthwise, (tiles * across * down, B), u, weight, out, height, width, C, rows, across, tiles, u.stride(0),
+           u.stride(1), K=K, BLOCK_C=BLOCK_C, COLS=COLS, num_warps=WARPS)
+    return out

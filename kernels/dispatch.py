@@ -103,29 +103,23 @@ def check_same(first, **others):
             check(t.device == first.device, lambda: f"{name} is on {t.device}, the first argument on {first.device}")  # noqa: B023
 
 
-def check_rows(x, y, **vectors):
-    """Raise ValueError unless x and y are ..., C of one floating dtype, and the vectors C of any, on one device."""
-    check(x.ndim > 0 and x.shape[-1] > 0, lambda: f"x must be ..., C, got shape {tuple(x.shape)}")
-    check(y.shape == x.shape, lambda: f"y has shape {tuple(y.shape)}, x {tuple(x.shape)}: they must agree")
-    check_same(x, y=y)
-    C = x.shape[-1]
-    for name, t in vectors.items():
-        check(t.shape == (C,), lambda: f"{name} must be {(C,)}, got {tuple(t.shape)}")  # noqa: B023
-        check(t.is_floating_point(), lambda: f"{name} must have a floating dtype, got {t.dtype}")  # noqa: B023
-        check(t.device == x.device, lambda: f"{name} is on {t.device}, the first argument on {x.device}")  # noqa: B023
-
-
 def no_gradient(name, *tensors):
     """Raise ValueError where a gradient of the tensors would be needed."""
     needed = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     check(not needed, lambda: f"{name} has no gradient: call it under torch.no_grad(), or freeze the weights")
 
 
-def plain_obstacle(first, *others):
-    """Why a kernel that wants contiguous tensors of three dtypes cannot take these, in words, or None."""
+def plain_obstacle(first, *others, contiguous=True):
+    """Why a kernel for three dtypes, and for contiguous tensors, cannot take these, in words, or None."""
     for t in (first, *others):
         if t.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return f"{t.dtype} is computed by the reference"
-        if not t.is_contiguous():
+        if contiguous and not t.is_contiguous():
             return f"a tensor of shape {tuple(t.shape)} is not contiguous"
     return f"the first tensor is empty, {tuple(first.shape)}" if first.numel() == 0 else None
+
+
+def launch(kernel, grid, first, *args, **constants):
+    """kernel[grid](first, *args, **constants) on the device of `first`: Triton launches on the current device."""
+    with torch.cuda.device(first.get_device()):
+        kernel[grid](first, *args, **constants)

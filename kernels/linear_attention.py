@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from kernels.dispatch import INTERPRET, autocast_is_on, check, check_same, jit, tl, triton, use_triton
+from kernels.dispatch import INTERPRET, autocast_is_on, check, check_same, jit, plain_obstacle, tl, triton, use_triton
 
 # --- reference: the specification -------------------------------------------------------------------------------------
 
@@ -337,13 +337,9 @@ def linear_attention(q, k, v, eps=1e-15, backend=None):
         check(t.shape == q.shape, lambda: f"{name} has shape {tuple(t.shape)}, q {tuple(q.shape)}: they must agree")  # noqa: B023
     check_same(q, k=k, v=v)
     k, v = k.to(q.dtype), v.to(q.dtype)  # they differ under autocast alone
-    obstacle = None
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        obstacle = f"{q.dtype} is computed by the reference"
-    elif q.shape[-1] not in SIZES:
+    obstacle = plain_obstacle(q, contiguous=False)
+    if q.shape[-1] not in SIZES:
         obstacle = f"q has head size {q.shape[-1]}, the kernels have {', '.join(map(str, SIZES))}"
-    elif q.numel() == 0:
-        obstacle = f"q is empty, {tuple(q.shape)}"
     if use_triton(q, backend, obstacle):
         with torch.cuda.device(q.get_device()):  # Triton launches on the current device
             return _LinearAttention.apply(q, k, v, eps)

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from kernels.dispatch import check, check_same, jit, tl, triton, use_triton
+from kernels.dispatch import check, check_same, jit, plain_obstacle, tl, triton, use_triton
 
 # --- reference: the specification -------------------------------------------------------------------------------------
 
@@ -302,7 +302,7 @@ def depthwise_gate(u, height, width, depth_weight, depth_bias, backend=None):
 
 def _depthwise_gate(u, height, width, depth_weight, depth_bias, backend, inplace):
     check(u.ndim == 3 and u.shape[2] % 2 == 0 and u.shape[2] > 0, lambda: f"u must be B, N, 2H, got {tuple(u.shape)}")
-    B, N, channels = u.shape
+    _, N, channels = u.shape
     check(height > 0 and width > 0, lambda: f"height and width must be positive, got {height} and {width}")
     check(height * width == N, lambda: f"height {height} * width {width} is not the {N} tokens of {tuple(u.shape)}")
     shape = (channels, 1, 3, 3)
@@ -310,12 +310,7 @@ def _depthwise_gate(u, height, width, depth_weight, depth_bias, backend, inplace
     check(depth_bias.shape == shape[:1], lambda: f"depth_bias must be {shape[:1]}, got {tuple(depth_bias.shape)}")
     check_same(u, depth_weight=depth_weight, depth_bias=depth_bias)
     depth_weight, depth_bias = depth_weight.to(u.dtype), depth_bias.to(u.dtype)  # they differ under autocast alone
-    obstacle = None
-    if u.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        obstacle = f"{u.dtype} is computed by the reference"
-    elif B == 0:
-        obstacle = f"u is empty, {tuple(u.shape)}"
-    if use_triton(u, backend, obstacle):
+    if use_triton(u, backend, plain_obstacle(u, contiguous=False)):
         with torch.cuda.device(u.get_device()):  # Triton launches on the current device
             return _DepthwiseGate.apply(u, depth_weight, depth_bias, height, width)
     return depthwise_gate_reference(u, height, width, depth_weight, depth_bias, inplace)

@@ -1,10 +1,23 @@
-"""The project's timer of benchmarks: on a GPU between two events on its stream, elsewhere by a clock."""
+"""The project's timer of benchmarks, on a GPU between two events on its stream, elsewhere by a clock; the machine."""
 
+import platform
+import re
 import sys
 import time
 from pathlib import Path
 
 import torch
+
+
+def machine(device="cpu"):
+    """The name of the GPU or of the processor, as precise as the system tells it."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        info = dict(re.findall(r"^(.*?)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
+        return f"{info['model name']} (family {info['cpu family']} model {info['model']})"
+    except (OSError, KeyError):
+        return platform.processor() or platform.machine()
 
 
 def timed(call, device, repeats=1, clock=time.perf_counter):

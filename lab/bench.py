@@ -16,7 +16,6 @@ about half a minute a variant and run on one core. "peak GB" is with all variant
 """
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -30,10 +29,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fast
-from kernels.timer import timed
+import runs
+from kernels.timer import machine, timed
+from lab.stability import relative
 from photos.pictures import one_line, write_bytes
 from photos.restorer import tiled
-from runs import DTYPES, UserError, command, cpu_name, set_flags
+from runs import DTYPES, UserError, command, set_flags
 from sanasr import DCAE, DiTBlock, EfficientViTBlock, LinearDiT, ResBlock, SanaSR, one_step
 
 CONFIGS = Path(__file__).parent.parent / "tests" / "data" / "official_configs"
@@ -98,10 +99,6 @@ def diffusers(ours, mode=None):
     vae = SimpleNamespace(encode=lambda x: encode(x)[0], decode=lambda z: decode(z)[0])
     return Ours(vae, lambda z, t, c, mask: dit(z, c, timestep=t, encoder_attention_mask=mask)[0], ours.text,
                 ours.timestep, ours.scale)
-
-
-def relative(a, b):
-    return ((a.float() - b.float()).norm() / b.float().norm()).item()
 
 
 VARIANTS = "plain", "fast", "graphs", "inductor", "regional"
@@ -187,7 +184,7 @@ def show(rows):
 
 def parse(argv):
     """-> arguments. Raises UserError."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runs.parser(__doc__)
     add = parser.add_argument
     add("--model", help="a folder or a name of `python -m weights` (default: official configs, seeded weights)")
     add("--size", type=int, default=512, help="side of the result in pixels, a multiple of 32 (%(default)s)")
@@ -274,9 +271,9 @@ def main(argv=None):
     variants, plain = build(args, dtype)
     generator = torch.Generator().manual_seed(2)
     x = (torch.rand(args.batch, 3, args.size, args.size, generator=generator) * 2 - 1).to(device, dtype)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    setup = dict(device=name, threads=args.threads if device.type == "cpu" else None, torch=torch.__version__,
-                 dtype=args.dtype, size=args.size, batch=args.batch, model=args.model or "official configs, seeded",
+    setup = dict(device=machine(device), threads=args.threads if device.type == "cpu" else None,
+                 torch=torch.__version__, dtype=args.dtype, size=args.size, batch=args.batch,
+                 model=args.model or "official configs, seeded",
                  clock="process CPU seconds" if clock is time.process_time else "seconds")
     print(", ".join(f"{key} {value}" for key, value in setup.items()), flush=True)
     if device.type == "cpu":  # the first call of an operator costs more

@@ -11,7 +11,6 @@ Every case runs in a forked process that has the modules loaded already, on a ti
 
 A killed run is resumed until it ends; its weights, logs and pictures then equal those of an uninterrupted run.
 """
-import argparse
 import contextlib
 import ctypes
 import json
@@ -43,6 +42,7 @@ from safetensors.torch import load_file
 import autoencoder
 import eval
 import prune
+import runs
 import sanasr
 import train
 from linearsr import train as train_linearsr
@@ -562,7 +562,7 @@ def make_shared(shared):
 
 @command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runs.parser(__doc__)
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/faults"), metavar="DIR")
     add("--seed", type=int, default=0)

@@ -13,7 +13,6 @@ of its name. gpu.json and gpu.md in --out are written after each.
 """
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -31,12 +30,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+import runs
 from kernels.bench import OPS
 from kernels.dispatch import triton
+from kernels.timer import machine
 from lab.bench import CONFIGS, seeded
 from metrics.perceptual import VGG16
 from photos.pictures import one_line, write_bytes
-from runs import DTYPES, UserError, command, cpu_name, revision
+from runs import DTYPES, UserError, command, revision
 from sanasr import DCAE, Gemma2, LinearDiT
 from weights.files import save_module, save_tensors
 
@@ -196,7 +197,7 @@ def write(out, results):
 
 @command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runs.parser(__doc__)
     parser.add_argument("what", choices=[*SECONDS, "model"], help="model: what `training` trains, into --out")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="DIR")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these lines")
@@ -217,8 +218,8 @@ def main(argv=None):
         if (args.out / "gpu.json").exists():
             before = json.loads((args.out / "gpu.json").read_text())
             results = before if before["rehearsal"] == args.rehearse else results
-        about = "no GPU" if args.rehearse else torch.cuda.get_device_name()
-        about += f", {cpu_name()}, torch {torch.__version__}, triton {triton and triton.__version__}, "
+        about = "no GPU" if args.rehearse else machine("cuda")
+        about += f", {machine()}, torch {torch.__version__}, triton {triton and triton.__version__}, "
         about += f"revision {revision(ROOT)}, {time.strftime('%Y-%m-%d')}"
         factor, begin, problems, given = 20 if args.rehearse else 1, time.monotonic(), 0, 0
         workers = min(8, os.cpu_count()) if args.what == "correctness" else 1

@@ -6,7 +6,6 @@
 A multiply-accumulate (MAC) is one product of a convolution, a linear layer or attention, added up. They are counted by
 torch.utils.flop_counter, two FLOPs for a MAC, which leaves out norms, activations, softmax and element-wise work.
 """
-import argparse
 import json
 from dataclasses import dataclass
 from statistics import median
@@ -14,8 +13,9 @@ from statistics import median
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import runs
 from fast import load_model
-from photos.restorer import Stopwatch
+from kernels.timer import timed
 from runs import UserError, add_device_options, check_ranges, command, dtype_name, pick_device, pick_dtype
 from sanasr import DCAE, MAX_TOKENS, Gemma2, LinearDiT
 
@@ -68,13 +68,9 @@ def stages(vae, dit, text, side=512, tokens=MAX_TOKENS, stem=None):
 
 
 @torch.inference_mode()
-def latency(function, args, runs=5):
-    """Milliseconds of function(*args), the median of `runs` after one to warm up. Waits for a GPU."""
-    clock = Stopwatch(args[0].device)
-    for i in range(1 + runs):
-        function(*args)
-        clock.lap(i)
-    return median(list(clock.laps.values())[1:])
+def latency(function, args, repeats=5):
+    """Milliseconds of function(*args), the median of `repeats` after one to warm up."""
+    return 1e3 * median(timed(lambda: function(*args), args[0].device, 1 + repeats)[1][1:])
 
 
 def parts(model):
@@ -137,8 +133,7 @@ def print_profile(table):
 
 @command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runs.parser(__doc__)
     add = parser.add_argument
     add("--model", default="embedded", metavar="NAME|FOLDER", help="see `python -m weights` (default: embedded)")
     add("--side", type=int, default=512, metavar="N", help="of the result, a multiple of 32 (default: 512)")

@@ -4,7 +4,6 @@
 
 For a photo x and its degraded x', ‖x' − x‖ / ‖x‖ with pixels in [-1, 1], beside ‖E(x') − E(x)‖ / ‖E(x)‖.
 """
-import argparse
 import math
 from statistics import fmean
 
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import runs
 from fast import load_model
 from photos.degrade import blur, enlarge, gaussian_kernel, gaussian_noise, jpeg, resize, to_tensor
 from photos.pictures import find_inputs, read_rgb
@@ -79,8 +79,7 @@ def print_stability(changes):
 
 @command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runs.parser(__doc__)
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="photos and folders of photos")
     add("--model", default="embedded", metavar="NAME|FOLDER", help="see `python -m weights` (default: embedded)")

@@ -225,7 +225,7 @@ LEAN = "ram_fp16.safetensors"
 def lean_path():
     """The lean checkpoint, in $SANASR_WEIGHTS or in the cache; None where there is none (see --convert)."""
     folders = filter(None, (os.environ.get("SANASR_WEIGHTS"), cache_dir()))
-    return next((path for folder in folders if (path := Path(folder) / LEAN).is_file()), None)
+    return next((path for folder in folders if (path := Path(folder) / LEAN).exists()), None)  # a folder: error later
 
 
 def convert(out, path=None, config=None):

@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature  # no
 import fast  # noqa: E402
 import kernels  # noqa: E402
 import sanasr  # noqa: E402
-from kernels import dcae, dispatch, layer_norm, rms_norm  # noqa: E402
+from kernels import dcae, dispatch, norms  # noqa: E402
 from kernels.depthwise import _depthwise  # noqa: E402
 from kernels.linear_attention import (  # noqa: E402
     SIZES,
@@ -113,8 +113,8 @@ def test_attention_fits(arch, dtype, d, strided):
 
 
 DCAE = {"PIXELS": dcae.PIXELS, "BLOCK_C": dcae.BLOCK_C, "num_warps": dcae.WARPS}
-NORM = [dict(zip(("ROWS", "BLOCK_C"), rms_norm.tile(C), strict=True), num_warps=rms_norm.WARPS)
-        for C in (5, 128, 256, 512, 1152, rms_norm.MAX_C)]
+NORM = [dict(zip(("ROWS", "BLOCK_C"), norms.tile(C), strict=True), num_warps=norms.WARPS)
+        for C in (5, 128, 256, 512, 1152, norms.MAX_C)]
 
 
 @pytest.mark.parametrize("arch", SHARED)
@@ -123,8 +123,8 @@ NORM = [dict(zip(("ROWS", "BLOCK_C"), rms_norm.tile(C), strict=True), num_warps=
     (_gate, [{"BACKWARD": value, **GATE} for value in (False, True)]),
     (_backward_input, [{"NEED_WEIGHT": value, **GATE} for value in (False, True)]),
     (_depthwise, [{"K": K, **GATE} for K in (3, 5)]),
-    (rms_norm._add_rms_norm, NORM),
-    (layer_norm._add_layer_norm, [{"GATED": value, **size} for value in (False, True) for size in NORM]),
+    (norms._add_rms_norm, NORM),
+    (norms._add_layer_norm, [{"GATED": value, **size} for value in (False, True) for size in NORM]),
     (dcae._bias_silu, [DCAE]),
     (dcae._join_up_block, [{"REPEATS": repeats, **DCAE} for repeats in (0, 1, 2, 4)])])
 def test_fits(arch, dtype, kernel, constants):

@@ -223,6 +223,9 @@ def test_bad_checkpoints(files, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="x.safetensors: not a readable checkpoint"):
         small(files | {"ram": tmp_path / "x.safetensors"})
+    (tagger.cache_dir() / tagger.LEAN).mkdir(parents=True)  # a folder in its place
+    with pytest.raises(ValueError, match=f"{tagger.LEAN}: not a readable checkpoint"):
+        small(files | {"ram": None})
     with pytest.raises(ValueError, match="'ramm'"):
         tagger.Tagger.from_pretrained("ramm")
 
