@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -41,26 +40,6 @@ def test_the_short_form_finds_nothing(tmp_path):
 def model(tiny_model, tmp_path):
     """A model folder of one's own, to be broken."""
     return shutil.copytree(tiny_model, tmp_path / "model")
-
-
-@pytest.mark.parametrize("network, part, changes", [
-    (sanasr.DCAE, "vae", [
-        {"latent_channels": 0}, {"attention_head_dim": 0}, {"encoder_block_out_channels": {"a": 1}},
-        {"decoder_layers_per_block": ["1"] * 6}, {"decoder_layers_per_block": [10 ** 9] * 6}, {"scaling_factor": 0.0},
-        {"encoder_qkv_multiscales": 5}, {"encoder_block_out_channels": [8] * 1000}]),
-    (sanasr.LinearDiT, "transformer", [{"num_layers": 10 ** 9}, {"num_layers": 1.5}, {"num_layers": True},
-                                       {"mlp_ratio": float("inf")}, {"in_channels": 0}]),
-    (sanasr.Gemma2, "text_encoder", [{"num_hidden_layers": 10 ** 9}, {"query_pre_attn_scalar": 0},
-                                     {"layer_types": ["sliding_attention"]}, {"layer_types": ["x", "y"]}])])
-def test_a_config_that_no_network_can_have_is_named_at_once(model, network, part, changes):
-    path = model / part / "config.json"
-    config = json.loads(path.read_text())
-    for change in changes:
-        path.write_text(json.dumps(config | change))
-        start = time.monotonic()
-        with pytest.raises(ValueError, match=f"config.json: .*{next(iter(change))}"):
-            network.from_pretrained(path.parent)
-        assert time.monotonic() - start < 5
 
 
 def test_integers_are_neither_weights_nor_an_adapter(model):
