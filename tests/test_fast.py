@@ -1,6 +1,5 @@
 """The rewrites of fast.py give what the plain path gives, on the smallest models that have every part."""
 import ctypes
-import json
 import subprocess
 import sys
 from copy import deepcopy
@@ -8,16 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DATA, ROOT, relative
+from conftest import ROOT, golden, on_meta, relative
 from PIL import Image
-from seeded import seeded_input, seeded_state_dict
+from seeded import seeded_input, seeded_module
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import eval as command
 import fast
 import fast.graphs
 import sanasr
-from lab.bench import CONFIGS, seeded
+from lab.bench import seeded
 from photos import restorer
 from sanasr import DCAE, LinearDiT, SanaSR, inject_lora
 
@@ -27,13 +26,6 @@ CHANNELS_TO_SPACE = dict(  # the other kinds of block, and no block at all at fu
     **{f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in dict(
         block_out_channels=[16, 64, 64, 128, 128, 64], block_types=["ResBlock"] * 5 + ["EfficientViTBlock"],
         layers_per_block=[0, 1, 1, 1, 1, 1], qkv_multiscales=[[], [], [], [], [], [3, 5]]).items()})
-
-
-def load(cls, name, dtype=torch.float32):
-    manifest = json.loads((DATA / "model" / f"{name}.json").read_text())
-    model = cls(manifest["config"])
-    model.load_state_dict(seeded_state_dict(manifest["tensors"]), strict=True)
-    return model.to(dtype).eval().requires_grad_(False)
 
 
 def agree(plain, quick, x, tolerance=1e-5):
@@ -50,7 +42,7 @@ def agree(plain, quick, x, tolerance=1e-5):
 def test_vae(rewrites, batch, height, width, monkeypatch):
     monkeypatch.setattr(fast, "STRIP", 5000)  # several strips even here
     monkeypatch.setattr(fast.winograd, "TILES", 24)
-    plain = load(DCAE, "dcae_small")
+    plain = golden(DCAE, "dcae_small")[0]
     quick = fast.optimise_vae(deepcopy(plain), rewrites)
     assert any(type(m).__module__ == "fast" for m in quick.modules()) or rewrites == ["down"]
     agree(plain, quick, seeded_input("x", (batch, 3, height, width)))
@@ -103,7 +95,7 @@ def test_vae_bfloat16_is_hardly_further_from_float32_than_the_plain_path():
 @pytest.mark.parametrize("batch", [1, 2])
 @torch.inference_mode()
 def test_dit(batch):
-    plain = load(LinearDiT, "dit_small")
+    plain = golden(LinearDiT, "dit_small")[0]
     quick, config = fast.optimise_dit(deepcopy(plain)), plain.config
     z = seeded_input("z", (batch, config["in_channels"], 4, 6))
     c, t = seeded_input("c", (batch, 7, config["caption_channels"])), torch.full((batch,), 900.0)
@@ -150,7 +142,7 @@ def graphs(monkeypatch):
 @torch.inference_mode()
 def test_graphs_of_the_autoencoder(graphs):
     device, captured = graphs
-    vae = load(DCAE, "dcae_small").to(device)
+    vae = golden(DCAE, "dcae_small")[0].to(device)
     quick = fast.optimise_vae(deepcopy(vae), graphs=True)
     shapes = (64, 64), (64, 64), (32, 64), (64, 64), (64, 64), (32, 64), (32, 64)
     x = [seeded_input(str(i), (1, 3, *shape)).to(device) for i, shape in enumerate(shapes)]
@@ -165,7 +157,7 @@ def test_graphs_of_the_autoencoder(graphs):
 @torch.inference_mode()
 def test_graphs_of_the_transformer_serve_all_prompts_and_timesteps(graphs):
     device, captured = graphs
-    dit = load(LinearDiT, "dit_small").to(device)
+    dit = golden(LinearDiT, "dit_small")[0].to(device)
     quick, channels = fast.optimise_dit(deepcopy(dit), graphs=True), dit.config["caption_channels"]
     texts = [(seeded_input(name, (1, n, channels)).to(device), torch.ones(1, n, device=device))
              for name, n in (("tree", 7), ("house", 9), ("", 2))]
@@ -248,7 +240,7 @@ def test_a_training_whose_step_is_a_graph_is_the_same(monkeypatch):
 
 
 def test_adapters_must_be_merged():
-    dit = load(LinearDiT, "dit_small")
+    dit = golden(LinearDiT, "dit_small")[0]
     inject_lora(dit, rank=2)
     with pytest.raises(ValueError, match="merge_lora"):
         fast.optimise_dit(dit)
@@ -281,10 +273,9 @@ def test_auto_means_graphs_on_a_gpu(monkeypatch):
 @pytest.mark.slow
 @torch.inference_mode()
 def test_official_size():
-    plain = seeded(DCAE, json.loads((CONFIGS / "vae.config.json").read_text()), torch.float32, "cpu")
+    plain, dit = (seeded_module(on_meta(*part)) for part in ((DCAE, "dcae_f32c32_sana"), (LinearDiT, "dit_sana_600m")))
     x = seeded_input("x", (1, 3, 512, 512))
     agree(plain, fast.optimise_vae(deepcopy(plain)), x, 1e-4)
-    dit = seeded(LinearDiT, json.loads((CONFIGS / "transformer.config.json").read_text()), torch.float32, "cpu")
     c = seeded_input("c", (1, 300, dit.config["caption_channels"]))
     arguments = plain.encode(x), torch.full((1,), 900.0), c, torch.ones(1, 300)
     f = dit(*arguments)

@@ -1,20 +1,10 @@
 """What python -m lab.profile says: the official sizes' counts, and its table."""
-import json
-
 import pytest
-import torch
-from conftest import DATA
+from conftest import on_meta
 
 from lab import profile
 from lab.profile import count_macs, parameters, stages
 from sanasr import DCAE, Gemma2, LinearDiT
-
-
-def on_meta(cls, name, **changes):
-    """A network of official size without weights."""
-    config = json.loads((DATA / "model" / f"{name}.json").read_text())["config"]
-    with torch.device("meta"):
-        return cls(config | changes)
 
 
 def test_the_official_sizes():
