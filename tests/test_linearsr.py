@@ -68,7 +68,6 @@ def test_one_step_gives_the_mean():
 
 # --- intervals of t ---
 
-
 def test_boundaries_send_each_t_to_its_expert():
     assert BOUNDARIES == (0.223, 0.875, 0.939)
     inside = {0.0: 0, 0.1: 0, 0.5: 1, 0.9: 2, 0.95: 3, 1.0: 3}
@@ -94,7 +93,6 @@ def test_boundaries_out_of_order(wrong):
 
 
 # --- the network ---
-
 
 @pytest.fixture(scope="module")
 def stem():
@@ -135,7 +133,6 @@ def test_stem_and_embedding_are_one_layer_on_the_concatenation(sana, stem):
 
 
 # --- the restorer ---
-
 
 PHOTO = photo(24, 16)
 
@@ -222,7 +219,6 @@ def test_parts_that_do_not_fit(make, sana):
 
 # --- folders ---
 
-
 @pytest.fixture
 def folder(tmp_path, tiny_model, sana, stem):
     """A LinearSR folder beside its base: config.json, transformer/, stem/, experts/."""
@@ -294,7 +290,6 @@ def test_transformer_of_another_width(folder, sana):
 
 # --- eval.py, fast.py, lab/profile.py ---
 
-
 def test_fast_is_the_same(folder):
     plain, quick = LinearSR.from_pretrained(folder), fast.optimise(LinearSR.from_pretrained(folder))
     a, b = (np.asarray(m.restore(PHOTO, "tree", steps=12), np.float32) for m in (plain, quick))
@@ -342,7 +337,6 @@ def test_profile_counts_a_step_and_the_whole(folder, capsys):
 
 
 # --- the bundled model ---
-
 
 def test_the_bundled_model_beats_bicubic():
     hr = Image.open(ROOT / "examples/portrait.png").convert("RGB").crop((0, 0, 160, 160))

@@ -110,7 +110,6 @@ def test_the_update_is_computed_in_float32():
 
 # --- configs ---
 
-
 @pytest.mark.parametrize("cls", PARTS)
 def test_official_configs_are_read(cls, tmp_path):
     config = official_config(cls)
@@ -154,7 +153,6 @@ def test_unhonoured_config_values_are_named_at_once(cls, key, value, words, tmp_
 
 # --- tokenizer ---
 
-
 @pytest.fixture(scope="module")
 def gemma_tokenizer(tmp_path_factory):
     import lzma
@@ -193,7 +191,6 @@ def test_merges_as_pairs_and_as_strings(tmp_path):
 
 
 # --- prompts ---
-
 
 def test_prompt_is_tags_then_suffix():
     appendix = sanasr.SUFFIXES["appendix"]
@@ -284,14 +281,17 @@ def test_adapter_file_round_trip(tmp_path, prefix, ranks, alphas):
     assert metadata["note"] == "kept" and metadata["rank"] == " ".join(map(str, sorted({*ranks})))
 
 
-@pytest.mark.parametrize("shapes, metadata, message", [
-    ({"lora_A.weight": (4, 64), "lora_B.weight": (64, 4)}, {"alpha": "much"}, "alpha = 'much'"),
-    ({"lora_A.weight": (4, 64), "lora_B.weight": (64, 4)}, {"timestep": "much"}, "timestep = 'much'"),
-    ({"lora_A.weight": (4, 32), "lora_B.weight": (64, 4)}, None, "to_q.*64 to 64"),  # of another base
-    ({}, None, "no adapter"), ({"alpha": ()}, None, "to_q.alpha is no matrix")])
-def test_what_is_no_adapter_of_this_model_is_refused(tmp_path, shapes, metadata, message):
-    state = {f"transformer_blocks.0.attn1.to_q.{key}": torch.zeros(shape) for key, shape in shapes.items()}
-    save_file(state, tmp_path / "a.safetensors", metadata)
+LORA = {"lora_A.weight": torch.zeros(4, 64), "lora_B.weight": torch.zeros(64, 4)}
+
+
+@pytest.mark.parametrize("tensors, metadata, message", [
+    (LORA, {"alpha": "much"}, "alpha = 'much'"), (LORA, {"timestep": "much"}, "timestep = 'much'"),
+    (LORA | {"lora_A.weight": torch.zeros(4, 32)}, None, "to_q.*64 to 64"),  # of another base
+    (LORA | {"lora_A.weight": torch.zeros(4, 64).int()}, None, "lora_A.weight is no matrix of floating numbers"),
+    ({}, None, "no adapter"), ({"alpha": torch.zeros(())}, None, "to_q.alpha is no matrix")])
+def test_what_is_no_adapter_of_this_model_is_refused(tmp_path, tensors, metadata, message):
+    save_file({f"transformer_blocks.0.attn1.to_q.{key}": x for key, x in tensors.items()}, tmp_path / "a.safetensors",
+              metadata)
     with pytest.raises(ValueError, match=f"a.safetensors: .*{message}"):
         sanasr.load_lora(small_dit(), tmp_path / "a.safetensors")
 
@@ -314,7 +314,6 @@ def test_an_adapter_beside_the_model_is_used_and_can_be_left_out(tiny_model, tmp
 
 # --- loading ---
 
-
 def test_shards_prefix_and_stored_dtypes(tiny_model, tmp_path):
     whole = load_file(tiny_model / "transformer" / WEIGHTS)
     shutil.copy(tiny_model / "transformer" / "config.json", tmp_path)
@@ -329,14 +328,14 @@ def test_shards_prefix_and_stored_dtypes(tiny_model, tmp_path):
 
 def test_weights_that_do_not_fit_are_one_clear_error(tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model / "transformer", tmp_path / "transformer")
-    path, state = folder / WEIGHTS, load_file(folder / WEIGHTS)
+    path, state, key = folder / WEIGHTS, load_file(folder / WEIGHTS), "proj_out.bias"
     whole = path.read_bytes()
-    missing = {key: x for key, x in state.items() if key != "proj_out.bias"}
-    for content, message in ((missing, "missing proj_out.bias"),
-                             (state | {"extra": torch.zeros(1)}, "unexpected extra"),
-                             (state | {"proj_out.bias": torch.zeros(7)}, r"proj_out.bias .*\[7\], expected \[8\]"),
+    for content, message in ((save({k: x for k, x in state.items() if k != key}), f"missing {key}"),
+                             (save(state | {"extra": torch.zeros(1)}), "unexpected extra"),
+                             (save(state | {key: torch.zeros(7)}), rf"{key} .*\[7\], expected \[8\]"),
+                             (save(state | {key: torch.zeros(8).int()}), f"{key} in .* is I32, no floating number"),
                              *((data, f"{WEIGHTS}: not a whole") for data in (b"", b"no safetensors", whole[:-100]))):
-        path.write_bytes(content if isinstance(content, bytes) else save(content))
+        path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
             LinearDiT.from_pretrained(folder)
 
@@ -376,7 +375,6 @@ def test_one_rule_for_dtypes(monkeypatch, capability, native):
 
 
 # --- tiling and restoring ---
-
 
 @pytest.mark.parametrize("height, width", [(40, 40), (33, 100), (7, 129)])
 @pytest.mark.parametrize("down, up", [(1, 1), (2, 1), (1, 4)])
