@@ -7,9 +7,10 @@ import shutil
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from conftest import ROOT, noise, photo
-from PIL import Image
+from PIL import Image, ImageFilter
 from seeded import seeded_input, seeded_module
 
 import eval as evaluator
@@ -20,7 +21,7 @@ from linearsr import BOUNDARIES, LinearSR, Stem, expert_of, sample, shifted, uns
 from metrics import LPIPS
 from photos.degrade import to_tensor
 from photos.pictures import bicubic
-from sanasr import LinearDiT, PromptEncoder, SanaSR, inject_lora, lora_parameters, save_lora
+from sanasr import LinearDiT, PromptEncoder, SanaSR
 from weights.files import save_module
 
 STEM = {"channels": [8, 16, 24], "width": 64}
@@ -223,14 +224,12 @@ def test_parts_that_do_not_fit(make, sana):
 def folder(tmp_path, tiny_model, sana, stem):
     """A LinearSR folder beside its base: config.json, transformer/, stem/, experts/."""
     shutil.copytree(tiny_model, tmp_path / "base")
-    made, expert = tmp_path / "linear", copy.deepcopy(sana.dit)
-    save_module(expert, made / "transformer")
+    made = tmp_path / "linear"
+    save_module(sana.dit, made / "transformer")
     save_module(stem, made / "stem")
-    inject_lora(expert, 2, targets="attn+ffn")
     for k in range(4):
-        torch.manual_seed(k)
-        state = {key: 0.1 * torch.randn(p.shape) for key, p in lora_parameters(expert).items()}
-        save_lora(expert, made / "experts" / f"{k}.safetensors", {"system": "linearsr"}, state)
+        tiny.tiny_adapter(made / "experts" / f"{k}.safetensors", tiny_model, 2, "attn+ffn", {"system": "linearsr"},
+                          gain=0.1 + 0.05 * k)
     write_config(made)
     return made
 
@@ -256,7 +255,7 @@ def error_of(folder, cls=LinearSR, **options):
     return str(caught.value)
 
 
-def test_folders_that_do_not_fit(folder, tiny_model):
+def test_folders_that_do_not_fit(folder, tiny_model, sana):
     for changes, words in (
             (dict(boundaries=[0.9, 0.5]), "config.json: boundaries must rise within (0, 1), not 0.9, 0.5"),
             (dict(system="sana-sr"), 'no "system": "linearsr"'), (dict(base="../elsewhere"), "elsewhere"),
@@ -265,27 +264,23 @@ def test_folders_that_do_not_fit(folder, tiny_model):
         assert words in error_of(folder)
     write_config(folder)
     assert "no LinearSR folder" in error_of(tiny_model)
+    config = sana.dit.config
+    for changes, words in (
+            (dict(num_attention_heads=3, cross_attention_dim=96), "does not fit a projection of 96 to 96 channels"),
+            (dict(in_channels=4, out_channels=4), "the autoencoder makes 8 latent channels, the transformer wants 4")):
+        save_module(LinearDiT(config | changes), folder / "transformer")
+        assert words in error_of(folder)
     (folder / "experts" / "2.safetensors").unlink()
     assert "experts/2.safetensors: missing, config.json names 3 boundaries" in error_of(folder)
     (folder / "config.json").write_text("{")
     assert "config.json" in error_of(folder)
 
 
-def test_adapters_of_the_other_system(folder, tiny_model, sana):
+def test_adapters_of_the_other_system(folder, tiny_model):
     expert = folder / "experts" / "1.safetensors"
     assert "an adapter for linearsr, but sana-sr needs one of its own" in error_of(tiny_model, SanaSR, adapter=expert)
-    own = copy.deepcopy(sana.dit)
-    inject_lora(own, 2)
-    save_lora(own, expert, {"timestep": "900"})
+    tiny.tiny_adapter(expert, tiny_model, metadata={"timestep": "900"})
     assert f"{expert}: an adapter for sana-sr, but linearsr needs one of its own" in error_of(folder)
-
-
-def test_transformer_of_another_width(folder, sana):
-    config = sana.dit.config
-    save_module(LinearDiT(config | {"num_attention_heads": 3, "cross_attention_dim": 96}), folder / "transformer")
-    assert "does not fit a projection of 96 to 96 channels" in error_of(folder)
-    save_module(LinearDiT(config | {"in_channels": 4, "out_channels": 4}), folder / "transformer")
-    assert "the autoencoder makes 8 latent channels, the transformer wants 4" in error_of(folder)
 
 
 # --- eval.py, fast.py, lab/profile.py ---
@@ -338,10 +333,14 @@ def test_profile_counts_a_step_and_the_whole(folder, capsys):
 
 # --- the bundled model ---
 
-def test_the_bundled_model_beats_bicubic():
-    hr = Image.open(ROOT / "examples/portrait.png").convert("RGB").crop((0, 0, 160, 160))
-    lr = hr.resize((40, 40), Image.Resampling.BOX)
-    pictures = hr, bicubic(lr), LinearSR.from_pretrained("linearsr-embedded").restore(lr, steps=20)
-    hr, enlarged, restored = (to_tensor(image)[None] * 2 - 1 for image in pictures)
-    lpips = LPIPS.from_pretrained("alex")
-    assert lpips(restored, hr) < 0.9 * lpips(enlarged, hr)
+@pytest.mark.parametrize("name, options, than_bicubic, than_unsharp", [
+    ("embedded", {}, 0.75, 0.93), ("linearsr-embedded", {"steps": 20}, 0.9, 1.1)])
+def test_the_bundled_models_against_bicubic_and_an_unsharp_mask(name, options, than_bicubic, than_unsharp):
+    hr = Image.open(ROOT / "examples/portrait.png").convert("RGB").crop((0, 0, 144, 160))
+    lr = hr.resize((36, 40), Image.Resampling.BOX)
+    model, enlarged = fast.load_model(name, "cpu", torch.float32), bicubic(lr)
+    sharp = enlarged.filter(ImageFilter.UnsharpMask(radius=1.5, percent=300, threshold=0))
+    hr, *results = (to_tensor(image)[None] * 2 - 1 for image in (hr, model.restore(lr, **options), enlarged, sharp))
+    restored, enlarged, sharp = (LPIPS.from_pretrained("alex")(x, hr).item() for x in results)
+    assert restored < than_bicubic * enlarged and restored < than_unsharp * sharp
+    assert sum(f.stat().st_size for f in (ROOT / "weights" / name).rglob("*") if f.is_file()) < 60e6
