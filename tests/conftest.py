@@ -3,6 +3,7 @@
 SANASR_DATA     photos: hq/, realsr/, inputs/
 SANASR_ORACLE   goldens of official size
 """
+import csv
 import json
 import os
 import subprocess
@@ -61,6 +62,12 @@ def relative(a, b):
 def state(folder, name="state.pt"):
     """What a run keeps to be resumed."""
     return torch.load(folder / name, weights_only=True)
+
+
+def table(path):
+    """{value of the first column: row} of a CSV file."""
+    with open(path, newline="", encoding="utf-8") as f:
+        return {next(iter(row.values())): row for row in csv.DictReader(f)}
 
 
 def photo(width, height, seed=0):

@@ -1,6 +1,5 @@
 """The metrics against pyiqa's scores: of synthetic pictures under seeded weights, and, where the data is there, against
 the numbers that OSEDiff's authors published for RealSR (SANASR_DATA; the VGG16 trunk comes from SANASR_ORACLE)."""
-import csv
 import json
 import math
 import re
@@ -10,7 +9,7 @@ from zlib import crc32
 import numpy as np
 import pytest
 import torch
-from conftest import external, relative
+from conftest import DATA, external, relative, table
 from PIL import Image
 from seeded import seeded
 
@@ -21,7 +20,7 @@ from metrics import iqa, report, score
 from metrics.classic import NIQE
 from metrics.perceptual import DISTS, LPIPS, load_official
 
-GOLDENS = json.loads((Path(__file__).parent / "data/metrics/goldens.json").read_text())
+GOLDENS = json.loads((DATA / "metrics/goldens.json").read_text())
 SIZES = {"syn_a": (224, 256), "syn_b": (200, 312)}
 TABLE = re.compile(r".*(token_embedding\.weight|positional_embedding|pos_embed|position_emb|scale_emb|cls|cls_token|"
                    r"relative_position_bias_table)$")
@@ -191,14 +190,13 @@ def test_published_numbers(count, request):
     """OSEDiff's pictures of RealSR, image by image; two of them without DISTS, which needs VGG16."""
     folder = external("SANASR_DATA", "realsr")
     names = [n for n in TOLERANCE if n != "dists" or count == 100 and request.getfixturevalue("vgg")]
-    with open(folder / "osediff_published.csv") as f:
-        table = {row["image"]: row for row in csv.DictReader(f)}
+    published = table(folder / "osediff_published.csv")
     functions, error = {n: metrics.load(n) for n in names}, {n: [] for n in names}
-    for image in list(table)[:count]:
+    for image in list(published)[:count]:
         sr, hr = (torch.from_numpy(np.array(Image.open(folder / d / image).convert("RGB"))).permute(2, 0, 1)[None] / 255
                   for d in ("osediff", "hr"))
         for n, f in functions.items():
-            error[n].append(f(sr, hr).item() - float(table[image][n]))
+            error[n].append(f(sr, hr).item() - float(published[image][n]))
     for name, e in error.items():
         assert len(e) == count and max(map(abs, e)) < TOLERANCE[name], name
     if count == 100:
@@ -270,13 +268,12 @@ def test_eval_scores_folders(tmp_path, monkeypatch, capsys):
     pictures(Path("lr"), 3, size=(64, 48), suffix=".bmp")
     assert run("lr", "--sr", "sr", "--hr", "hr", "--metrics", "psnr,ssim,niqe", "--csv", "made/scores.csv", "--report",
                "r.html") == 0
-    with open("made/scores.csv") as f:
-        rows = list(csv.DictReader(f))
-    assert [r["image"] for r in rows] == ["0_x4.png", "1_x4.png", "2_x4.png", "mean"]
-    values = [float(r["psnr"]) for r in rows]
+    rows = table("made/scores.csv")
+    assert list(rows) == ["0_x4.png", "1_x4.png", "2_x4.png", "mean"]
+    values = [float(r["psnr"]) for r in rows.values()]
     assert values[0] > values[1] > values[2] and values[3] == pytest.approx(sum(values[:3]) / 3, abs=1e-5)
-    table = capsys.readouterr().out
-    assert "psnr ↑" in table and "niqe ↓" in table and f"{values[3]:.3f}" in table
+    out = capsys.readouterr().out
+    assert "psnr ↑" in out and "niqe ↓" in out and f"{values[3]:.3f}" in out
     page = Path("r.html").read_text()
     assert page.count("data:image/webp") == 9 and "http" not in page and "src=\"/" not in page
     assert page.index("<h2>2_x4.png") < page.index("<h2>1_x4.png") < page.index("<h2>0_x4.png")  # worst first
@@ -287,7 +284,7 @@ def test_mean_leaves_out_pictures_of_one_colour(tmp_path, capsys):
     pictures(tmp_path / "sr", 2, size=(192, 192))
     Image.new("RGB", (192, 192), "grey").save(tmp_path / "sr/2.png")
     assert run("--sr", tmp_path / "sr", "--metrics", "niqe", "--csv", tmp_path / "s.csv") == 0
-    *each, mean = [float(line.split(",")[1]) for line in (tmp_path / "s.csv").read_text().splitlines()[1:]]
+    *each, mean = [float(row["niqe"]) for row in table(tmp_path / "s.csv").values()]
     assert math.isnan(each[2]) and mean == pytest.approx(sum(each[:2]) / 2, abs=1e-5)
     assert "niqe: 1 of 3 pictures have none" in capsys.readouterr().out
 
@@ -304,8 +301,7 @@ def test_eval_restores_then_scores(tmp_path, monkeypatch, tiny_model):
     assert not Path("results").exists()
     pictures(Path("hr"), 3, size=(96, 64), suffix=".jpg")
     assert run(*argv, "--report", "r.html") == 1
-    with open("s.csv") as f:
-        assert [row["image"] for row in csv.DictReader(f)] == ["0.png", "1.png", "mean"]
+    assert list(table("s.csv")) == ["0.png", "1.png", "mean"]
     page = Path("r.html").read_text()
     assert all(page.count(f"<figcaption>{kind}<") == 2 for kind in ("bicubic", "result", "reference"))
 

@@ -1,5 +1,5 @@
 """Pruning: the merge, F and the scores against other formulations, the choice, the folder, and interrupted runs."""
-import csv
+
 import inspect
 import json
 import math
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import noise, on_meta, save_photo, state
+from conftest import noise, on_meta, save_photo, state, table
 from PIL import Image
 
 import metrics
@@ -67,11 +67,6 @@ def l_cal(dit, prior, calibration, sample, tau):
 
 def notes_of(out):
     return json.loads((out / "transformer/config.json").read_text())["_provenance"]
-
-
-def table(path, key):
-    with open(path, newline="") as f:
-        return {row[key]: row for row in csv.DictReader(f)}
 
 
 def test_formulas():
@@ -186,7 +181,7 @@ def test_pruned_folder_is_a_model_like_any_other(run, deep):
             assert torch.equal(p, want.dit.transformer_blocks[old].state_dict()[key])
     assert torch.equal(got.dit.proj_out.weight, want.dit.proj_out.weight)
     assert got.restore(Image.new("RGB", (16, 12))).size == (64, 48)
-    rows = table(out / "saliency.csv", "block").values()
+    rows = table(out / "saliency.csv").values()
     assert [int(r["block"]) for r in rows if r["kept"] == "1"] == kept
     assert [float(r["score"]) for r in rows] == pytest.approx(notes["scores"], rel=1e-5)
     inner = sorted(range(1, BLOCKS - 1), key=lambda i: -notes["scores"][i])
@@ -211,7 +206,7 @@ def test_mask_leaves_the_largest_weights_and_exactly_as_many(deep, dtype):
 
 def test_comparison_with_the_oracle(run, deep, photos, tmp_path, capsys):
     out = run("pruned", "--keep", 3, "--compare", "--samples", 2)
-    rows, oracle = table(out / "compare.csv", "score"), [*table(out / "oracle.csv", "block").values()]
+    rows, oracle = table(out / "compare.csv"), [*table(out / "oracle.csv").values()]
     assert len(oracle) == BLOCKS and len(rows) == 1 + 1 + len(prune.SALIENCIES) + 2 + 11 + 1
     assert [float(row["tail"]) for row in oracle] == [0, -1, -2, -3, -4]
     assert [int(row["random"]) for row in oracle] == np.random.default_rng(0).permutation(BLOCKS).tolist()
@@ -244,13 +239,13 @@ def test_validation_says_which_metric_fails(tmp_path, photos, deep, monkeypatch,
     monkeypatch.setattr(prune, "mean_scores", lambda args, pairs, model, adapter=None:
                         {"psnr": 20.0, "lpips": 0.2} if model == str(deep) else {"psnr": 19.5, "lpips": 0.2061})
     assert prune.main(argv) == 1
-    rows = table(tmp_path / "out/validation.csv", "metric")
+    rows = table(tmp_path / "out/validation.csv")
     assert (rows["psnr"]["passed"], rows["lpips"]["passed"]) == ("1", "0")  # 2.5 % and 3.05 %
     assert float(rows["psnr"]["drop"]) == pytest.approx(0.025)
     assert "pruned: failed" in capsys.readouterr().out
     monkeypatch.setattr(prune, "mean_scores", real)
     assert prune.main([*argv, "--resume"]) in (0, 1)
-    rows = table(tmp_path / "out/validation.csv", "metric")
+    rows = table(tmp_path / "out/validation.csv")
     psnr, model = [], SanaSR.from_pretrained(deep)  # of the unpruned model, by restoring the held-out pictures here
     for path in sorted((tmp_path / "out/val/lr").iterdir()):
         x, y = (to_tensor(image)[None] for image in (
