@@ -64,10 +64,10 @@ def state(folder, name="state.pt"):
     return torch.load(folder / name, weights_only=True)
 
 
-def table(path):
-    """{value of the first column: row} of a CSV file."""
+def table(path, key=None):
+    """{value of `key`, by default the first column: row} of a CSV file."""
     with open(path, newline="", encoding="utf-8") as f:
-        return {next(iter(row.values())): row for row in csv.DictReader(f)}
+        return {row[key] if key else next(iter(row.values())): row for row in csv.DictReader(f)}
 
 
 def photo(width, height, seed=0):

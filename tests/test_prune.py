@@ -239,13 +239,13 @@ def test_validation_says_which_metric_fails(tmp_path, photos, deep, monkeypatch,
     monkeypatch.setattr(prune, "mean_scores", lambda args, pairs, model, adapter=None:
                         {"psnr": 20.0, "lpips": 0.2} if model == str(deep) else {"psnr": 19.5, "lpips": 0.2061})
     assert prune.main(argv) == 1
-    rows = table(tmp_path / "out/validation.csv")
+    rows = table(tmp_path / "out/validation.csv", "metric")
     assert (rows["psnr"]["passed"], rows["lpips"]["passed"]) == ("1", "0")  # 2.5 % and 3.05 %
     assert float(rows["psnr"]["drop"]) == pytest.approx(0.025)
     assert "pruned: failed" in capsys.readouterr().out
     monkeypatch.setattr(prune, "mean_scores", real)
     assert prune.main([*argv, "--resume"]) in (0, 1)
-    rows = table(tmp_path / "out/validation.csv")
+    rows = table(tmp_path / "out/validation.csv", "metric")
     psnr, model = [], SanaSR.from_pretrained(deep)  # of the unpruned model, by restoring the held-out pictures here
     for path in sorted((tmp_path / "out/val/lr").iterdir()):
         x, y = (to_tensor(image)[None] for image in (
