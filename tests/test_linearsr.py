@@ -77,6 +77,9 @@ def test_boundaries_send_each_t_to_its_expert():
     for t, k in {**inside, **upper_ends, **just_above}.items():
         assert expert_of(t) == k, t
     assert expert_of(0.0, ()) == expert_of(1.0, ()) == 0
+    for wrong in ([0.9, 0.5], [0.5, 0.5], [0.0, 0.5], [0.5, 1.0], [0.5, float("nan")], ["x"], 3):
+        with pytest.raises(ValueError, match="boundaries must"):
+            linearsr.check_boundaries(wrong)
 
 
 def test_flow_shift():
@@ -85,12 +88,6 @@ def test_flow_shift():
     assert np.allclose(unshifted(shifted(u)), u)
     # the share of a sampler's steps in each interval
     assert np.allclose([unshifted(b) for b in BOUNDARIES], [0.0873, 0.7, 0.8369], atol=1e-4)
-
-
-@pytest.mark.parametrize("wrong", [[0.9, 0.5], [0.5, 0.5], [0.0, 0.5], [0.5, 1.0], [0.5, float("nan")], ["x"], 3])
-def test_boundaries_out_of_order(wrong):
-    with pytest.raises(ValueError, match="boundaries must"):
-        linearsr.check_boundaries(wrong)
 
 
 # --- the network ---
@@ -239,13 +236,15 @@ def write_config(folder, **changes):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def test_from_pretrained(folder, sana):
+def test_from_pretrained_and_its_faster_forms(folder, sana):
     restorer = LinearSR.from_pretrained(folder)
     assert restorer.boundaries == BOUNDARIES and isinstance(restorer.prompts, PromptEncoder)
     weights = [dit.transformer_blocks[0].attn1.to_q.weight for dit in (sana.dit, *restorer.experts)]
     assert len(weights) == 5 and not any(torch.equal(a, b) for a, b in itertools.combinations(weights, 2))
-    offloading = LinearSR.from_pretrained(folder, offload=True)
-    assert same(*(model.restore(PHOTO, "tree", steps=12) for model in (restorer, offloading)))
+    offloading, quick = LinearSR.from_pretrained(folder, offload=True), fast.optimise(LinearSR.from_pretrained(folder))
+    plain, offloaded, quick = (model.restore(PHOTO, "tree", steps=12) for model in (restorer, offloading, quick))
+    assert same(plain, offloaded)
+    assert np.abs(np.asarray(plain, np.float32) - np.asarray(quick, np.float32)).max() <= 1
 
 
 def error_of(folder, cls=LinearSR, **options):
@@ -285,12 +284,6 @@ def test_adapters_of_the_other_system(folder, tiny_model):
 
 # --- eval.py, fast.py, lab/profile.py ---
 
-def test_fast_is_the_same(folder):
-    plain, quick = LinearSR.from_pretrained(folder), fast.optimise(LinearSR.from_pretrained(folder))
-    a, b = (np.asarray(m.restore(PHOTO, "tree", steps=12), np.float32) for m in (plain, quick))
-    assert np.abs(a - b).max() <= 1 and plain.experts[0] is not quick.experts[0]
-
-
 def test_eval_restores_and_scores(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     photo(32, 32).save("a.png")
@@ -308,15 +301,11 @@ def test_eval_restores_and_scores(folder, tmp_path, monkeypatch, capsys):
 
 def test_eval_refuses_what_belongs_to_the_other_system(folder, tiny_model, tmp_path):
     PHOTO.save(tmp_path / "a.png")
-    for model, option, words in (
-            (tiny_model, "--steps 20", f"--steps: {tiny_model} is a model of SANA-SR, which takes one step"),
-            (tiny_model, "--cfg 2", f"--cfg: {tiny_model} is a model of SANA-SR, which takes one step"),
-            (tiny_model, "--offload", f"--offload: {tiny_model} is a model of SANA-SR, which takes one step"),
-            (folder, "--adapter none", f"--adapter: {folder} is a model of LinearSR"),
-            (folder, "--timestep 900", f"--timestep: {folder} is a model of LinearSR"),
-            (folder, "--steps 0", "--steps must be at least 1, not 0")):
-        with pytest.raises(SystemExit, match=f"^error: .*{re.escape(words)}"):
-            evaluator.main([str(tmp_path / "a.png"), "--model", str(model), *option.split()])
+    for model, system, *options in ((tiny_model, "SANA-SR, which takes one step", "--steps 20", "--cfg 2", "--offload"),
+                                    (folder, "LinearSR", "--adapter none", "--timestep 900")):
+        for option, *value in map(str.split, options):
+            with pytest.raises(SystemExit, match=f"^error: {re.escape(f'{option}: {model} is a model of {system}')}"):
+                evaluator.main([str(tmp_path / "a.png"), "--model", str(model), option, *value])
     with pytest.raises(ValueError, match="is a LinearSR model: it has experts instead of an adapter"):
         fast.load_model(folder, "cpu", torch.float32, adapter="none")
 

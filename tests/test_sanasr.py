@@ -390,6 +390,9 @@ def test_tiles_cover_evenly_and_stay_within_the_limit():
         assert pieces[0][0] == 0 and pieces[-1][1] == length
         assert len({end - start for start, end in pieces}) == 1 and pieces[0][1] <= 32
         assert all(a[1] - b[0] >= 2 for a, b in pairwise(pieces))
+    length = 4096 // 32  # of our largest pictures, whose tiles cost little more than the whole
+    sides = [end - start for start, end in restorer.spans(length, SanaSR.TILE, SanaSR.OVERLAP)]
+    assert sum(sides) ** 2 <= 1.07 * length**2
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 17), (8, 8), (33, 20)])
@@ -397,11 +400,6 @@ def test_restore_gives_four_times_the_size(sana, size):
     result = sana.restore(photo(*size))
     assert result.size == (4 * size[0], 4 * size[1]) and result.mode == "RGB"
     assert set(sana.stages) == {"text", "encode", "dit", "decode"}
-
-
-def test_restore_is_deterministic_and_depends_on_the_prompt(sana):
-    first, again, other = (sana.restore(photo(16, 16), prompt).tobytes() for prompt in ("tree", "tree", "a cat"))
-    assert first == again != other
 
 
 def test_restore_follows_the_equations(sana):
