@@ -104,7 +104,7 @@ def lines_of(what, scratch, rehearse):
         for part in ("attention", "gate or mix", "norm or depthwise or join", "gpu"):
             tests(f"kernel tests, {part}", "test_kernels_triton.py", part, **interpreter)
         tests("graphs", "test_fast.py", "graph or dit or up_block")
-        tests("goldens", "test_gpu.py", "golden", SANASR_GOLDENS=device)
+        tests("goldens", "test_sanasr.py", "golden", SANASR_GOLDENS=device)
         for dtype, quick in (("fp32", "off"), ("fp32", "on"), ("bf16", "on"), ("fp16", "off")):
             name = f"pictures {dtype}, fast {quick}"
             ours, theirs = scratch / name, scratch / f"{name}, CPU"

@@ -3,6 +3,8 @@
 SANASR_DATA     photos: hq/, realsr/, inputs/
 SANASR_ORACLE   goldens of official size
 """
+import csv
+import json
 import os
 import subprocess
 import sys
@@ -13,11 +15,14 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from safetensors.torch import load_file
+from seeded import seeded_module
 
 from sanasr import SanaSR
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
+MODEL = DATA / "model"
 torch.set_num_threads(2)
 
 
@@ -27,6 +32,20 @@ def external(variable, *parts):
     if not path.exists():
         pytest.skip(f"needs {'/'.join(parts) or 'data'} in the folder named by {variable}")
     return path
+
+
+def on_meta(cls, name, folder=MODEL, **changes):
+    """The network of a manifest without weights, with other values in its config."""
+    config = json.loads((folder / f"{name}.json").read_text())["config"]
+    with torch.device("meta"):
+        return cls(config | changes)
+
+
+def golden(cls, name, folder=MODEL, dtype=torch.float32, device="cpu"):
+    """The model of a manifest under seeded weights, and the tensors of its golden, inputs in `dtype`."""
+    data = {key: x.to(device, dtype if key[0] in "xzc" else None)
+            for key, x in load_file(folder / f"{name}.safetensors").items()}
+    return seeded_module(on_meta(cls, name, folder)).to(device, dtype), data
 
 
 def noise(*shape, seed=0, dtype=torch.float64):
@@ -43,6 +62,12 @@ def relative(a, b):
 def state(folder, name="state.pt"):
     """What a run keeps to be resumed."""
     return torch.load(folder / name, weights_only=True)
+
+
+def table(path, key=None):
+    """{value of `key`, by default the first column: row} of a CSV file."""
+    with open(path, newline="", encoding="utf-8") as f:
+        return {row[key] if key else next(iter(row.values())): row for row in csv.DictReader(f)}
 
 
 def photo(width, height, seed=0):
@@ -104,6 +129,8 @@ def here(tmp_path, monkeypatch):
     torch.set_num_threads(1)
     yield tmp_path
     torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def sana(tiny_model):
     """The tiny model, loaded. It is shared, so do not change it."""

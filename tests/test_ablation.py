@@ -1,11 +1,10 @@
 """The two tables of lab/ablation.py, on the tiny model and two small pairs."""
-import csv
 import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import save_photo
+from conftest import save_photo, table
 from PIL import Image
 
 import eval as evaluator
@@ -41,23 +40,18 @@ TRAIN = ["--data", "hq", "--steps", "2", "--tags", "tags.csv", "--train-args",
          "--rank 2 --batch 1 --crop 96 --workers 0 --val 0 --no-lpips"]
 
 
-def rows(path):
-    with open(path, newline="", encoding="utf-8") as f:
-        return {row.get("name") or row["image"]: row for row in csv.DictReader(f)}
-
-
 def test_both_tables_are_complete_and_nothing_is_made_twice(run, capsys, tmp_path):
     assert run(*TRAIN) == 0
     text = capsys.readouterr().out
     assert text.count("\n| ") == 2 * 2 + len(ablation.STAGES) + len(ablation.VARIANTS)
     assert "| stages | PSNR ↑ | SSIM ↑ |" in text and "2 pairs; ablations of 2 steps" in text
     for title, words in (("stages", ablation.STAGES), ("ablations", ablation.VARIANTS)):
-        table = rows(tmp_path / "out" / f"{title}.csv")
-        assert list(table) == list(words)
-        for name, row in table.items():
-            own = rows(tmp_path / "out" / title / f"{name}.csv")
+        rows = table(tmp_path / "out" / f"{title}.csv")
+        assert list(rows) == list(words)
+        for name, row in rows.items():
+            own = table(tmp_path / "out" / title / f"{name}.csv")
             assert list(own) == ["0.png", "1.png", "mean"] and row["psnr"] == own["mean"]["psnr"]
-    assert len({row["psnr"] for row in rows(tmp_path / "out" / "ablations.csv").values()}) > 5  # the options matter
+    assert len({row["psnr"] for row in table(tmp_path / "out" / "ablations.csv").values()}) > 5  # the options matter
     for name, key, value in (("tau-600", "timestep", "600.0"), ("lq", "protocol", "lq"), ("tags", "tags", "file"),
                              ("no-suffix", "suffix", "none"), ("attn+ffn", "lora_targets", "attn+ffn")):
         with open_weights(tmp_path / "out" / "ablations" / name / "adapter.safetensors") as file:
@@ -71,14 +65,14 @@ def test_both_tables_are_complete_and_nothing_is_made_twice(run, capsys, tmp_pat
 
 def test_rows_are_what_eval_says(run, tmp_path, tiny_model):
     assert run("--only", "bicubic", "unsharp", "full", "autoencoder") == 0
-    assert list(rows(tmp_path / "out" / "stages.csv")) == ["bicubic", "unsharp", "autoencoder", "full"]
+    assert list(table(tmp_path / "out" / "stages.csv")) == ["bicubic", "unsharp", "autoencoder", "full"]
     evaluator.main(["lr", "--hr", "hr", "--model", str(tiny_model), "--metrics", "psnr,ssim", "--csv", "full.csv",
                     "--device", "cpu", "--compare", "--out", "full/"])
-    mine, theirs = rows(tmp_path / "out/stages/full.csv"), rows(tmp_path / "full.csv")
+    mine, theirs = table(tmp_path / "out/stages/full.csv"), table(tmp_path / "full.csv")
     assert all(mine[name] == theirs[name] for name in ("0.png", "1.png"))
     for i in range(2):
         x, y = (to_tensor(Image.open(tmp_path / name))[None] for name in (f"full/{i}_x4_bicubic.png", f"hr/{i}.png"))
-        psnr = float(rows(tmp_path / "out/stages/bicubic.csv")[f"{i}.png"]["psnr"])
+        psnr = float(table(tmp_path / "out/stages/bicubic.csv")[f"{i}.png"]["psnr"])
         assert psnr == pytest.approx(metrics.load("psnr")(x, y).item(), abs=1e-4)
 
 
@@ -105,7 +99,7 @@ def test_an_interrupted_training_goes_on(run, monkeypatch, tmp_path, capsys):
     assert ended.value.code == 130 and "interrupted" in capsys.readouterr().err
     assert not (tmp_path / "out/ablations/method.csv").exists()
     assert run(*only) == 0
-    assert "--resume" in run.calls[-2][1] and list(rows(tmp_path / "out/ablations.csv")) == ["method"]
+    assert "--resume" in run.calls[-2][1] and list(table(tmp_path / "out/ablations.csv")) == ["method"]
     assert [row["step"] for row in read_log(tmp_path / "out/ablations/method/log.csv")] == [0, 1, 2]
 
 

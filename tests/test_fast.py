@@ -1,6 +1,6 @@
-"""The rewrites of fast.py give what the plain path gives, on the smallest models that have every part."""
+"""The rewrites of fast/ give what the plain path gives, on the smallest models that have every part; Winograd's
+convolution against PyTorch's in float64."""
 import ctypes
-import json
 import subprocess
 import sys
 from copy import deepcopy
@@ -8,17 +8,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DATA, ROOT, relative
+from conftest import ROOT, golden, on_meta, relative
 from PIL import Image
-from seeded import seeded_input, seeded_state_dict
+from seeded import seeded_input, seeded_module
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import eval as command
 import fast
 import fast.graphs
 import sanasr
-from lab.bench import CONFIGS, seeded
-from photos import restorer
+from fast import winograd
+from fast.winograd import winograd_conv3x3
+from lab.bench import seeded
 from sanasr import DCAE, LinearDiT, SanaSR, inject_lora
 
 CHANNELS_TO_SPACE = dict(  # the other kinds of block, and no block at all at full resolution
@@ -27,13 +28,6 @@ CHANNELS_TO_SPACE = dict(  # the other kinds of block, and no block at all at fu
     **{f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in dict(
         block_out_channels=[16, 64, 64, 128, 128, 64], block_types=["ResBlock"] * 5 + ["EfficientViTBlock"],
         layers_per_block=[0, 1, 1, 1, 1, 1], qkv_multiscales=[[], [], [], [], [], [3, 5]]).items()})
-
-
-def load(cls, name, dtype=torch.float32):
-    manifest = json.loads((DATA / "model" / f"{name}.json").read_text())
-    model = cls(manifest["config"])
-    model.load_state_dict(seeded_state_dict(manifest["tensors"]), strict=True)
-    return model.to(dtype).eval().requires_grad_(False)
 
 
 def agree(plain, quick, x, tolerance=1e-5):
@@ -49,8 +43,8 @@ def agree(plain, quick, x, tolerance=1e-5):
 @torch.inference_mode()
 def test_vae(rewrites, batch, height, width, monkeypatch):
     monkeypatch.setattr(fast, "STRIP", 5000)  # several strips even here
-    monkeypatch.setattr(fast.winograd, "TILES", 24)
-    plain = load(DCAE, "dcae_small")
+    monkeypatch.setattr(winograd, "TILES", 24)
+    plain = golden(DCAE, "dcae_small")[0]
     quick = fast.optimise_vae(deepcopy(plain), rewrites)
     assert any(type(m).__module__ == "fast" for m in quick.modules()) or rewrites == ["down"]
     agree(plain, quick, seeded_input("x", (batch, 3, height, width)))
@@ -103,7 +97,7 @@ def test_vae_bfloat16_is_hardly_further_from_float32_than_the_plain_path():
 @pytest.mark.parametrize("batch", [1, 2])
 @torch.inference_mode()
 def test_dit(batch):
-    plain = load(LinearDiT, "dit_small")
+    plain = golden(LinearDiT, "dit_small")[0]
     quick, config = fast.optimise_dit(deepcopy(plain)), plain.config
     z = seeded_input("z", (batch, config["in_channels"], 4, 6))
     c, t = seeded_input("c", (batch, 7, config["caption_channels"])), torch.full((batch,), 900.0)
@@ -150,7 +144,7 @@ def graphs(monkeypatch):
 @torch.inference_mode()
 def test_graphs_of_the_autoencoder(graphs):
     device, captured = graphs
-    vae = load(DCAE, "dcae_small").to(device)
+    vae = golden(DCAE, "dcae_small")[0].to(device)
     quick = fast.optimise_vae(deepcopy(vae), graphs=True)
     shapes = (64, 64), (64, 64), (32, 64), (64, 64), (64, 64), (32, 64), (32, 64)
     x = [seeded_input(str(i), (1, 3, *shape)).to(device) for i, shape in enumerate(shapes)]
@@ -165,7 +159,7 @@ def test_graphs_of_the_autoencoder(graphs):
 @torch.inference_mode()
 def test_graphs_of_the_transformer_serve_all_prompts_and_timesteps(graphs):
     device, captured = graphs
-    dit = load(LinearDiT, "dit_small").to(device)
+    dit = golden(LinearDiT, "dit_small")[0].to(device)
     quick, channels = fast.optimise_dit(deepcopy(dit), graphs=True), dit.config["caption_channels"]
     texts = [(seeded_input(name, (1, n, channels)).to(device), torch.ones(1, n, device=device))
              for name, n in (("tree", 7), ("house", 9), ("", 2))]
@@ -248,7 +242,7 @@ def test_a_training_whose_step_is_a_graph_is_the_same(monkeypatch):
 
 
 def test_adapters_must_be_merged():
-    dit = load(LinearDiT, "dit_small")
+    dit = golden(LinearDiT, "dit_small")[0]
     inject_lora(dit, rank=2)
     with pytest.raises(ValueError, match="merge_lora"):
         fast.optimise_dit(dit)
@@ -281,20 +275,13 @@ def test_auto_means_graphs_on_a_gpu(monkeypatch):
 @pytest.mark.slow
 @torch.inference_mode()
 def test_official_size():
-    plain = seeded(DCAE, json.loads((CONFIGS / "vae.config.json").read_text()), torch.float32, "cpu")
+    plain, dit = (seeded_module(on_meta(*part)) for part in ((DCAE, "dcae_f32c32_sana"), (LinearDiT, "dit_sana_600m")))
     x = seeded_input("x", (1, 3, 512, 512))
     agree(plain, fast.optimise_vae(deepcopy(plain)), x, 1e-4)
-    dit = seeded(LinearDiT, json.loads((CONFIGS / "transformer.config.json").read_text()), torch.float32, "cpu")
     c = seeded_input("c", (1, 300, dit.config["caption_channels"]))
     arguments = plain.encode(x), torch.full((1,), 900.0), c, torch.ones(1, 300)
     f = dit(*arguments)
     assert relative(fast.optimise_dit(dit)(*arguments), f) < 1e-4
-
-
-def test_tiles_cost_little_more_than_the_whole():
-    length = 4096 // 32
-    pieces = restorer.spans(length, SanaSR.TILE, SanaSR.OVERLAP)
-    assert sum(end - start for start, end in pieces) ** 2 <= 1.07 * length**2
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc only")
@@ -309,3 +296,63 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
     faults = [int(subprocess.run([sys.executable, "-c", code.format(keep=keep)], cwd=ROOT,
                                  check=True, capture_output=True).stdout) for keep in (False, True)]
     assert faults[1] < faults[0] / 2, "pages that the kernel had to provide for the last eight tensors"
+
+
+# --- Winograd's convolution ---
+
+SHAPES = [(1, 64, 1, 1), (1, 64, 6, 7), (3, 64, 8, 16), (2, 64, 40, 24), (1, 64, 4, 1100)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.inference_mode()
+def test_winograd_module(shape):
+    convolution = torch.nn.Conv2d(64, 72, 3, padding=1)
+    x = seeded_input("x", shape).contiguous(memory_format=torch.channels_last)
+    exact = deepcopy(convolution).double()(x.double())
+    assert relative(fast.Winograd(convolution)(x), exact) < 1e-5
+    half = convolution.bfloat16()
+    exact = deepcopy(half).double()(x.bfloat16().double())
+    assert relative(fast.Winograd(half)(x.bfloat16()), exact) < 4 * 2 ** -9  # the result's own rounding: 2 ** -9
+
+
+@pytest.mark.parametrize("tiles", [3, 256])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.inference_mode()
+def test_winograd_function(shape, bias, tiles, monkeypatch):
+    monkeypatch.setattr(winograd, "TILES", tiles)  # 3: many strips
+    x, before = seeded_input("x", shape), seeded_input("x", shape)  # not channels-last
+    weight, b = seeded_input("w", (24, 64, 3, 3)), seeded_input("b", (24,)) if bias else None
+    exact = winograd.conv3x3_reference(x.double(), weight.double(), b.double() if bias else None)
+    assert relative(winograd_conv3x3(x, weight, b), exact) < 1e-5 and torch.equal(x, before)
+    assert relative(winograd_conv3x3(x, weight, b, winograd.transform(weight)), exact) < 1e-5
+
+
+def test_winograds_transforms_are_exact_in_float64():
+    for size in (2, 4):
+        d, g = torch.arange(size + 2).double() ** 2 - 3, torch.tensor([1.0, -2, 4]).double()
+        v = torch.empty(size + 2, 1).double()
+        winograd.spread(list(d[:, None]), list(v))
+        y = torch.empty(size, 1).double()
+        winograd.gather(list((winograd.G[size] @ g)[:, None] * v), list(y))
+        assert torch.allclose(y[:, 0], torch.stack([(d[i:i + 3] * g).sum() for i in range(size)]), atol=1e-12)
+
+
+def test_winograd_of_large_values_and_zeros():
+    weight = seeded_input("w", (8, 16, 3, 3))
+    x = torch.zeros(1, 16, 16, 16)
+    assert winograd_conv3x3(x, weight).abs().max() == 0
+    x[0, 3, 5, 7] = 1e30
+    y = winograd_conv3x3(x, weight)
+    assert y.isfinite().all() and relative(y, winograd.conv3x3_reference(x.double(), weight.double())) < 1e-5
+
+
+def test_where_winograd_does_not_apply():
+    assert "no multiple of 4" in winograd.obstacle(torch.empty(1, 8, 16, 18), 4)
+    assert "fewer than 16 tiles" in winograd.obstacle(torch.empty(1, 8, 8, 16), 4)
+    assert "on meta" in winograd.obstacle(torch.empty(1, 8, 64, 64, device="meta"), 4)
+    assert winograd.obstacle(torch.empty(1, 8, 16, 16), 4) is None
+    with pytest.raises(ValueError, match="need x B,C,H,W and weight"):
+        winograd_conv3x3(torch.empty(1, 8, 16, 16), torch.empty(8, 8, 5, 5))
+    with pytest.raises(ValueError, match="bfloat16"):
+        winograd_conv3x3(torch.empty(1, 8, 16, 16), torch.empty(8, 8, 3, 3).bfloat16())

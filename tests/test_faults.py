@@ -6,14 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import runs
 import sanasr
@@ -41,38 +40,6 @@ def test_the_short_form_finds_nothing(tmp_path):
 def model(tiny_model, tmp_path):
     """A model folder of one's own, to be broken."""
     return shutil.copytree(tiny_model, tmp_path / "model")
-
-
-@pytest.mark.parametrize("network, part, changes", [
-    (sanasr.DCAE, "vae", [
-        {"latent_channels": 0}, {"attention_head_dim": 0}, {"encoder_block_out_channels": {"a": 1}},
-        {"decoder_layers_per_block": ["1"] * 6}, {"decoder_layers_per_block": [10 ** 9] * 6}, {"scaling_factor": 0.0},
-        {"encoder_qkv_multiscales": 5}, {"encoder_block_out_channels": [8] * 1000}]),
-    (sanasr.LinearDiT, "transformer", [{"num_layers": 10 ** 9}, {"num_layers": 1.5}, {"num_layers": True},
-                                       {"mlp_ratio": float("inf")}, {"in_channels": 0}]),
-    (sanasr.Gemma2, "text_encoder", [{"num_hidden_layers": 10 ** 9}, {"query_pre_attn_scalar": 0},
-                                     {"layer_types": ["sliding_attention"]}, {"layer_types": ["x", "y"]}])])
-def test_a_config_that_no_network_can_have_is_named_at_once(model, network, part, changes):
-    path = model / part / "config.json"
-    config = json.loads(path.read_text())
-    for change in changes:
-        path.write_text(json.dumps(config | change))
-        start = time.monotonic()
-        with pytest.raises(ValueError, match=f"config.json: .*{next(iter(change))}"):
-            network.from_pretrained(path.parent)
-        assert time.monotonic() - start < 5
-
-
-def test_integers_are_neither_weights_nor_an_adapter(model):
-    key = "transformer_blocks.0.attn1.to_q"
-    save_file({f"{key}.lora_A.weight": torch.ones(2, 64, dtype=torch.int32), f"{key}.lora_B.weight": torch.ones(64, 2)},
-              model / "a.safetensors")
-    with pytest.raises(ValueError, match="a.safetensors: .*lora_A.weight is no matrix of floating numbers"):
-        sanasr.SanaSR.from_pretrained(model, adapter=model / "a.safetensors")
-    path, key = model / "vae" / "diffusion_pytorch_model.safetensors", "encoder.conv_in.weight"
-    save_file({k: x.int() if k == key else x for k, x in load_file(path).items()}, path)
-    with pytest.raises(ValueError, match=f"{key} in .* is I32, no floating number"):
-        sanasr.DCAE.from_pretrained(path.parent)
 
 
 def test_broken_tokenizers_and_long_instructions_are_named(model):
@@ -141,9 +108,9 @@ def test_odd_tables_logs_and_indices(tmp_path):
 def test_a_state_of_something_else_is_named(tmp_path, monkeypatch, recwarn):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "state.pt"
-    for value in ([], 3, {}, {"step": 1}, {"step": 1, "settings": Mark()}):
-        torch.save(value, path)
-        words = "more than tensors and numbers" if "Mark" in str(value) else "no state of this command"
+    for value, words in ((b"damaged", ""), *((x, "no state of this command") for x in ([], 3, {}, {"step": 1})),
+                         ({"step": 1, "settings": Mark()}, "more than tensors and numbers")):
+        path.write_bytes(value) if isinstance(value, bytes) else torch.save(value, path)
         with pytest.raises(runs.UserError, match=f"state.pt cannot be read .*{words}.*; start anew") as error:
             runs.load_state(path, keys=("step", "settings"))
         assert "\n" not in str(error.value) and os.listdir() == ["state.pt"] and not recwarn

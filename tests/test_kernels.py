@@ -33,38 +33,18 @@ def test_linear_attention_is_the_quadratic_form():
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float16, 5e-4), (torch.bfloat16, 4e-3)])
-def test_linear_attention_rounds_only_at_the_end(dtype, tolerance):
+def test_references_round_only_at_the_end(dtype, tolerance):
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 300, 3, 2, 32).to(dtype).unbind(2)
     out = kernels.linear_attention(q, k, v, backend="torch")
     assert out.dtype == dtype and out.shape == q.shape
     assert relative(out, kernels.linear_attention(q.double(), k.double(), v.double())) < tolerance
-
-
-def test_linear_attention_ignores_autocast():
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 1, 300, 2, 32)
-    plain = kernels.linear_attention(q, k, v, backend="torch")
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(kernels.linear_attention(q, k, v, backend="torch"), plain)
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float16, 5e-4), (torch.bfloat16, 4e-3)])
-def test_add_rms_norm_rounds_only_at_the_end(dtype, tolerance):
-    torch.manual_seed(0)
     x, y, (weight, bias) = *torch.randn(2, 3, 5, 96).to(dtype).unbind(), torch.randn(2, 96)  # weights of another dtype
     rms = y.double().square().mean(-1, keepdim=True).add(0.1).sqrt()
     expected = x.double() + y.double() / rms * weight.double() + bias.double()
     assert relative(kernels.add_rms_norm_(x.double(), y.double(), weight, bias, 0.1), expected) < 1e-13
     out = kernels.add_rms_norm_(x, y, weight, bias, 0.1, backend="torch")
     assert out is x and out.dtype == dtype and relative(out, expected) < tolerance
-
-
-def test_shapes_on_the_meta_device():
-    q = torch.empty(1, 6, 2, 32, device="meta", dtype=torch.bfloat16)
-    assert kernels.linear_attention(q, q, q).shape == q.shape
-    x, weights = torch.empty(1, 6, 4, device="meta"), [w.to("meta") for w in ffn_weights(4, 4)]
-    assert kernels.mix_ffn(x, 2, 3, *weights).shape == x.shape
 
 
 def test_mix_ffn_is_the_official_convolutions():
@@ -95,22 +75,23 @@ def test_mix_ffn_gradients_and_untouched_inputs():
     assert all(torch.equal(a, b) for a, b in zip((*frozen, u), (*kept, u_kept), strict=True))
 
 
-def test_mix_ffn_under_autocast():
+def test_autocast_concerns_products_only():
     torch.manual_seed(0)
-    x, weights = torch.randn(2, 12, 8), ffn_weights(8, 16)
+    (q, k, v), x, weights = torch.randn(3, 1, 300, 2, 32), torch.randn(2, 12, 8), ffn_weights(8, 16)
     with torch.autocast("cpu", torch.bfloat16):
-        out = kernels.mix_ffn(x, 3, 4, *weights)
+        attention, out = kernels.linear_attention(q, k, v, backend="torch"), kernels.mix_ffn(x, 3, 4, *weights)
+    assert torch.equal(kernels.linear_attention(q, k, v, backend="torch"), attention)
     assert out.dtype == torch.bfloat16 and relative(out, kernels.mix_ffn(x, 3, 4, *weights)) < 3e-2
 
 
-def test_references_trace_without_a_graph_break():
-    q = torch.randn(1, 8, 2, 16)
-    w = ffn_weights(4, 4)
-    x = torch.randn(1, 6, 4)
-    attention = torch.compile(kernels.linear_attention, fullgraph=True, backend="eager")
-    ffn = torch.compile(kernels.mix_ffn, fullgraph=True, backend="eager")
+def test_references_on_the_meta_device_and_traced_without_a_graph_break():
+    q, x, weights = torch.randn(1, 6, 2, 32), torch.randn(1, 6, 4), ffn_weights(4, 4)
+    attention, ffn = (torch.compile(f, fullgraph=True, backend="eager")
+                      for f in (kernels.linear_attention, kernels.mix_ffn))
     assert torch.equal(attention(q, q, q), kernels.linear_attention(q, q, q))
-    assert torch.equal(ffn(x, 2, 3, *w), kernels.mix_ffn(x, 2, 3, *w))
+    assert torch.equal(ffn(x, 2, 3, *weights), kernels.mix_ffn(x, 2, 3, *weights))
+    q, x, *weights = (t.to("meta", torch.bfloat16) for t in (q, x, *weights))
+    assert kernels.linear_attention(q, q, q).shape == q.shape and kernels.mix_ffn(x, 2, 3, *weights).shape == x.shape
 
 
 Q = torch.zeros(1, 4, 2, 16)
@@ -119,46 +100,42 @@ X, FFN = torch.zeros(1, 6, 4), ffn_weights(4, 4)
 W = torch.zeros(4)
 
 
-@pytest.mark.parametrize(
-    "call, words",
-    [
-        (lambda: kernels.linear_attention(Q[0], Q, Q), r"q must be B, N, heads, d, got shape \(4, 2, 16\)"),
-        (lambda: kernels.linear_attention(Q, Q[:, :3], Q), r"k has shape \(1, 3, 2, 16\)"),
-        (lambda: kernels.linear_attention(Q, Q, Q[..., :8]), r"v has shape \(1, 4, 2, 8\)"),
-        (lambda: kernels.linear_attention(Q, Q, Q.half()), "v is torch.float16"),
-        (lambda: kernels.linear_attention(Q, Q.to("meta"), Q), "k is on meta"),
-        (lambda: kernels.linear_attention(Q.int(), Q.int(), Q.int()), "floating dtype, got torch.int32"),
-        (lambda: kernels.linear_attention(Q, Q, Q, backend="cuda"), "backend must be one of auto, torch, triton"),
-        (lambda: kernels.set_backend("fast"), "backend must be one of auto, torch, triton, got 'fast'"),
-        (lambda: kernels.depthwise_gate(U[0], 2, 3, WD, BD), r"u must be B, N, 2H, got \(6, 8\)"),
-        (lambda: kernels.depthwise_gate(U, -2, -3, WD, BD), "height and width must be positive, got -2 and -3"),
-        (lambda: kernels.depthwise_gate(U, 2, 4, WD, BD), r"height 2 \* width 4 is not the 6 tokens"),
-        (lambda: kernels.depthwise_gate(U, 2, 3, WD[:4], BD), r"depth_weight must be \(8, 1, 3, 3\), got \(4, "),
-        (lambda: kernels.depthwise_gate(U, 2, 3, WD, BD[:4]), r"depth_bias must be \(8,\), got \(4,\)"),
-        (lambda: kernels.depthwise_gate(U, 2, 3, WD.double(), BD), "depth_weight is torch.float64"),
-        (lambda: kernels.mix_ffn(X[0], 2, 3, *FFN), r"x must be B, N, C, got shape \(6, 4\)"),
-        (lambda: kernels.mix_ffn(X, 2, 3, FFN[0].flatten(1), *FFN[1:]), r"inverted_weight must be out, in, 1, 1"),
-        (lambda: kernels.mix_ffn(X[..., :3], 2, 3, *FFN), r"inverted_weight \(8, 4, 1, 1\) does not fit x \(1, 6, 3\)"),
-        (lambda: kernels.mix_ffn(X, 2, 3, *FFN[:4], FFN[4][:, :3]), r"point_weight \(4, 3, 1, 1\) does not fit"),
-        (lambda: kernels.add_rms_norm_(W[0], W[0], W, W, 1e-5), r"x must be ..., C, got shape \(\)"),
-        (lambda: kernels.add_rms_norm_(X, X[:, :3], W, W, 1e-5), r"y has shape \(1, 3, 4\), x \(1, 6, 4\)"),
-        (lambda: kernels.add_rms_norm_(X, X.half(), W, W, 1e-5), "y is torch.float16"),
-        (lambda: kernels.add_rms_norm_(X, X, W[:3], W, 1e-5), r"weight must be \(4,\), got \(3,\)"),
-        (lambda: kernels.add_rms_norm_(X, X, W, W.int(), 1e-5), "bias must have a floating dtype, got torch.int32"),
-        (lambda: kernels.add_rms_norm_(X, X, W.to("meta"), W, 1e-5), "weight is on meta"),
-        (lambda: kernels.add_rms_norm_(X, X, W, W.clone().requires_grad_(), 1e-5), "add_rms_norm_ has no gradient"),
-        (lambda: kernels.add_layer_norm_(X, X, W[:3], W, W, 1e-5), r"gate must be \(4,\), got \(3,\)"),
-        (lambda: kernels.add_layer_norm_(X, X, None, W, W.clone().requires_grad_(), 0), "add_layer_norm_ has no gra"),
-        (lambda: kernels.depthwise(U, 2, 4, WD), r"u must be B, 2 \* 4, C, got \(1, 6, 8\)"),
-        (lambda: kernels.depthwise(U, 2, 3, WD[:4]), r"weight is \(4, 1, 3, 3\), u \(1, 6, 8\)"),
-        (lambda: kernels.depthwise(U, 2, 3, WD.clone().requires_grad_()), "depthwise has no gradient"),
-        (lambda: kernels.bias_silu_(X, W[:3]), r"bias is \(3,\), h \(1, 6, 4\)"),
-        (lambda: kernels.bias_silu_(X, W.half()), "bias is torch.float16"),
-        (lambda: kernels.bias_silu_(X.clone().requires_grad_(), W), "bias_silu_ has no gradient"),
-        (lambda: kernels.join_up_block(X, X[None], W, 1), r"y is \(1, 6, 4\), x \(1, 1, 6, 4\)"),
-        (lambda: kernels.join_up_block(torch.zeros(1, 2, 7, 4, 4), X[None], W, 2), "repeats = 2 does not make 4"),
-    ],
-)
+@pytest.mark.parametrize("call, words", [
+    (lambda: kernels.linear_attention(Q[0], Q, Q), r"q must be B, N, heads, d, got shape \(4, 2, 16\)"),
+    (lambda: kernels.linear_attention(Q, Q[:, :3], Q), r"k has shape \(1, 3, 2, 16\)"),
+    (lambda: kernels.linear_attention(Q, Q, Q[..., :8]), r"v has shape \(1, 4, 2, 8\)"),
+    (lambda: kernels.linear_attention(Q, Q, Q.half()), "v is torch.float16"),
+    (lambda: kernels.linear_attention(Q, Q.to("meta"), Q), "k is on meta"),
+    (lambda: kernels.linear_attention(Q.int(), Q.int(), Q.int()), "floating dtype, got torch.int32"),
+    (lambda: kernels.linear_attention(Q, Q, Q, backend="cuda"), "backend must be one of auto, torch, triton"),
+    (lambda: kernels.set_backend("fast"), "backend must be one of auto, torch, triton, got 'fast'"),
+    (lambda: kernels.depthwise_gate(U[0], 2, 3, WD, BD), r"u must be B, N, 2H, got \(6, 8\)"),
+    (lambda: kernels.depthwise_gate(U, -2, -3, WD, BD), "height and width must be positive, got -2 and -3"),
+    (lambda: kernels.depthwise_gate(U, 2, 4, WD, BD), r"height 2 \* width 4 is not the 6 tokens"),
+    (lambda: kernels.depthwise_gate(U, 2, 3, WD[:4], BD), r"depth_weight must be \(8, 1, 3, 3\), got \(4, "),
+    (lambda: kernels.depthwise_gate(U, 2, 3, WD, BD[:4]), r"depth_bias must be \(8,\), got \(4,\)"),
+    (lambda: kernels.depthwise_gate(U, 2, 3, WD.double(), BD), "depth_weight is torch.float64"),
+    (lambda: kernels.mix_ffn(X[0], 2, 3, *FFN), r"x must be B, N, C, got shape \(6, 4\)"),
+    (lambda: kernels.mix_ffn(X, 2, 3, FFN[0].flatten(1), *FFN[1:]), r"inverted_weight must be out, in, 1, 1"),
+    (lambda: kernels.mix_ffn(X[..., :3], 2, 3, *FFN), r"inverted_weight \(8, 4, 1, 1\) does not fit x \(1, 6, 3\)"),
+    (lambda: kernels.mix_ffn(X, 2, 3, *FFN[:4], FFN[4][:, :3]), r"point_weight \(4, 3, 1, 1\) does not fit"),
+    (lambda: kernels.add_rms_norm_(W[0], W[0], W, W, 1e-5), r"x must be ..., C, got shape \(\)"),
+    (lambda: kernels.add_rms_norm_(X, X[:, :3], W, W, 1e-5), r"y has shape \(1, 3, 4\), x \(1, 6, 4\)"),
+    (lambda: kernels.add_rms_norm_(X, X.half(), W, W, 1e-5), "y is torch.float16"),
+    (lambda: kernels.add_rms_norm_(X, X, W[:3], W, 1e-5), r"weight must be \(4,\), got \(3,\)"),
+    (lambda: kernels.add_rms_norm_(X, X, W, W.int(), 1e-5), "bias must have a floating dtype, got torch.int32"),
+    (lambda: kernels.add_rms_norm_(X, X, W.to("meta"), W, 1e-5), "weight is on meta"),
+    (lambda: kernels.add_rms_norm_(X, X, W, W.clone().requires_grad_(), 1e-5), "add_rms_norm_ has no gradient"),
+    (lambda: kernels.add_layer_norm_(X, X, W[:3], W, W, 1e-5), r"gate must be \(4,\), got \(3,\)"),
+    (lambda: kernels.add_layer_norm_(X, X, None, W, W.clone().requires_grad_(), 0), "add_layer_norm_ has no gra"),
+    (lambda: kernels.depthwise(U, 2, 4, WD), r"u must be B, 2 \* 4, C, got \(1, 6, 8\)"),
+    (lambda: kernels.depthwise(U, 2, 3, WD[:4]), r"weight is \(4, 1, 3, 3\), u \(1, 6, 8\)"),
+    (lambda: kernels.depthwise(U, 2, 3, WD.clone().requires_grad_()), "depthwise has no gradient"),
+    (lambda: kernels.bias_silu_(X, W[:3]), r"bias is \(3,\), h \(1, 6, 4\)"),
+    (lambda: kernels.bias_silu_(X, W.half()), "bias is torch.float16"),
+    (lambda: kernels.bias_silu_(X.clone().requires_grad_(), W), "bias_silu_ has no gradient"),
+    (lambda: kernels.join_up_block(X, X[None], W, 1), r"y is \(1, 6, 4\), x \(1, 1, 6, 4\)"),
+    (lambda: kernels.join_up_block(torch.zeros(1, 2, 7, 4, 4), X[None], W, 2), "repeats = 2 does not make 4")])
 def test_bad_input(call, words):
     with pytest.raises(ValueError, match=words):
         call()

@@ -1,15 +1,16 @@
 """Every Triton kernel in every configuration, compiled for sm_80, sm_89 and sm_90 without a GPU: no register may spill,
 and shared memory must fit the card."""
 
-import json
 import re
 import subprocess
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import on_meta
 from torch.utils._python_dispatch import TorchDispatchMode
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -24,19 +25,9 @@ import kernels  # noqa: E402
 import sanasr  # noqa: E402
 from kernels import dcae, dispatch, norms  # noqa: E402
 from kernels.depthwise import _depthwise  # noqa: E402
-from kernels.linear_attention import (  # noqa: E402
-    SIZES,
-    _backward_key_value,
-    _backward_query,
-    _forward_out,
-    _forward_short,
-    _forward_state,
-    _half_tile,
-    _plan,
-)
 from kernels.mix_ffn import BLOCK_C, COLS, WARPS, _backward_input, _gate  # noqa: E402
-from lab.bench import CONFIGS  # noqa: E402
 
+attention = import_module("kernels.linear_attention")  # the package's attribute of this name is the function
 CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
 pytestmark = [
     pytest.mark.skipif(dispatch.INTERPRET, reason="the interpreter has replaced the compiler"),
@@ -98,17 +89,18 @@ def cold_cache(tmp_path):
 @pytest.mark.parametrize("strided", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("arch", SHARED)
 @pytest.mark.parametrize("dtype", POINTER)
-@pytest.mark.parametrize("d", SIZES)
+@pytest.mark.parametrize("d", attention.SIZES)
 def test_attention_fits(arch, dtype, d, strided):
-    constants = _plan(torch.empty(1, 1, 1, d, dtype=dtype))[2]
+    constants = attention._plan(torch.empty(1, 1, 1, d, dtype=dtype))[2]
     dot = {**constants, "DOT": DOT[dtype]}
     found = {kernel: faults(kernel, dtype, arch, how, strided) for kernel, how in (
-        (_forward_short, dot), (_forward_state, dot), (_forward_out, constants),
-        (_backward_query, _half_tile(constants)), (_backward_key_value, constants))}
+        (attention._forward_short, dot), (attention._forward_state, dot), (attention._forward_out, constants),
+        (attention._backward_query, attention._half_tile(constants)), (attention._backward_key_value, constants))}
     if d == 64 and dtype != torch.float32 and arch < 90:
         # kv and its transpose fill the registers: Triton 3.7 spills 8 bytes with strided channels, 3.6 up to 56. No
         # model here has this head size; more than this would be a fault.
-        found[_backward_query] = [f for f in found[_backward_query] if "spilled" not in f or int(f.split()[0]) > 56]
+        found[attention._backward_query] = [f for f in found[attention._backward_query]
+                                            if "spilled" not in f or int(f.split()[0]) > 56]
     assert not any(found.values()), {kernel.__name__: f for kernel, f in found.items()}
 
 
@@ -181,7 +173,8 @@ def test_launches_at_512(monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", single)
     found, mode = {}, Launches()
     for name, rewrite in (("plain", False), ("fast", True)):
-        vae, dit = (seeded_meta(cls, part) for cls, part in ((sanasr.DCAE, "vae"), (sanasr.LinearDiT, "transformer")))
+        official = (sanasr.DCAE, "dcae_f32c32_sana"), (sanasr.LinearDiT, "dit_sana_600m")
+        vae, dit = (on_meta(*part).to(torch.bfloat16).requires_grad_(False) for part in official)
         if rewrite:
             vae, dit = fast.optimise_vae(vae), fast.optimise_dit(dit)
             monkeypatch.setattr(torch, "equal", lambda a, b: True)
@@ -199,14 +192,10 @@ def test_launches_at_512(monkeypatch):
     assert found == {"plain": [234, 781, 260], "fast": [135, 311, 155]}
 
 
-def seeded_meta(cls, part):
-    with torch.device("meta"):
-        return cls(json.loads((CONFIGS / f"{part}.config.json").read_text())).to(torch.bfloat16).requires_grad_(False)
-
-
 def test_the_check_can_fail():
     """Tiles twice too large spill registers and want more shared memory than an RTX 4090 has."""
-    constants = _plan(torch.empty(1, 1, 1, 64))[2]
-    found = " ".join(faults(_backward_key_value, torch.float32, 89, {**constants, "BLOCK": 2 * constants["BLOCK"]}))
+    constants = attention._plan(torch.empty(1, 1, 1, 64))[2]
+    constants["BLOCK"] *= 2
+    found = " ".join(faults(attention._backward_key_value, torch.float32, 89, constants))
     assert "spilled" in found and "shared memory" in found
     assert faults(_gate, torch.bfloat16, 90, {"BACKWARD": True, **GATE, "COLS": 2 * COLS, "num_warps": 1})

@@ -6,6 +6,7 @@ compute-sanitizer python -m pytest tests/test_kernels_triton.py
 """
 
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -28,15 +29,17 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
 DTYPES = list(TOLERANCE)
 
 
-def assert_close(got, expected, dtype, floor=0.0, names=("out", "d0", "d1", "d2")):
-    assert len(got) == len(expected)
-    for name, a, b in zip(names, got, expected, strict=False):
+def assert_close(got, expected, dtype, floor=0.0):
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
         assert a.dtype == dtype and a.shape == b.shape
         error, scale = (a.double() - b).norm().item(), max(b.norm().item(), floor)
-        assert error <= TOLERANCE[dtype] * scale, f"{name}: error {error:.2e} at scale {scale:.2e}"
+        assert error <= TOLERANCE[dtype] * scale, f"{f'd{i - 1}' if i else 'out'}: error {error:.2e} at {scale:.2e}"
 
 
 def grads(function, inputs, g):
+    """The result, and with `g` the gradient of every input."""
+    if g is None:
+        return [function(*inputs)]
     inputs = [t.detach().requires_grad_() for t in inputs]  # the same memory: strides are kept
     out = function(*inputs)
     return out.detach(), *torch.autograd.grad(out, inputs, g)
@@ -44,6 +47,19 @@ def grads(function, inputs, g):
 
 def double(*tensors):
     return [t.double() for t in tensors]
+
+
+def drawn(seed, *shapes, dtype=torch.float32):
+    r = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=r).to(DEVICE, dtype) for shape in shapes]
+
+
+def check(function, reference, inputs, g=None, floor=0.0):
+    """`function` by Triton against `reference` in float64. Returns what Triton gave."""
+    got = grads(partial(function, backend="triton"), inputs, g)
+    expected = grads(reference, double(*inputs), None if g is None else g.double())
+    assert_close(got, expected, inputs[0].dtype, floor)
+    return got
 
 
 def attention_inputs(B, N, heads, d, dtype, layout="qkv", scale=1.0):
@@ -56,11 +72,9 @@ def attention_inputs(B, N, heads, d, dtype, layout="qkv", scale=1.0):
 
 
 def check_attention(q, k, v, g, eps=1e-15):
-    got = grads(lambda *a: kernels.linear_attention(*a, eps=eps, backend="triton"), (q, k, v), g)
-    expected = grads(lambda *a: linear_attention_reference(*a, eps=eps), double(q, k, v), g.double())
     # Where the true gradient is zero (a single token: out = v), what remains is rounding at the scale of dO.
-    assert_close(got, expected, q.dtype, floor=g.double().norm().item())
-    return got
+    return check(partial(kernels.linear_attention, eps=eps), partial(linear_attention_reference, eps=eps), (q, k, v), g,
+                 floor=g.double().norm().item())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -141,18 +155,14 @@ def test_other_head_sizes_and_float64_run_the_reference():
 
 
 def gate_inputs(B, height, width, hidden, dtype):
-    r = torch.Generator().manual_seed(height * width)
-    u = torch.randn(B, height * width, 2 * hidden, generator=r)
-    weight, bias = torch.randn(2 * hidden, 1, 3, 3, generator=r), torch.randn(2 * hidden, generator=r)
-    g = torch.randn(B, height * width, hidden, generator=r)
-    return [t.to(DEVICE, dtype) for t in (u, weight, bias, g)]
+    """u, weight, bias and the gradient of the result."""
+    N = height * width
+    return drawn(N, (B, N, 2 * hidden), (2 * hidden, 1, 3, 3), (2 * hidden,), (B, N, hidden), dtype=dtype)
 
 
 def check_gate(u, weight, bias, g, height, width):
-    got = grads(lambda u, w, b: kernels.depthwise_gate(u, height, width, w, b, backend="triton"), (u, weight, bias), g)
-    reference = lambda u, w, b: depthwise_gate_reference(u, height, width, w, b)  # noqa: E731
-    expected = grads(reference, double(u, weight, bias), g.double())
-    assert_close(got, expected, u.dtype)
+    return check(lambda u, *t, **how: kernels.depthwise_gate(u, height, width, *t, **how),
+                 lambda u, *t: depthwise_gate_reference(u, height, width, *t), (u, weight, bias), g)
 
 
 @pytest.mark.parametrize("B, height, width, hidden, dtype", [
@@ -170,33 +180,25 @@ def test_gate_non_contiguous():
 
 
 def test_gate_with_frozen_weights():
-    u, weight, bias, g = gate_inputs(1, 3, 5, 3, torch.float32)
-    gradient = grads(lambda u: kernels.depthwise_gate(u, 3, 5, weight, bias, backend="triton"), [u], g)[1]
-    expected = grads(lambda u: depthwise_gate_reference(u, 3, 5, *double(weight, bias)), double(u), g.double())
-    assert_close([gradient], expected[1:], torch.float32, names=["du"])
+    u, *weights, g = gate_inputs(1, 3, 5, 3, torch.float32)
+    check(lambda u, **how: kernels.depthwise_gate(u, 3, 5, *weights, **how),
+          lambda u: depthwise_gate_reference(u, 3, 5, *double(*weights)), [u], g)
 
 
 def test_gate_large_values_and_nan():
     u, weight, bias, _ = gate_inputs(1, 4, 4, 2, torch.bfloat16)
     u = u * 1e4
-    out = kernels.depthwise_gate(u, 4, 4, weight, bias, backend="triton")
-    expected = depthwise_gate_reference(u.double(), 4, 4, *double(weight, bias))
-    assert_close([out], [expected], torch.bfloat16)
+    check_gate(u, weight, bias, None, 4, 4)
     u[0, 5, 1] = float("nan")
     out = kernels.depthwise_gate(u, 4, 4, weight, bias, backend="triton").isnan()
     assert torch.equal(out, depthwise_gate_reference(u, 4, 4, weight, bias).isnan()) and out.sum() == 9
 
 
 def test_mix_ffn_every_gradient():
-    u, depth_weight, depth_bias, _ = gate_inputs(2, 3, 2, 4, torch.float32)
-    r = torch.Generator().manual_seed(0)
-    x, w1, b1, w2, b2, g = (
-        torch.randn(s, generator=r).to(DEVICE) for s in ((2, 6, 3), (8, 3, 1, 1), (8,), (3, 4, 1, 1), (3,), (2, 6, 3))
-    )
-    inputs = [x, w1, b1, depth_weight, depth_bias, w2, b2]
-    got = grads(lambda x, *w: kernels.mix_ffn(x, 3, 2, *w, backend="triton"), inputs, g)
-    expected = grads(lambda x, *w: kernels.mix_ffn(x, 3, 2, *w, backend="torch"), double(*inputs), g.double())
-    assert_close(got, expected, torch.float32, names=range(8))
+    def ffn(x, *weights, backend="torch"):
+        return kernels.mix_ffn(x, 3, 2, *weights, backend=backend)
+    *inputs, g = drawn(0, (2, 6, 3), (8, 3, 1, 1), (8,), (8, 1, 3, 3), (8,), (3, 4, 1, 1), (3,), (2, 6, 3))
+    check(ffn, ffn, inputs, g)
 
 
 IN_PLACE = {  # (x, y, vectors, eps) -> the result, and the number of vectors
@@ -211,10 +213,8 @@ IN_PLACE = {  # (x, y, vectors, eps) -> the result, and the number of vectors
 def check_in_place(name, shape, dtype, scale=1.0, eps=1e-5):
     """x lies between other rows, which must stay as they are. The first of two or three vectors is float32."""
     function, reference, count = IN_PLACE[name]
-    r = torch.Generator().manual_seed(shape[-1])
-    around, y = (torch.randn(s, generator=r).to(DEVICE, dtype) for s in ((3, *shape), shape))
-    vectors = [torch.randn(shape[-1], generator=r).to(DEVICE, dtype if i == 2 else torch.float32)
-               for i in range(3)][-count:]
+    around, y = drawn(shape[-1], (3, *shape), shape, dtype=dtype)
+    vectors = [*drawn(1, shape[-1:], shape[-1:]), *drawn(2, shape[-1:], dtype=dtype)][-count:]
     y, x, before = y * scale, around[1], around.clone()
     double_x, y_before = before[1].double(), y.clone()
     out = function(x, y, *vectors, eps, backend="triton")
@@ -271,12 +271,10 @@ def test_norm_elsewhere_runs_the_reference(name):
 @pytest.mark.parametrize("B, height, width, C, K", [
     (1, 1, 1, 1, 5), (2, 6, 7, 130, 5), (1, 9, 5, 3, 5), (1, 6, 5, 4, 3)])
 def test_depthwise(B, height, width, C, K, dtype):
-    r = torch.Generator().manual_seed(C)
-    wide, weight = (torch.randn(s, generator=r).to(DEVICE, dtype) for s in ((B, height * width, C + 5), (C, 1, K, K)))
-    u = wide[..., 2:2 + C]
-    out = kernels.depthwise(u, height, width, weight, backend="triton")
+    wide, weight = drawn(C, (B, height * width, C + 5), (C, 1, K, K), dtype=dtype)
+    out, = check(lambda u, weight, **how: kernels.depthwise(u, height, width, weight, **how),
+                 lambda u, weight: depthwise_reference(u, height, width, weight), (wide[..., 2:2 + C], weight))
     assert out.is_contiguous()
-    assert_close([out], [depthwise_reference(*double(u), height, width, *double(weight))], dtype)
 
 
 def test_depthwise_elsewhere_runs_the_reference():
@@ -292,10 +290,9 @@ def test_depthwise_elsewhere_runs_the_reference():
 @pytest.mark.parametrize("B, H, W, C, out, repeats", [
     (1, 1, 1, 3, 5, 0), (2, 3, 4, 36, 9, 1), (1, 5, 2, 32, 16, 2), (1, 2, 3, 130, 130, 4)])
 def test_join_up_block(B, H, W, C, out, repeats, dtype):
-    r = torch.Generator().manual_seed(C)
-    inputs = [torch.randn(s, generator=r).to(DEVICE, dtype) for s in ((B, H + 1, W + 1, 4, out), (B, H, W, C), (out,))]
-    got = kernels.join_up_block(*inputs, repeats, backend="triton")
-    assert_close([got], [join_up_block_reference(*double(*inputs), repeats)], dtype)
+    inputs = drawn(C, (B, H + 1, W + 1, 4, out), (B, H, W, C), (out,), dtype=dtype)
+    check(lambda *t, **how: kernels.join_up_block(*t, repeats, **how),
+          lambda *t: join_up_block_reference(*t, repeats), inputs)
 
 
 # --- on a GPU only ----------------------------------------------------------------------------------------------------

@@ -1,8 +1,11 @@
-"""The layout: no import of this project runs upward or in a circle, and importing a module does nothing else."""
+"""The layout: no import of this project runs upward or in a circle, and importing a module does nothing else. The code
+style: ruff with the settings of pyproject.toml."""
 import ast
 import subprocess
 import sys
+from importlib.util import find_spec
 
+import pytest
 from conftest import ROOT
 
 LAYERS = [  # each module may import, at the top or within a function, what stands in a line above its own
@@ -76,3 +79,10 @@ for name in "sanasr runs photos.pairs objective trainer fast eval train prune li
                          env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"})
     assert (run.returncode, run.stdout, run.stderr) == (0, "", ""), run.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(find_spec("ruff") is None, reason="ruff is not installed (requirements-dev.txt)")
+def test_ruff_finds_nothing():
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format", "concise"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr

@@ -7,9 +7,10 @@ import shutil
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from conftest import ROOT, noise, photo
-from PIL import Image
+from PIL import Image, ImageFilter
 from seeded import seeded_input, seeded_module
 
 import eval as evaluator
@@ -20,7 +21,7 @@ from linearsr import BOUNDARIES, LinearSR, Stem, expert_of, sample, shifted, uns
 from metrics import LPIPS
 from photos.degrade import to_tensor
 from photos.pictures import bicubic
-from sanasr import LinearDiT, PromptEncoder, SanaSR, inject_lora, lora_parameters, save_lora
+from sanasr import LinearDiT, PromptEncoder, SanaSR
 from weights.files import save_module
 
 STEM = {"channels": [8, 16, 24], "width": 64}
@@ -68,7 +69,6 @@ def test_one_step_gives_the_mean():
 
 # --- intervals of t ---
 
-
 def test_boundaries_send_each_t_to_its_expert():
     assert BOUNDARIES == (0.223, 0.875, 0.939)
     inside = {0.0: 0, 0.1: 0, 0.5: 1, 0.9: 2, 0.95: 3, 1.0: 3}
@@ -77,6 +77,9 @@ def test_boundaries_send_each_t_to_its_expert():
     for t, k in {**inside, **upper_ends, **just_above}.items():
         assert expert_of(t) == k, t
     assert expert_of(0.0, ()) == expert_of(1.0, ()) == 0
+    for wrong in ([0.9, 0.5], [0.5, 0.5], [0.0, 0.5], [0.5, 1.0], [0.5, float("nan")], ["x"], 3):
+        with pytest.raises(ValueError, match="boundaries must"):
+            linearsr.check_boundaries(wrong)
 
 
 def test_flow_shift():
@@ -87,14 +90,7 @@ def test_flow_shift():
     assert np.allclose([unshifted(b) for b in BOUNDARIES], [0.0873, 0.7, 0.8369], atol=1e-4)
 
 
-@pytest.mark.parametrize("wrong", [[0.9, 0.5], [0.5, 0.5], [0.0, 0.5], [0.5, 1.0], [0.5, float("nan")], ["x"], 3])
-def test_boundaries_out_of_order(wrong):
-    with pytest.raises(ValueError, match="boundaries must"):
-        linearsr.check_boundaries(wrong)
-
-
 # --- the network ---
-
 
 @pytest.fixture(scope="module")
 def stem():
@@ -135,7 +131,6 @@ def test_stem_and_embedding_are_one_layer_on_the_concatenation(sana, stem):
 
 
 # --- the restorer ---
-
 
 PHOTO = photo(24, 16)
 
@@ -222,19 +217,16 @@ def test_parts_that_do_not_fit(make, sana):
 
 # --- folders ---
 
-
 @pytest.fixture
 def folder(tmp_path, tiny_model, sana, stem):
     """A LinearSR folder beside its base: config.json, transformer/, stem/, experts/."""
     shutil.copytree(tiny_model, tmp_path / "base")
-    made, expert = tmp_path / "linear", copy.deepcopy(sana.dit)
-    save_module(expert, made / "transformer")
+    made = tmp_path / "linear"
+    save_module(sana.dit, made / "transformer")
     save_module(stem, made / "stem")
-    inject_lora(expert, 2, targets="attn+ffn")
     for k in range(4):
-        torch.manual_seed(k)
-        state = {key: 0.1 * torch.randn(p.shape) for key, p in lora_parameters(expert).items()}
-        save_lora(expert, made / "experts" / f"{k}.safetensors", {"system": "linearsr"}, state)
+        tiny.tiny_adapter(made / "experts" / f"{k}.safetensors", tiny_model, 2, "attn+ffn", {"system": "linearsr"},
+                          gain=0.1 + 0.05 * k)
     write_config(made)
     return made
 
@@ -244,13 +236,15 @@ def write_config(folder, **changes):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def test_from_pretrained(folder, sana):
+def test_from_pretrained_and_its_faster_forms(folder, sana):
     restorer = LinearSR.from_pretrained(folder)
     assert restorer.boundaries == BOUNDARIES and isinstance(restorer.prompts, PromptEncoder)
     weights = [dit.transformer_blocks[0].attn1.to_q.weight for dit in (sana.dit, *restorer.experts)]
     assert len(weights) == 5 and not any(torch.equal(a, b) for a, b in itertools.combinations(weights, 2))
-    offloading = LinearSR.from_pretrained(folder, offload=True)
-    assert same(*(model.restore(PHOTO, "tree", steps=12) for model in (restorer, offloading)))
+    offloading, quick = LinearSR.from_pretrained(folder, offload=True), fast.optimise(LinearSR.from_pretrained(folder))
+    plain, offloaded, quick = (model.restore(PHOTO, "tree", steps=12) for model in (restorer, offloading, quick))
+    assert same(plain, offloaded)
+    assert np.abs(np.asarray(plain, np.float32) - np.asarray(quick, np.float32)).max() <= 1
 
 
 def error_of(folder, cls=LinearSR, **options):
@@ -260,7 +254,7 @@ def error_of(folder, cls=LinearSR, **options):
     return str(caught.value)
 
 
-def test_folders_that_do_not_fit(folder, tiny_model):
+def test_folders_that_do_not_fit(folder, tiny_model, sana):
     for changes, words in (
             (dict(boundaries=[0.9, 0.5]), "config.json: boundaries must rise within (0, 1), not 0.9, 0.5"),
             (dict(system="sana-sr"), 'no "system": "linearsr"'), (dict(base="../elsewhere"), "elsewhere"),
@@ -269,37 +263,26 @@ def test_folders_that_do_not_fit(folder, tiny_model):
         assert words in error_of(folder)
     write_config(folder)
     assert "no LinearSR folder" in error_of(tiny_model)
+    config = sana.dit.config
+    for changes, words in (
+            (dict(num_attention_heads=3, cross_attention_dim=96), "does not fit a projection of 96 to 96 channels"),
+            (dict(in_channels=4, out_channels=4), "the autoencoder makes 8 latent channels, the transformer wants 4")):
+        save_module(LinearDiT(config | changes), folder / "transformer")
+        assert words in error_of(folder)
     (folder / "experts" / "2.safetensors").unlink()
     assert "experts/2.safetensors: missing, config.json names 3 boundaries" in error_of(folder)
     (folder / "config.json").write_text("{")
     assert "config.json" in error_of(folder)
 
 
-def test_adapters_of_the_other_system(folder, tiny_model, sana):
+def test_adapters_of_the_other_system(folder, tiny_model):
     expert = folder / "experts" / "1.safetensors"
     assert "an adapter for linearsr, but sana-sr needs one of its own" in error_of(tiny_model, SanaSR, adapter=expert)
-    own = copy.deepcopy(sana.dit)
-    inject_lora(own, 2)
-    save_lora(own, expert, {"timestep": "900"})
+    tiny.tiny_adapter(expert, tiny_model, metadata={"timestep": "900"})
     assert f"{expert}: an adapter for sana-sr, but linearsr needs one of its own" in error_of(folder)
 
 
-def test_transformer_of_another_width(folder, sana):
-    config = sana.dit.config
-    save_module(LinearDiT(config | {"num_attention_heads": 3, "cross_attention_dim": 96}), folder / "transformer")
-    assert "does not fit a projection of 96 to 96 channels" in error_of(folder)
-    save_module(LinearDiT(config | {"in_channels": 4, "out_channels": 4}), folder / "transformer")
-    assert "the autoencoder makes 8 latent channels, the transformer wants 4" in error_of(folder)
-
-
 # --- eval.py, fast.py, lab/profile.py ---
-
-
-def test_fast_is_the_same(folder):
-    plain, quick = LinearSR.from_pretrained(folder), fast.optimise(LinearSR.from_pretrained(folder))
-    a, b = (np.asarray(m.restore(PHOTO, "tree", steps=12), np.float32) for m in (plain, quick))
-    assert np.abs(a - b).max() <= 1 and plain.experts[0] is not quick.experts[0]
-
 
 def test_eval_restores_and_scores(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -318,15 +301,11 @@ def test_eval_restores_and_scores(folder, tmp_path, monkeypatch, capsys):
 
 def test_eval_refuses_what_belongs_to_the_other_system(folder, tiny_model, tmp_path):
     PHOTO.save(tmp_path / "a.png")
-    for model, option, words in (
-            (tiny_model, "--steps 20", f"--steps: {tiny_model} is a model of SANA-SR, which takes one step"),
-            (tiny_model, "--cfg 2", f"--cfg: {tiny_model} is a model of SANA-SR, which takes one step"),
-            (tiny_model, "--offload", f"--offload: {tiny_model} is a model of SANA-SR, which takes one step"),
-            (folder, "--adapter none", f"--adapter: {folder} is a model of LinearSR"),
-            (folder, "--timestep 900", f"--timestep: {folder} is a model of LinearSR"),
-            (folder, "--steps 0", "--steps must be at least 1, not 0")):
-        with pytest.raises(SystemExit, match=f"^error: .*{re.escape(words)}"):
-            evaluator.main([str(tmp_path / "a.png"), "--model", str(model), *option.split()])
+    for model, system, *options in ((tiny_model, "SANA-SR, which takes one step", "--steps 20", "--cfg 2", "--offload"),
+                                    (folder, "LinearSR", "--adapter none", "--timestep 900")):
+        for option, *value in map(str.split, options):
+            with pytest.raises(SystemExit, match=f"^error: {re.escape(f'{option}: {model} is a model of {system}')}"):
+                evaluator.main([str(tmp_path / "a.png"), "--model", str(model), option, *value])
     with pytest.raises(ValueError, match="is a LinearSR model: it has experts instead of an adapter"):
         fast.load_model(folder, "cpu", torch.float32, adapter="none")
 
@@ -343,11 +322,14 @@ def test_profile_counts_a_step_and_the_whole(folder, capsys):
 
 # --- the bundled model ---
 
-
-def test_the_bundled_model_beats_bicubic():
-    hr = Image.open(ROOT / "examples/portrait.png").convert("RGB").crop((0, 0, 160, 160))
-    lr = hr.resize((40, 40), Image.Resampling.BOX)
-    pictures = hr, bicubic(lr), LinearSR.from_pretrained("linearsr-embedded").restore(lr, steps=20)
-    hr, enlarged, restored = (to_tensor(image)[None] * 2 - 1 for image in pictures)
-    lpips = LPIPS.from_pretrained("alex")
-    assert lpips(restored, hr) < 0.9 * lpips(enlarged, hr)
+@pytest.mark.parametrize("name, options, than_bicubic, than_unsharp", [
+    ("embedded", {}, 0.75, 0.93), ("linearsr-embedded", {"steps": 20}, 0.9, 1.1)])
+def test_the_bundled_models_against_bicubic_and_an_unsharp_mask(name, options, than_bicubic, than_unsharp):
+    hr = Image.open(ROOT / "examples/portrait.png").convert("RGB").crop((0, 0, 144, 160))
+    lr = hr.resize((36, 40), Image.Resampling.BOX)
+    model, enlarged = fast.load_model(name, "cpu", torch.float32), bicubic(lr)
+    sharp = enlarged.filter(ImageFilter.UnsharpMask(radius=1.5, percent=300, threshold=0))
+    hr, *results = (to_tensor(image)[None] * 2 - 1 for image in (hr, model.restore(lr, **options), enlarged, sharp))
+    restored, enlarged, sharp = (LPIPS.from_pretrained("alex")(x, hr).item() for x in results)
+    assert restored < than_bicubic * enlarged and restored < than_unsharp * sharp
+    assert sum(f.stat().st_size for f in (ROOT / "weights" / name).rglob("*") if f.is_file()) < 60e6

@@ -1,6 +1,5 @@
 """The metrics against pyiqa's scores: of synthetic pictures under seeded weights, and, where the data is there, against
 the numbers that OSEDiff's authors published for RealSR (SANASR_DATA; the VGG16 trunk comes from SANASR_ORACLE)."""
-import csv
 import json
 import math
 import re
@@ -10,7 +9,7 @@ from zlib import crc32
 import numpy as np
 import pytest
 import torch
-from conftest import external, relative
+from conftest import DATA, external, relative, table
 from PIL import Image
 from seeded import seeded
 
@@ -21,7 +20,7 @@ from metrics import iqa, report, score
 from metrics.classic import NIQE
 from metrics.perceptual import DISTS, LPIPS, load_official
 
-GOLDENS = json.loads((Path(__file__).parent / "data/metrics/goldens.json").read_text())
+GOLDENS = json.loads((DATA / "metrics/goldens.json").read_text())
 SIZES = {"syn_a": (224, 256), "syn_b": (200, 312)}
 TABLE = re.compile(r".*(token_embedding\.weight|positional_embedding|pos_embed|position_emb|scale_emb|cls|cls_token|"
                    r"relative_position_bias_table)$")
@@ -107,16 +106,13 @@ def test_metrics_without_a_download(name):
     assert metrics.load("lpips")(hr, hr) == 0
 
 
-@pytest.mark.parametrize("net", ["alex", "vgg"])
-def test_lpips_seeded(net):
-    model = seed_perceptual(LPIPS(net))
-    for name in SIZES:
-        hr, sr = pair(name)
-        assert model.per_layer(sr * 2 - 1, hr * 2 - 1)[0].tolist() == pytest.approx(
-            GOLDENS[f"lpips.{net}.seeded.{name}"], rel=1e-4, abs=1e-7)
-
-
-def test_dists_seeded():
+def test_lpips_and_dists_seeded():
+    for net in ("alex", "vgg"):
+        model = seed_perceptual(LPIPS(net))
+        for name in SIZES:
+            hr, sr = pair(name)
+            assert model.per_layer(sr * 2 - 1, hr * 2 - 1)[0].tolist() == pytest.approx(
+                GOLDENS[f"lpips.{net}.seeded.{name}"], rel=1e-4, abs=1e-7)
     model, (hr, sr) = seed_perceptual(DISTS()), pair("syn_a")
     assert model(sr, hr).item() == pytest.approx(GOLDENS["dists.seeded.syn_a"], abs=1e-5)
 
@@ -133,13 +129,10 @@ def assert_batch(model, metric):
         [GOLDENS[f"{metric}.syn_b.{kind}"] for kind in ("ref", "dist")], abs=1e-4)
 
 
-def test_musiq():
+def test_musiq_and_clipiqa():
     model = iqa.MUSIQ()
     iqa.load(model, seed(model), r"$.")
     assert_batch(model, "musiq")
-
-
-def test_clipiqa():
     model = iqa.CLIPIQA()
     state = seed(model)
     text = {"token_embedding.weight": (49408, 512), "positional_embedding": (77, 512), "text_projection": (512, 1024),
@@ -191,14 +184,13 @@ def test_published_numbers(count, request):
     """OSEDiff's pictures of RealSR, image by image; two of them without DISTS, which needs VGG16."""
     folder = external("SANASR_DATA", "realsr")
     names = [n for n in TOLERANCE if n != "dists" or count == 100 and request.getfixturevalue("vgg")]
-    with open(folder / "osediff_published.csv") as f:
-        table = {row["image"]: row for row in csv.DictReader(f)}
+    published = table(folder / "osediff_published.csv")
     functions, error = {n: metrics.load(n) for n in names}, {n: [] for n in names}
-    for image in list(table)[:count]:
+    for image in list(published)[:count]:
         sr, hr = (torch.from_numpy(np.array(Image.open(folder / d / image).convert("RGB"))).permute(2, 0, 1)[None] / 255
                   for d in ("osediff", "hr"))
         for n, f in functions.items():
-            error[n].append(f(sr, hr).item() - float(table[image][n]))
+            error[n].append(f(sr, hr).item() - float(published[image][n]))
     for name, e in error.items():
         assert len(e) == count and max(map(abs, e)) < TOLERANCE[name], name
     if count == 100:
@@ -226,12 +218,6 @@ def test_lpips_is_a_loss(value):
     step = 1e-6 * gradient.sign()
     slope = (model(x + step, y) - model(x - step, y)).item() / 2e-6
     assert slope == pytest.approx(gradient.abs().sum().item(), rel=1e-3)
-
-
-def test_niqe_of_odd_images():
-    with pytest.raises(ValueError, match="two blocks"):
-        NIQE()(torch.rand(1, 3, 100, 100))
-    assert NIQE()(torch.full((1, 3, 192, 192), 0.5)).isnan().all()
 
 
 def test_unavailable_weights_are_skipped(monkeypatch, tmp_path, capsys):
@@ -270,13 +256,12 @@ def test_eval_scores_folders(tmp_path, monkeypatch, capsys):
     pictures(Path("lr"), 3, size=(64, 48), suffix=".bmp")
     assert run("lr", "--sr", "sr", "--hr", "hr", "--metrics", "psnr,ssim,niqe", "--csv", "made/scores.csv", "--report",
                "r.html") == 0
-    with open("made/scores.csv") as f:
-        rows = list(csv.DictReader(f))
-    assert [r["image"] for r in rows] == ["0_x4.png", "1_x4.png", "2_x4.png", "mean"]
-    values = [float(r["psnr"]) for r in rows]
+    rows = table("made/scores.csv")
+    assert list(rows) == ["0_x4.png", "1_x4.png", "2_x4.png", "mean"]
+    values = [float(r["psnr"]) for r in rows.values()]
     assert values[0] > values[1] > values[2] and values[3] == pytest.approx(sum(values[:3]) / 3, abs=1e-5)
-    table = capsys.readouterr().out
-    assert "psnr ↑" in table and "niqe ↓" in table and f"{values[3]:.3f}" in table
+    out = capsys.readouterr().out
+    assert "psnr ↑" in out and "niqe ↓" in out and f"{values[3]:.3f}" in out
     page = Path("r.html").read_text()
     assert page.count("data:image/webp") == 9 and "http" not in page and "src=\"/" not in page
     assert page.index("<h2>2_x4.png") < page.index("<h2>1_x4.png") < page.index("<h2>0_x4.png")  # worst first
@@ -287,7 +272,7 @@ def test_mean_leaves_out_pictures_of_one_colour(tmp_path, capsys):
     pictures(tmp_path / "sr", 2, size=(192, 192))
     Image.new("RGB", (192, 192), "grey").save(tmp_path / "sr/2.png")
     assert run("--sr", tmp_path / "sr", "--metrics", "niqe", "--csv", tmp_path / "s.csv") == 0
-    *each, mean = [float(line.split(",")[1]) for line in (tmp_path / "s.csv").read_text().splitlines()[1:]]
+    *each, mean = [float(row["niqe"]) for row in table(tmp_path / "s.csv").values()]
     assert math.isnan(each[2]) and mean == pytest.approx(sum(each[:2]) / 2, abs=1e-5)
     assert "niqe: 1 of 3 pictures have none" in capsys.readouterr().out
 
@@ -304,8 +289,7 @@ def test_eval_restores_then_scores(tmp_path, monkeypatch, tiny_model):
     assert not Path("results").exists()
     pictures(Path("hr"), 3, size=(96, 64), suffix=".jpg")
     assert run(*argv, "--report", "r.html") == 1
-    with open("s.csv") as f:
-        assert [row["image"] for row in csv.DictReader(f)] == ["0.png", "1.png", "mean"]
+    assert list(table("s.csv")) == ["0.png", "1.png", "mean"]
     page = Path("r.html").read_text()
     assert all(page.count(f"<figcaption>{kind}<") == 2 for kind in ("bicubic", "result", "reference"))
 
@@ -323,13 +307,17 @@ def test_patch_is_the_central_crop():
     assert np.array_equal(score.crop(Image.fromarray(x), "patch"), x[22:278, 72:328])
 
 
-def test_pictures_too_small_for_a_metric_are_named(tmp_path):
+def test_pictures_that_a_metric_cannot_score(tmp_path):
     pictures(tmp_path / "sr", 1, (24, 24))
     pair = score.Pair("0.png", tmp_path / "sr/0.png", tmp_path / "sr/0.png")
     with pytest.raises(ValueError, match=r"sr/0.png: lpips needs at least 31 pixels a side, the image is 24x24"):
         score.evaluate(None, [pair], ["psnr", "lpips"])
-    x = torch.rand(1, 3, 31, 31)
-    assert metrics.load("lpips")(x, x) == 0 and metrics.load("ssim")(x[..., :11, :11], x[..., :11, :11]) > 0.9
+    x = torch.rand(1, 3, 100, 100)
+    assert metrics.load("lpips")(x[..., :31, :31], x[..., :31, :31]) == 0
+    assert metrics.load("ssim")(x[..., :11, :11], x[..., :11, :11]) > 0.9
+    with pytest.raises(ValueError, match="two blocks"):
+        NIQE()(x)
+    assert NIQE()(torch.full((1, 3, 192, 192), 0.5)).isnan().all()
 
 
 def test_pictures_without_a_score_are_reported_last():

@@ -4,12 +4,10 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import ROOT, state
-from PIL import Image, ImageFilter
+from conftest import state
+from PIL import Image
 
 from lab import prior
-from metrics import LPIPS
-from photos.degrade import to_tensor
 from runs import read_log
 from sanasr import DCAE, GemmaTokenizer, SanaSR
 from trainer import Trainer
@@ -133,16 +131,3 @@ def test_bad_options(options, message, capsys):
     with pytest.raises(SystemExit) as end:
         prior.main(options)
     assert message in f"{end.value.code} {capsys.readouterr().err}"
-
-
-def test_the_bundled_model_beats_bicubic_and_an_unsharp_mask():
-    hr = Image.open(ROOT / "examples/portrait.png").convert("RGB").crop((0, 0, 144, 160))
-    lr = hr.resize((36, 40), Image.Resampling.BOX)
-    bicubic = lr.resize(hr.size, Image.Resampling.BICUBIC)
-    sharpened = bicubic.filter(ImageFilter.UnsharpMask(radius=1.5, percent=300, threshold=0))
-    x, *results = (to_tensor(image)[None] * 2 - 1 for image in (
-        hr, SanaSR.from_pretrained("embedded").restore(lr), bicubic, sharpened))
-    lpips = LPIPS.from_pretrained("alex")
-    restored, bicubic, sharpened = (lpips(y, x).item() for y in results)
-    assert restored < 0.75 * bicubic and restored < 0.93 * sharpened
-    assert sum(f.stat().st_size for f in (ROOT / "weights/embedded").rglob("*") if f.is_file()) < 60e6

@@ -1,5 +1,5 @@
 """Pruning: the merge, F and the scores against other formulations, the choice, the folder, and interrupted runs."""
-import csv
+
 import inspect
 import json
 import math
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import ROOT, noise, save_photo, state
+from conftest import noise, on_meta, save_photo, state, table
 from PIL import Image
 
 import metrics
@@ -19,8 +19,8 @@ from objective import REC_AND_ALIGN, Latents, fill_defaults, in_float32, losses,
 from photos.degrade import to_tensor
 from photos.pairs import TrainingData
 from sanasr import DCAE, LinearDiT, SanaSR
+from weights.configs import DIT_DEFAULTS
 
-CONFIGS = ROOT / "tests/data/official_configs"
 QUICK = ["--tags", "none", "--lpips", "alex", "--crop", "96", "--workers", "0", "--device", "cpu"]
 BLOCKS = 5
 pytestmark = pytest.mark.usefixtures("here")
@@ -67,11 +67,6 @@ def l_cal(dit, prior, calibration, sample, tau):
 
 def notes_of(out):
     return json.loads((out / "transformer/config.json").read_text())["_provenance"]
-
-
-def table(path, key):
-    with open(path, newline="") as f:
-        return {row[key]: row for row in csv.DictReader(f)}
 
 
 def test_formulas():
@@ -135,12 +130,9 @@ def test_budgets(deep):
 
 
 @pytest.mark.parametrize("change, all_blocks, kept, millions, in_the_papers_budget", [
-    ({}, 28, 16, 343.99, 16),
-    ({"num_layers": 20, "num_attention_heads": 70, "num_cross_attention_heads": 20, "cross_attention_head_dim": 112,
-      "cross_attention_dim": 2240}, 20, 11, 903.18, 3)], ids=["SANA-0.6B", "SANA-1.6B"])
+    ({}, 28, 16, 343.99, 16), (DIT_DEFAULTS, 20, 11, 903.18, 3)], ids=["SANA-0.6B", "SANA-1.6B"])
 def test_the_default_is_the_same_share_of_every_official_size(change, all_blocks, kept, millions, in_the_papers_budget):
-    with torch.device("meta"):
-        dit = LinearDiT(json.loads((CONFIGS / "transformer.config.json").read_text()) | change)
+    dit = on_meta(LinearDiT, "dit_sana_600m", **change)
     assert prune.room(dit) == kept and prune.room(dit, budget=0.35e9) == in_the_papers_budget
     blocks = prune.choose(range(all_blocks), kept)
     small = prune.with_blocks(dit, blocks)
@@ -153,10 +145,10 @@ def test_memory_of_a_calibration_step_of_official_size(checkpointing, limit):
     """In bf16 with F in float32 and VGG16's LPIPS, by counting on the meta device, where nothing is computed: weights,
     F, a block's gradients and what autograd stores for the backward pass. The operators' scratch space is extra, and so
     is, with checkpointing, the part that is recomputed."""
-    configs = [json.loads((CONFIGS / f"{part}.config.json").read_text()) for part in ("transformer", "vae")]
+    official = (LinearDiT, "dit_sana_600m"), (LinearDiT, "dit_sana_600m"), (DCAE, "dcae_f32c32_sana")
+    dit, prior, vae = (on_meta(*part).bfloat16().requires_grad_(False) for part in official)
     with torch.device("meta"):
-        dit, prior = (LinearDiT(configs[0]).bfloat16().requires_grad_(False) for _ in range(2))
-        vae, lpips = DCAE(configs[1]).bfloat16().requires_grad_(False), metrics.LPIPS("vgg").requires_grad_(False)
+        lpips = metrics.LPIPS("vgg").requires_grad_(False)
         batch = {"x_L": torch.zeros(1, 3, 512, 512), "x_H": torch.zeros(1, 3, 512, 512), "t": torch.zeros(1),
                  "c": torch.zeros(1, 300, 2304), "m": torch.zeros(1, 300), "noise": torch.zeros(1, 32, 16, 16)}
     dit.checkpointing = prior.checkpointing = vae.decoder.checkpointing = checkpointing
@@ -189,7 +181,7 @@ def test_pruned_folder_is_a_model_like_any_other(run, deep):
             assert torch.equal(p, want.dit.transformer_blocks[old].state_dict()[key])
     assert torch.equal(got.dit.proj_out.weight, want.dit.proj_out.weight)
     assert got.restore(Image.new("RGB", (16, 12))).size == (64, 48)
-    rows = table(out / "saliency.csv", "block").values()
+    rows = table(out / "saliency.csv").values()
     assert [int(r["block"]) for r in rows if r["kept"] == "1"] == kept
     assert [float(r["score"]) for r in rows] == pytest.approx(notes["scores"], rel=1e-5)
     inner = sorted(range(1, BLOCKS - 1), key=lambda i: -notes["scores"][i])
@@ -214,7 +206,7 @@ def test_mask_leaves_the_largest_weights_and_exactly_as_many(deep, dtype):
 
 def test_comparison_with_the_oracle(run, deep, photos, tmp_path, capsys):
     out = run("pruned", "--keep", 3, "--compare", "--samples", 2)
-    rows, oracle = table(out / "compare.csv", "score"), [*table(out / "oracle.csv", "block").values()]
+    rows, oracle = table(out / "compare.csv"), [*table(out / "oracle.csv").values()]
     assert len(oracle) == BLOCKS and len(rows) == 1 + 1 + len(prune.SALIENCIES) + 2 + 11 + 1
     assert [float(row["tail"]) for row in oracle] == [0, -1, -2, -3, -4]
     assert [int(row["random"]) for row in oracle] == np.random.default_rng(0).permutation(BLOCKS).tolist()

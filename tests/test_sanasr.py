@@ -1,18 +1,20 @@
 """The model against the official implementations' outputs, and the properties the method promises."""
 import json
+import os
 import random
 import shutil
 import subprocess
 import sys
+import time
 from itertools import pairwise
 
 import pytest
 import tiny
 import torch
-from conftest import DATA, ROOT, external, photo, relative
+from conftest import DATA, MODEL, ROOT, external, golden, on_meta, photo, relative
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
-from seeded import seeded, seeded_input, seeded_module, seeded_state_dict
+from seeded import seeded, seeded_input, seeded_state_dict
 
 import runs
 import sanasr
@@ -22,20 +24,12 @@ from sanasr import DCAE, Gemma2, GemmaTokenizer, LinearDiT, SanaSR
 from weights.dtypes import choose_dtypes
 from weights.files import open_weights
 
-MODEL = DATA / "model"
 PARTS = {cls: part for part, (cls, _) in tiny.CONFIGS.items()}
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+DEVICE = os.environ.get("SANASR_GOLDENS", "cpu")  # `python -m lab.gpu correctness` names a GPU
 BOUND = {DCAE: 1e-5, LinearDiT: 1e-5, Gemma2: 1e-4}
 EAGER = {DCAE: 1.15e-2, LinearDiT: 0.85e-2, Gemma2: 3.7e-2}  # the official code's own error in bfloat16
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-def golden(cls, name, folder=MODEL, dtype=torch.float32):
-    """The model of a manifest under seeded weights, and the tensors of its golden, inputs in `dtype`."""
-    with torch.device("meta"):
-        model = cls(json.loads((folder / f"{name}.json").read_text())["config"])
-    data = load_file(folder / f"{name}.safetensors")
-    data = {key: x.to(dtype) if key[0] in "xzc" else x for key, x in data.items()}
-    return seeded_module(model).to(dtype), data
 
 
 def small_dit():
@@ -61,14 +55,15 @@ def official_config(cls):
 
 # --- goldens ---
 
-
 @pytest.mark.parametrize("cls, name, i", [
     (DCAE, "dcae_small", 0), (DCAE, "dcae_small", 1), (LinearDiT, "dit_small", 0), (LinearDiT, "dit_small", 1),
     (Gemma2, "gemma2_small", 0), (Gemma2, "gemma2_small", 1), (Gemma2, "gemma2_small_sliding", 0)])
-def test_small(cls, name, i):
-    check(*golden(cls, name), i, BOUND[cls])
-    if i == 0 and "sliding" not in name:
-        check(*golden(cls, name, dtype=torch.bfloat16), 0, 2 * EAGER[cls])
+def test_goldens(cls, name, i, monkeypatch):
+    """In bfloat16 twice the official code's own error is allowed, in float32 on a GPU ten times the CPU's."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    bounds = {FP32: BOUND[cls] if DEVICE == "cpu" else 10 * BOUND[cls], BF16: 2 * EAGER[cls]}
+    for dtype, bound in (bounds | {FP16: 5e-3} if cls is LinearDiT else bounds).items():
+        check(*golden(cls, name, dtype=dtype, device=DEVICE), i, bound)
 
 
 @pytest.mark.slow
@@ -81,19 +76,15 @@ def test_official_size(cls, name):
 @pytest.mark.parametrize("cls, name", [
     (DCAE, "dcae_f32c32_sana"), (LinearDiT, "dit_sana_600m"), (Gemma2, "gemma2_2b")])
 def test_official_keys_and_shapes(cls, name):
-    manifest = json.loads((MODEL / f"{name}.json").read_text())
-    with torch.device("meta"):
-        state = cls(manifest["config"]).state_dict()
-    assert [[k, list(v.shape)] for k, v in state.items()] == manifest["tensors"]
+    state = on_meta(cls, name).state_dict()
+    tensors = json.loads((MODEL / f"{name}.json").read_text())["tensors"]
+    assert [[k, list(v.shape)] for k, v in state.items()] == tensors
 
 
 def test_shapes_of_sana_1600m():
-    """20 blocks of 2240 instead of 28 of 1152; the number of parameters is the one that NVIDIA's code prints."""
-    config = official_config(LinearDiT) | dict(
-        num_layers=20, num_attention_heads=70, attention_head_dim=32, num_cross_attention_heads=20,
-        cross_attention_head_dim=112, cross_attention_dim=2240, sample_size=32)
+    """The defaults of the official class; the number of parameters is the one that NVIDIA's code prints."""
     with torch.device("meta"):
-        model = LinearDiT(config)
+        model = LinearDiT({})
         y = model(torch.empty(2, 32, 32, 24), torch.empty(2), torch.empty(2, 7, 2304), torch.empty(2, 7))
     assert sum(p.numel() for p in model.parameters()) == 1_604_462_752 and y.shape == (2, 32, 32, 24)
 
@@ -119,7 +110,6 @@ def test_the_update_is_computed_in_float32():
 
 # --- configs ---
 
-
 @pytest.mark.parametrize("cls", PARTS)
 def test_official_configs_are_read(cls, tmp_path):
     config = official_config(cls)
@@ -142,15 +132,26 @@ def test_official_configs_are_read(cls, tmp_path):
     (DCAE, "decoder_block_types", ["ResBlock"] * 5 + ["Foo"], "'Foo' is not supported"),
     (DCAE, "upsample_block_type", "bar", "not supported"), (DCAE, "downsample_block_type", "Convv", "not supported"),
     (DCAE, "decoder_block_out_channels", [128, 256, 0, 512, 1024, 1024], "cannot be used"),
-    (Gemma2, "hidden_activation", "silu", ""), (Gemma2, "rope_parameters", {"rope_type": "linear"}, "")])
-def test_unhonoured_config_values_are_errors(cls, key, value, words):
+    (Gemma2, "hidden_activation", "silu", ""), (Gemma2, "rope_parameters", {"rope_type": "linear"}, ""),
+    # found by lab.faults: numbers that no network can have
+    *((DCAE, *case, "") for case in {
+        "latent_channels": 0, "attention_head_dim": 0, "encoder_block_out_channels": {"a": 1}, "scaling_factor": 0.0,
+        "decoder_layers_per_block": ["1"] * 6, "encoder_layers_per_block": [10 ** 9] * 6, "encoder_qkv_multiscales": 5,
+        "decoder_block_out_channels": [8] * 1000}.items()),
+    *((LinearDiT, *case, "") for case in (("num_layers", 10 ** 9), ("num_layers", 1.5), ("num_layers", True),
+                                          ("mlp_ratio", float("inf")), ("in_channels", 0))),
+    *((Gemma2, *case, "") for case in (("num_hidden_layers", 10 ** 9), ("query_pre_attn_scalar", 0),
+                                       ("layer_types", ["sliding_attention"]), ("layer_types", ["x", "y"])))])
+def test_unhonoured_config_values_are_named_at_once(cls, key, value, words, tmp_path):
     name = "rope config: rope_type" if key == "rope_parameters" else f"config: .*{key}"
-    with pytest.raises(ValueError, match=f"{cls.__name__} {name}.*{words}"), torch.device("meta"):
-        cls(official_config(cls) | {key: value})
+    (tmp_path / "config.json").write_text(json.dumps(official_config(cls) | {key: value}))
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=f"config.json: {cls.__name__} {name}.*{words}"):
+        cls.from_pretrained(tmp_path)
+    assert time.monotonic() - start < 5
 
 
 # --- tokenizer ---
-
 
 @pytest.fixture(scope="module")
 def gemma_tokenizer(tmp_path_factory):
@@ -191,7 +192,6 @@ def test_merges_as_pairs_and_as_strings(tmp_path):
 
 # --- prompts ---
 
-
 def test_prompt_is_tags_then_suffix():
     appendix = sanasr.SUFFIXES["appendix"]
     assert sanasr.build_prompt(["tree", "Blurry photo", "branch"]) == f"tree, branch, {appendix}"
@@ -200,11 +200,8 @@ def test_prompt_is_tags_then_suffix():
     assert sanasr.build_prompt("a cat", "in the rain") == "a cat, in the rain"
 
 
-def test_degradation_words_are_masked_prompts_cut_to_300_tokens_and_instructions_to_the_last_299(tiny_model):
+def test_prompts_are_cut_to_300_tokens_and_after_an_instruction_to_the_last_299(tiny_model):
     tokenizer = GemmaTokenizer(tiny_model / "tokenizer")
-    ids, mask, kept = sanasr.tokenize_prompt(tokenizer, "  A Blurry tree, low-quality blurb")
-    shown = "".join(tokenizer.pieces[i] for i, m in zip(ids, mask, strict=True) if m)
-    assert shown == "<bos>a▁▁tree,▁▁blurb" and kept == list(range(len(ids)))
     ids, mask, kept = sanasr.tokenize_prompt(tokenizer, "x" * 400)
     assert len(ids) == len(mask) == len(kept) == 300
     ids, mask, kept = sanasr.tokenize_prompt(tokenizer, "x" * 400, "say: ")  # n = 6 tokens with <bos>
@@ -239,15 +236,6 @@ def adapted(targets="attn+ffn", rank=4, alpha=None):
 
 def randomise(dit, gain=0.1):
     dit.load_state_dict({key: gain * seeded(key, p.shape) for key, p in sanasr.lora_parameters(dit).items()}, False)
-
-
-def save_adapter(tiny_model, path, metadata=None):
-    """A trained-looking adapter of the tiny model."""
-    dit = LinearDiT.from_pretrained(tiny_model / "transformer")
-    sanasr.inject_lora(dit, 8, targets="attn+ffn")
-    randomise(dit, 1)
-    sanasr.save_lora(dit, path, metadata)
-    return path
 
 
 @pytest.mark.parametrize("targets", ["attn", "attn+ffn"])
@@ -293,14 +281,17 @@ def test_adapter_file_round_trip(tmp_path, prefix, ranks, alphas):
     assert metadata["note"] == "kept" and metadata["rank"] == " ".join(map(str, sorted({*ranks})))
 
 
-@pytest.mark.parametrize("shapes, metadata, message", [
-    ({"lora_A.weight": (4, 64), "lora_B.weight": (64, 4)}, {"alpha": "much"}, "alpha = 'much'"),
-    ({"lora_A.weight": (4, 64), "lora_B.weight": (64, 4)}, {"timestep": "much"}, "timestep = 'much'"),
-    ({"lora_A.weight": (4, 32), "lora_B.weight": (64, 4)}, None, "to_q.*64 to 64"),  # of another base
-    ({}, None, "no adapter"), ({"alpha": ()}, None, "to_q.alpha is no matrix")])
-def test_what_is_no_adapter_of_this_model_is_refused(tmp_path, shapes, metadata, message):
-    state = {f"transformer_blocks.0.attn1.to_q.{key}": torch.zeros(shape) for key, shape in shapes.items()}
-    save_file(state, tmp_path / "a.safetensors", metadata)
+LORA = {"lora_A.weight": torch.zeros(4, 64), "lora_B.weight": torch.zeros(64, 4)}
+
+
+@pytest.mark.parametrize("tensors, metadata, message", [
+    (LORA, {"alpha": "much"}, "alpha = 'much'"), (LORA, {"timestep": "much"}, "timestep = 'much'"),
+    (LORA | {"lora_A.weight": torch.zeros(4, 32)}, None, "to_q.*64 to 64"),  # of another base
+    (LORA | {"lora_A.weight": torch.zeros(4, 64).int()}, None, "lora_A.weight is no matrix of floating numbers"),
+    ({}, None, "no adapter"), ({"alpha": torch.zeros(())}, None, "to_q.alpha is no matrix")])
+def test_what_is_no_adapter_of_this_model_is_refused(tmp_path, tensors, metadata, message):
+    save_file({f"transformer_blocks.0.attn1.to_q.{key}": x for key, x in tensors.items()}, tmp_path / "a.safetensors",
+              metadata)
     with pytest.raises(ValueError, match=f"a.safetensors: .*{message}"):
         sanasr.load_lora(small_dit(), tmp_path / "a.safetensors")
 
@@ -315,14 +306,13 @@ def test_conditioning_takes_the_word_of_the_caller_then_of_the_adapter():
 
 def test_an_adapter_beside_the_model_is_used_and_can_be_left_out(tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model, tmp_path / "model")
-    save_adapter(tiny_model, folder / "adapter.safetensors", {"timestep": "999"})
+    tiny.tiny_adapter(folder / "adapter.safetensors", folder, metadata={"timestep": "999"})
     model, plain = SanaSR.from_pretrained(folder), SanaSR.from_pretrained(folder, adapter=False)
     assert model.timestep == 999 and plain.timestep == 900
     assert model.restore(photo(8, 8)).tobytes() != plain.restore(photo(8, 8), timestep=999).tobytes()
 
 
 # --- loading ---
-
 
 def test_shards_prefix_and_stored_dtypes(tiny_model, tmp_path):
     whole = load_file(tiny_model / "transformer" / WEIGHTS)
@@ -338,14 +328,14 @@ def test_shards_prefix_and_stored_dtypes(tiny_model, tmp_path):
 
 def test_weights_that_do_not_fit_are_one_clear_error(tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model / "transformer", tmp_path / "transformer")
-    path, state = folder / WEIGHTS, load_file(folder / WEIGHTS)
+    path, state, key = folder / WEIGHTS, load_file(folder / WEIGHTS), "proj_out.bias"
     whole = path.read_bytes()
-    missing = {key: x for key, x in state.items() if key != "proj_out.bias"}
-    for content, message in ((missing, "missing proj_out.bias"),
-                             (state | {"extra": torch.zeros(1)}, "unexpected extra"),
-                             (state | {"proj_out.bias": torch.zeros(7)}, r"proj_out.bias .*\[7\], expected \[8\]"),
+    for content, message in ((save({k: x for k, x in state.items() if k != key}), f"missing {key}"),
+                             (save(state | {"extra": torch.zeros(1)}), "unexpected extra"),
+                             (save(state | {key: torch.zeros(7)}), rf"{key} .*\[7\], expected \[8\]"),
+                             (save(state | {key: torch.zeros(8).int()}), f"{key} in .* is I32, no floating number"),
                              *((data, f"{WEIGHTS}: not a whole") for data in (b"", b"no safetensors", whole[:-100]))):
-        path.write_bytes(content if isinstance(content, bytes) else save(content))
+        path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
             LinearDiT.from_pretrained(folder)
 
@@ -369,9 +359,6 @@ print((rss() - before) / sum(p.numel() * 2 for p in model.parameters()))"""
     assert 0.5 < float(done.stdout) < 1.15
 
 
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-
-
 @pytest.mark.parametrize("capability, native", [((7, 5), False), ((8, 0), True), ((9, 0), True)])
 def test_one_rule_for_dtypes(monkeypatch, capability, native):
     """bfloat16 by default on CUDA GPUs; where it is only emulated it becomes float32, asked for or not."""
@@ -389,7 +376,6 @@ def test_one_rule_for_dtypes(monkeypatch, capability, native):
 
 # --- tiling and restoring ---
 
-
 @pytest.mark.parametrize("height, width", [(40, 40), (33, 100), (7, 129)])
 @pytest.mark.parametrize("down, up", [(1, 1), (2, 1), (1, 4)])
 def test_tiling_a_local_operator_is_exact(height, width, down, up):
@@ -404,6 +390,9 @@ def test_tiles_cover_evenly_and_stay_within_the_limit():
         assert pieces[0][0] == 0 and pieces[-1][1] == length
         assert len({end - start for start, end in pieces}) == 1 and pieces[0][1] <= 32
         assert all(a[1] - b[0] >= 2 for a, b in pairwise(pieces))
+    length = 4096 // 32  # of our largest pictures, whose tiles cost little more than the whole
+    sides = [end - start for start, end in restorer.spans(length, SanaSR.TILE, SanaSR.OVERLAP)]
+    assert sum(sides) ** 2 <= 1.07 * length**2
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 17), (8, 8), (33, 20)])
@@ -411,11 +400,6 @@ def test_restore_gives_four_times_the_size(sana, size):
     result = sana.restore(photo(*size))
     assert result.size == (4 * size[0], 4 * size[1]) and result.mode == "RGB"
     assert set(sana.stages) == {"text", "encode", "dit", "decode"}
-
-
-def test_restore_is_deterministic_and_depends_on_the_prompt(sana):
-    first, again, other = (sana.restore(photo(16, 16), prompt).tobytes() for prompt in ("tree", "tree", "a cat"))
-    assert first == again != other
 
 
 def test_restore_follows_the_equations(sana):
@@ -441,7 +425,7 @@ def test_scale_and_progress(sana, scale):
 
 
 def test_half_precision_runs_with_the_adapter_apart(tiny_model, tmp_path):
-    adapter = save_adapter(tiny_model, tmp_path / "a.safetensors")
+    adapter = tiny.tiny_adapter(tmp_path / "a.safetensors", tiny_model, targets="attn+ffn", gain=0.3)
     model = SanaSR.from_pretrained(tiny_model, dtype=FP16)
     assert (model.dit.proj_out.weight.dtype, model.vae.decoder.conv_in.weight.dtype) == (FP16, BF16)
 

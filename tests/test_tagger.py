@@ -126,18 +126,11 @@ def test_preprocessing():
         assert tagger.preprocess(Image.new(mode, (5, 3)), 8).isfinite().all()
 
 
-def manifest(config=None):
-    with torch.device("meta"):
-        return [[k, list(v.shape)] for k, v in tagger.RAM(config).state_dict().items()]
-
-
-def test_key_names():
-    assert dict(manifest()) == dict(MANIFEST["ram"])
-
-
 def tiny_weights():
     """(RAM's, DAPE's LoRA), for the tiny network."""
-    state, shapes = seeded_state_dict(manifest(TINY)), {}
+    with torch.device("meta"):
+        tensors = tagger.RAM(TINY).state_dict()
+    state, shapes = seeded_state_dict((k, v.shape) for k, v in tensors.items()), {}
     state["fc.weight"] *= 30  # far enough apart for tags to fire
     for key in (k for k in state if k.endswith(("qkv.weight", "query.weight", "key.weight"))):
         (rows, columns), fused = state[key].shape, "qkv" in key
@@ -298,17 +291,19 @@ def tokenizer(tmp_path_factory):
     return sanasr.GemmaTokenizer(path)
 
 
-@pytest.mark.parametrize("prompt, masked", [
-    ("blurry tree", "blurry"),
-    ("a blurry, old tree", "▁blurry"),                       # with the space that a token holds together with the word
-    ("trees with noise, sea", "▁noise,"),                    # likewise the comma behind
-    ("  Low Quality photo, low-resolution", "low▁quality▁low-resolution"),
-    ("a naïve ☂ photo with artifacts", "artifacts"),         # what is spelt in bytes shifts nothing
-    ("noiseless unblurred pixels, high-resolution, compressor", ""), ("", ""),
-    ("best quality, clean, extremely detailed, sharp, high-resolution", "")])
+@pytest.mark.parametrize("prompt, shown", [
+    ("blurry tree", "[blurry]▁tree"),
+    ("a blurry, old tree", "a[▁blurry],▁old▁tree"),          # with the space that a token holds together with the word
+    ("trees with noise, sea", "trees▁with[▁noise,]▁sea"),    # likewise the comma behind
+    ("  A Low Quality photo, low-resolution", "a[▁low▁quality]▁photo,[▁low-resolution]"),
+    ("a naïve ☂ photo with artifacts", "a▁na<0xC3><0xAF>ve▁<0xE2><0x98><0x82>▁photo▁with▁[artifacts]"),
+    *((plain, plain.replace(" ", "▁")) for plain in (
+        "noiseless unblurred pixels, high-resolution, compressor", sanasr.SUFFIXES["appendix"], ""))])
 @pytest.mark.parametrize("instruction", ["", "ignore noise:\n"])
-def test_mask_of_words_of_degradation(tokenizer, prompt, masked, instruction):
+def test_mask_of_words_of_degradation(tokenizer, prompt, shown, instruction):
+    """[…]: what is masked."""
     ids, mask, kept = sanasr.tokenize_prompt(tokenizer, prompt, instruction)
-    assert len(mask) == len(kept) and mask[0] == 1 and ids[kept[0]] == tokenizer.bos
-    piece = {i: p for p, i in tokenizer.vocab.items()}
-    assert "".join(piece[ids[k]] for k, m in zip(kept, mask, strict=True) if not m) == masked
+    first, *pieces = (tokenizer.pieces[ids[k]] if m else f"[{tokenizer.pieces[ids[k]]}]"
+                      for k, m in zip(kept, mask, strict=True))
+    assert first == "<bos>" and (instruction or kept == list(range(len(ids))))
+    assert "".join(pieces).replace("][", "").removeprefix("<0x0A>" if instruction else "") == shown

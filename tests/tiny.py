@@ -49,11 +49,11 @@ def tiny_model(folder, dtype=torch.float32):
     return folder
 
 
-def tiny_adapter(path, model, rank=4, targets="attn", metadata=None):
+def tiny_adapter(path, model, rank=4, targets="attn", metadata=None, gain=0.1):
     """Writes an adapter of the tiny model with random A and B; returns its path."""
     dit = LinearDiT.from_pretrained(Path(model) / "transformer")
     inject_lora(dit, rank, targets=targets)
     for i, p in enumerate(lora_parameters(dit).values()):
-        p.data = 0.1 * torch.randn(*p.shape, generator=torch.Generator().manual_seed(i))
+        p.data = gain * torch.randn(*p.shape, generator=torch.Generator().manual_seed(i))
     save_lora(dit, path, metadata)
     return path
