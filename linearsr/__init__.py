@@ -17,7 +17,7 @@ expert v_k, a LinearDiT, learns ε − z_H on its own interval of t. Paper: "Lin
 A folder of LinearSR holds what SANA-SR does not have; autoencoder, text encoder and tokenizer are those of its base:
 
     config.json                {"system": "linearsr", "base": "embedded", "boundaries": [0.223, 0.875, 0.939], …}
-    transformer/, stem/        the network that all experts share, each part with config.json and its weights
+    stem/, transformer/        the network that all experts share; without transformer/ it is the base's own prior
     experts/0.safetensors …    each expert's low-rank difference from it, in the format of SANA-SR's adapter
 """
 from __future__ import annotations
@@ -209,7 +209,8 @@ class LinearSR(Restorer):
         base = weights.folder(base, dtype)
         vae = DCAE.from_pretrained(base / "vae", vae_dtype, device)
         stem = Stem.from_pretrained(folder / "stem", dtype, device)
-        shared = LinearDiT.from_pretrained(folder / "transformer", dtype, "cpu" if offload else device)
+        owner = folder if (folder / "transformer").exists() else base
+        shared = LinearDiT.from_pretrained(owner / "transformer", dtype, "cpu" if offload else device)
         experts = load_experts(shared, folder, config["boundaries"])
         try:
             prompts = PromptEncoder(base, vae_dtype, device)

@@ -28,20 +28,24 @@ SHARD = 256  # pairs in a file
 
 
 class Network(nn.Module):
-    """Transformer and stem, all that LinearSR trains; t in [0, 1], lr: B,3,8h,8w in [-1, 1]."""
+    """Transformer and stem, all that LinearSR trains; t in [0, 1], lr: B,3,8h,8w in [-1, 1].
+
+    seen: B of 0 and 1, whether a sample's LR picture is seen; without it the transformer is a prior as SANA's.
+    """
 
     def __init__(self, dit, stem):
         super().__init__()
         self.dit, self.stem = dit, stem
 
-    def forward(self, z, t, c, m, lr):
-        return self.dit(z, 1000 * t, c, m, self.stem(lr))
+    def forward(self, z, t, c, m, lr, seen=None):
+        e = self.stem(lr)
+        return self.dit(z, 1000 * t, c, m, e if seen is None else e * seen.to(e.dtype)[:, None, None, None])
 
 
-def flow_loss(network, z, t, noise, c, m, lr):
+def flow_loss(network, z, t, noise, c, m, lr, seen=None):
     """‖v − (ε − z_H)‖² per value, one for each sample: B."""
     s = t[:, None, None, None]
-    v = network((1 - s) * z + s * noise, t, c, m, lr).float()
+    v = network((1 - s) * z + s * noise, t, c, m, lr, seen).float()
     return (v - (noise - z)).square().mean((1, 2, 3))
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import sys
 from copy import deepcopy
 from functools import partial
@@ -44,7 +45,7 @@ from photos.pictures import reason, write_bytes
 from runs import DTYPES, UserError, from_first, ranks
 from sanasr import adapters_off, build_prompt, inject_lora, load_lora, lora_parameters, save_lora
 from trainer import Trainer, knee_of
-from weights.files import open_weights, save_module, save_tensors
+from weights.files import fingerprint, open_weights, save_module, save_tensors
 
 STAGES = ["pretrain", "experts", "finetune"]
 LR = {"pretrain": 3e-4, "experts": 3e-4, "finetune": 5e-5}
@@ -169,7 +170,8 @@ def batches(args, k, data, pairs, conditions, length, first, signals):
                  for r, i in zip(kind, photo.tolist(), strict=True)]
         c, m = conditions(texts, length)
         t = put(times(torch.from_numpy(u), ends).float(), args.device)
-        yield {"z": z, "t": t, "noise": noise, "c": c, "m": m, "lr": lr, "prompt": texts,
+        seen = put(torch.from_numpy(rng.random(total)[mine] >= args.unconditional), args.device)
+        yield {"z": z, "t": t, "noise": noise, "c": c, "m": m, "lr": lr, "seen": seen, "prompt": texts,
                "name": [data.photos[i].path for i in photo.tolist()]}
 
 
@@ -181,7 +183,7 @@ def fit(folder, k, args, network, start, data, pairs, conditions, held, judge):
 
     def loss(batch):
         with autocast(cache_enabled=not graph):
-            return {"loss": flow_loss(network, *(batch[x] for x in ("z", "t", "noise", "c", "m", "lr"))).mean()}
+            return {"loss": flow_loss(network, *(batch[x] for x in ("z", "t", "noise", "c", "m", "lr", "seen"))).mean()}
 
     def velocity(z, t, c, m, lr):  # with an expert on its interval only, the shared network elsewhere
         foreign = k is not None and expert_of(t, boundaries) != k
@@ -206,7 +208,8 @@ def fit(folder, k, args, network, start, data, pairs, conditions, held, judge):
                       {key.removeprefix("dit."): x for key, x in averaged.items()})
 
     label = args.stage if k is None else f"{args.stage} {k}"
-    settings = {key: getattr(args, key) for key in (*SETTINGS, "lr") if key not in ("data", "batch", "watch")}
+    settings = {key: getattr(args, key) for key in (*SETTINGS, "lr", "unconditional")
+                if key not in ("data", "batch", "watch")}
     trainer = Trainer(
         folder, parameters, loss, settings | data.fingerprints | {
             "start": start["at"], "--batch times the processes": args.batch * ranks()[1]},
@@ -288,7 +291,10 @@ def export(args):
         file.unlink()
     with contextlib.suppress(OSError):
         (target / "experts").rmdir()
+    shutil.rmtree(target / "transformer", ignore_errors=True)
     save_module(network.dit, target / "transformer", torch.float16)
+    if fingerprint(target / "transformer") == fingerprint(model.folder / "transformer"):
+        shutil.rmtree(target / "transformer")  # the model's own
     save_module(network.stem, target / "stem", torch.float16)
     for k, point in enumerate([] if alone else points):
         with open_weights(point) as file:
@@ -341,6 +347,8 @@ def parser():
     add = p.add_argument_group("the method").add_argument
     add("--boundaries", nargs="*", type=float, default=list(BOUNDARIES), metavar="T", help="of the experts' intervals; "
         "none: one expert (default: %(default)s)")
+    add("--unconditional", type=float, default=0.0, metavar="SHARE", help="pretrain: of the samples without "
+        "the LR picture, 0 to 1: the transformer stays a prior, which a model of SANA-SR can share")
     add("--expert", type=int, metavar="K", help="train this one only (default: all, one after the other)")
     add("--lr", type=float, help="learning rate (default: " + ", ".join(f"{k} {v:g}" for k, v in LR.items()) + ")")
     add("--rank", type=int, default=16, help="of an expert's difference")
@@ -376,6 +384,8 @@ def parse(argv=None):
     absolute(args)
     if args.stage == "pretrain" and (args.expert is not None or args.pretrained):
         p.error("--expert and --pretrained belong to the later stages")
+    if args.stage != "pretrain" and args.unconditional:
+        p.error("--unconditional belongs to the stage pretrain")
     if args.expert is not None and not 0 <= args.expert <= len(args.boundaries):
         p.error(f"--expert must be 0 to {len(args.boundaries)}, not {args.expert}")
     args.lr = args.lr or LR[args.stage]

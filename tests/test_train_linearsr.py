@@ -119,6 +119,22 @@ def test_an_export_is_as_its_training_was(run):
     assert main("--stage", "export", "--to", "made", "--of", "pretrain", "--pretrained", "elsewhere") == 0
 
 
+def test_a_model_of_sana_sr_shares_its_transformer(run, tiny_model):
+    """Without LR pictures the stem learns nothing; an export on a model with the same transformer stores none."""
+    folder = run("pretrain", "--steps", 2, "--every", 2, "--unconditional", 1)
+    network = load_file(folder / "checkpoints" / "000002.safetensors")
+    assert not network["stem.proj.weight"].any() and network["dit.proj_out.weight"].any()
+    export = ["--stage", "export", "--start", "end", "--to"]
+    assert main(*export, "alone") == 0
+    shutil.copytree(tiny_model, "model")
+    shutil.rmtree("model/transformer")
+    shutil.copytree("alone/transformer", "model/transformer")
+    assert main(*export, "shared", "--model", "model") == 0 and not Path("shared/transformer").exists()
+    photo = Image.new("RGB", (24, 24), (200, 30, 30))
+    alone, shared = (LinearSR.from_pretrained(name).restore(photo, steps=2) for name in ("alone", "shared"))
+    assert alone.tobytes() == shared.tobytes()
+
+
 def test_held_out_loss_falls(run):
     rows = read_log(run("pretrain", "--steps", 60, "--every", 60, "--lr", 2e-3) / "log.csv")
     assert rows[-1]["val_flow"] < 0.8 * rows[0]["val_flow"]
@@ -292,6 +308,7 @@ def test_errors(run, line, tiny_model):
     (["--expert", "4"], "--expert must be 0 to 3"),
     (["--mild", "2"], "--mild must be at least 0 and at most 1"),
     (["--dtype", "fp16"], "--dtype fp16: no loss scaling here"),
+    (["--unconditional", "0.5"], "--unconditional belongs to the stage pretrain"),
     (["--stage", "pretrain", "--expert", "1"], "--expert and --pretrained belong to the later stages"),
 ])
 def test_bad_options(options, message, capsys, photos):
