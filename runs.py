@@ -131,7 +131,8 @@ RANGES = {  # option: (least, most); where the least is a string, the number lie
     **dict.fromkeys(("steps", "every", "batch", "accumulate", "rank", "pairs", "val_steps", "samples", "draws",
                      "limit", "fine_steps", "latents"), (1, math.inf)),
     **dict.fromkeys(("workers", "val", "knee", "heal", "min_side", "tile", "cfg"), (0, math.inf)),
-    **dict.fromkeys(("lr", "clip", "eps_p"), ("0", math.inf)), "timestep": ("0", 1000), **dict.fromkeys(("mild", "unconditional"), (0, 1)),
+    **dict.fromkeys(("lr", "clip", "eps_p"), ("0", math.inf)), "timestep": ("0", 1000),
+    **dict.fromkeys(("mild", "unconditional"), (0, 1)),
     **dict.fromkeys(("seed", "pairs_seed"), (0, 2**64 - 1))}
 
 
