@@ -6,14 +6,11 @@
     python -m linearsr.train --stage export --to linearsr                   a folder for eval.py --model
     torchrun --nproc_per_node 8 -m linearsr.train --stage pretrain --data ./hq --model sana-600m-512 --name official
 
-    z_H = s·E(x_H) and the LR picture x are made once and kept                      runs/pairs
-    z_t = (1 − t)·z_H + t·ε,  t = 3u / (1 + 2u),  u uniform on the interval         the sampler's steps, equally likely
-    L = ‖ v_θ(z_t, t, E_conv(x), c, m) − (ε − z_H) ‖²
-
-A stage starts at the knee of the one before (ESGF of arXiv 2510.08771; the rule: `trainer.knee`). Settings that it is
-not given are those of the stages before it; without those --tags is none, --suffix appendix, --val 32. An expert is a
-low-rank difference from the pretrained network, which stays as it is. Ten per cent of the prompts are empty, for
-classifier-free guidance, forty are the suffix alone.
+The loss is linearsr/flow.py's. The latents and LR pictures of the pairs are made once and kept in runs/pairs. A stage
+starts at the knee of the one before (ESGF of arXiv 2510.08771; the rule: `trainer.knee`). Settings that it is not given
+are those of the stages before it; without those --tags is none, --suffix appendix, --val 32. An expert is a low-rank
+difference from the pretrained network, which stays as it is. Ten per cent of the prompts are empty, for classifier-free
+guidance, forty are the suffix alone.
 
 Rerun a command to resume. Leaves in runs/NAME/STAGE, for experts in one folder each: checkpoints/ (EMA weights),
 samples/, log.csv, curves.png (a red line marks the knee), state.pt (to resume), settings.json.
@@ -79,12 +76,11 @@ def starting_point(folder, args):
         raise UserError(f"{folder} holds no training: run the stages in the order {', '.join(STAGES)} under one "
                         "--name, or name the folder of the pretraining by --pretrained")
     steps, bend = validations(folder, args.watch)
-    step = steps[-1] if args.start == "end" else bend
+    step, place = (steps[-1], "the end") if args.start == "end" else (bend, f"the knee of {args.watch}")
     path = folder / "checkpoints" / f"{step:06d}.safetensors"
     if not path.is_file():
-        raise UserError(f"{path} is missing: {args.watch} has its {args.start or 'knee'} there")
-    print(f"{path}: {'the end' if args.start == 'end' else 'the knee of ' + args.watch}, step {step} of {steps[-1]}",
-          flush=True)
+        raise UserError(f"{path} is missing: {place}")
+    print(f"{path}: {place}, step {step} of {steps[-1]}", flush=True)
     return str(path)
 
 
@@ -189,8 +185,7 @@ def fit(folder, k, args, network, start, data, pairs, conditions, held, judge):
             return network(z, torch.full(z.shape[:1], t, device=device), c, m, lr).float()
 
     def look():
-        """Columns of the log and a picture. val_flow_K: held-out loss on the interval of expert K; val_flow: on that of
-        the training; val_psnr (RGB), val_lpips (AlexNet): of restorations in --val-steps steps."""
+        """Columns of the log and a picture: held-out losses, on the interval of expert K and on this training's own."""
         with autocast():
             flow = [held.flow(network, interval(j, boundaries)).mean().item() for j in range(len(boundaries) + 1)]
             scores, grid = held.restored(velocity, args.val_steps, torch.autocast(device.type, enabled=False)(judge))
@@ -321,10 +316,8 @@ def parser():
     add_data_options(add)
     add("--min-side", type=int, default=0, metavar="N", help="only photos whose sides have N pixels or more")
     add("--mild", type=float, default=0.0, metavar="SHARE", help="of the pairs, 0 to 1, as train.py's")
-    add("--pairs", type=int, default=12_000, metavar="N", help="to encode and keep; on the device one takes 28 KB "
-        "with the embedded model: 16 KB of latents, 12 KB of LR picture")
-    add("--pairs-seed", type=int, default=0, metavar="N", help="draw other pairs than the stage before, which may "
-        "know its own by heart (default: the same)")
+    add("--pairs", type=int, default=12_000, metavar="N", help="to encode and keep on the device (embedded: 28 KB)")
+    add("--pairs-seed", type=int, default=0, metavar="N", help="draw other pairs than the stage before, known by heart")
     add = p.add_argument_group("the run").add_argument
     add("--model", default="embedded", metavar="NAME|FOLDER", help="the prior, with autoencoder and text encoder")
     add("--name", default="linearsr", help="the run is kept in runs/NAME")
@@ -342,11 +335,10 @@ def parser():
     add("--boundaries", nargs="*", type=float, default=list(BOUNDARIES), metavar="T", help="of the experts' intervals; "
         "none: one expert (default: %(default)s)")
     add("--expert", type=int, metavar="K", help="train this one only (default: all, one after the other)")
-    add("--lr", type=float, help="learning rate (default: " + ", ".join(f"{k} {v:g}" for k, v in LR.items()) + ")")
+    add("--lr", type=float, help="(default: " + ", ".join(f"{k} {v:g}" for k, v in LR.items()) + ")")
     add("--rank", type=int, default=16, help="of an expert's difference")
     add("--lora-targets", choices=["attn", "attn+ffn"], default="attn+ffn")
-    add("--val-steps", type=int, default=12, metavar="N", help="of the validation's restorations; fewer than 12 never "
-        "reach the last interval")
+    add("--val-steps", type=int, default=12, metavar="N", help="of restorations; from 12 on they reach each interval")
     p.set_defaults(tags="none", suffix="appendix", val=32)
     return p
 
