@@ -126,18 +126,22 @@ def load_network(network, path):
                          f"({reason(error)[:200]})") from None
 
 
-def prepare(network, args, start, k):
-    """Make `network` what a stage starts from. Returns {name: parameter} of what it trains."""
-    network.requires_grad_(args.stage == "pretrain")
-    if args.stage == "pretrain":
-        return dict(network.named_parameters())
+def prepare(model, args, start, k):
+    """(the `Network` that a stage starts from, {name: parameter} of what it trains)."""
+    torch.manual_seed(args.seed)
+    dit = deepcopy(model.dit).to(args.device)
+    dit.checkpointing = args.checkpointing
+    network = Network(dit, Stem({"width": dit.config["cross_attention_dim"]}).to(args.device))
+    network.requires_grad_(k is None)
+    if k is None:
+        return network, dict(network.named_parameters())
     load_network(network, start["network"])
     if start["adapter"]:
-        load_lora(network.dit, start["adapter"], system=SYSTEM)
+        load_lora(dit, start["adapter"], system=SYSTEM)
     else:
         torch.manual_seed(args.seed + k)
-        inject_lora(network.dit, args.rank, targets=args.lora_targets)
-    return {f"dit.{key}": p for key, p in lora_parameters(network.dit).items()}
+        inject_lora(dit, args.rank, targets=args.lora_targets)
+    return network, {f"dit.{key}": p for key, p in lora_parameters(dit).items()}
 
 
 # --- One training: the shared network, or one expert ---
@@ -169,10 +173,10 @@ def batches(args, k, data, pairs, conditions, length, first, signals):
                "name": [data.photos[i].path for i in photo.tolist()]}
 
 
-def fit(folder, k, args, network, start, data, pairs, conditions, held, judge):
-    """Train `network` on the interval of expert k (None: on [0, 1]) in `folder`. Returns the exit code."""
+def fit(folder, k, args, model, start, data, pairs, conditions, held, judge):
+    """Train on the interval of expert k (None: on [0, 1]) in `folder`. Returns the exit code."""
     device, boundaries, dtype = args.device, args.boundaries, DTYPES[args.dtype]
-    parameters, graph, ends = prepare(network, args, start, k), capturable(args), interval(k, boundaries)
+    (network, parameters), graph, ends = prepare(model, args, start, k), capturable(args), interval(k, boundaries)
     autocast = partial(torch.autocast, device.type, dtype, dtype != torch.float32)
 
     def loss(batch):
@@ -228,7 +232,7 @@ def run_stage(args):
     if model.vae.factor != 4 * STRIDE:
         raise UserError(f"--model {args.model}: its latents are {model.vae.factor} times smaller, not {4 * STRIDE}")
     fill_crop(args, model)
-    model.dit.cpu()  # the trainings have copies of it
+    model.dit.cpu()  # each training has a copy of its own
     model.vae.requires_grad_(False)
     latents, judge = Latents(model.vae, model.scaling_factor), LPIPS.from_pretrained("alex").to(device)
 
@@ -249,14 +253,9 @@ def run_stage(args):
         if args.expert not in (None, k):
             continue
         start = from_first(lambda folder=folder, k=k: starts(folder, args, k, data))
-        torch.manual_seed(args.seed)
-        dit = deepcopy(model.dit).to(device)
-        dit.checkpointing = args.checkpointing
-        network = Network(dit, Stem({"width": dit.config["cross_attention_dim"]}).to(device))
+        expert = None if args.stage == "pretrain" else k
         with runs.claimed(folder) if main else contextlib.nullcontext():
-            code = fit(folder, None if args.stage == "pretrain" else k, args, network, start, data, pairs, conditions,
-                       held, judge)
-        network = dit = None
+            code = fit(folder, expert, args, model, start, data, pairs, conditions, held, judge)
         if code:
             return code
         if main:
