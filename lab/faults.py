@@ -408,7 +408,7 @@ def contents(folder):
     def content(path, data):
         if path.suffix == ".csv":
             names, *rows, end = (line.split(",") for line in data.decode().replace("\r", "").split("\n"))
-            timed = {"images_per_s", "samples_per_s", "memory_gb", "hours", "seconds"}  # they differ from run to run
+            timed = {"images_per_s", "samples_per_s", "tflops", "memory_gb", "hours", "seconds"}  # they differ
             return end == [""], [{k: v for k, v in zip(names, row, strict=True) if k not in timed} for row in rows]
         if path.suffix == ".pt":  # what counts in it shows in the weights
             return list(torch.load(path, weights_only=True))

@@ -127,21 +127,20 @@ class Held:
         self.z = torch.cat([latents.encode(x[None].to(device)) for x in self.hr])
         self.latents, (self.c, self.m) = latents, conditions(prompts)
 
-    def parts(self, size=16):
-        """Slices of at most `size` pairs."""
-        return [slice(i, min(i + size, len(self.z))) for i in range(0, len(self.z), size)]
+    def parts(self, *more):
+        """z, c, m, lr and what is given besides, of 16 pairs at a time."""
+        return zip(*(x.split(16) for x in (self.z, self.c, self.m, self.lr, *more)), strict=True)
 
     @torch.no_grad()
     def flow(self, network, ends, draws=1):
         """Losses of `network` at `draws` times in the interval `ends` for each pair: pairs,draws."""
         generator, losses = torch.Generator().manual_seed(0), []
-        for part in self.parts():
-            z, n, columns = self.z[part], part.stop - part.start, []
+        for z, c, m, lr in self.parts():
+            n, columns = len(z), []
             for d in range(draws):
                 u = (torch.arange(n) + n * d + torch.rand(n, generator=generator)) / (n * draws)
                 noise = torch.randn(z.shape, generator=generator).to(z.device)
-                columns.append(flow_loss(network, z, times(u, ends).to(z.device), noise, self.c[part], self.m[part],
-                                         self.lr[part]))
+                columns.append(flow_loss(network, z, times(u, ends).to(z.device), noise, c, m, lr))
             losses.append(torch.stack(columns, 1))
         return torch.cat(losses).cpu()
 
@@ -152,12 +151,11 @@ class Held:
         velocity: (z, t, c, m, lr) -> v.
         """
         noise, scores, rows = torch.randn(self.z.shape, generator=torch.Generator().manual_seed(0)), [], []
-        for part in self.parts():
-            v = partial(velocity, c=self.c[part], m=self.m[part], lr=self.lr[part])
-            for z in sample(v, noise[part].to(self.z.device), steps):
-                lr, x_h = self.lr[len(rows)], self.hr[len(rows)][None].to(z.device)
-                x_l = enlarge(lr.cpu() / 2 + 0.5)[None].to(z.device)
-                _, *score, row = judged(self.latents.decode(z[None]), x_l, x_h, lpips)
+        for z, c, m, lr, hr, drawn in self.parts(self.hr, noise):
+            found = sample(partial(velocity, c=c, m=m, lr=lr), drawn.to(z.device), steps)
+            for one, small, x_h in zip(found.split(1), lr.cpu(), hr.to(z.device).split(1), strict=True):
+                x_l = enlarge(small / 2 + 0.5)[None].to(z.device)
+                _, *score, row = judged(self.latents.decode(one), x_l, x_h, lpips)
                 scores.append(score)
                 rows.append(row)
         means = [sum(column) / len(rows) for column in zip(*scores, strict=True)]

@@ -6,14 +6,11 @@
     python -m linearsr.train --stage export --to linearsr                   a folder for eval.py --model
     torchrun --nproc_per_node 8 -m linearsr.train --stage pretrain --data ./hq --model sana-600m-512 --name official
 
-    z_H = s·E(x_H) and the LR picture x are made once and kept                      runs/pairs
-    z_t = (1 − t)·z_H + t·ε,  t = 3u / (1 + 2u),  u uniform on the interval         the sampler's steps, equally likely
-    L = ‖ v_θ(z_t, t, E_conv(x), c, m) − (ε − z_H) ‖²
-
-A stage starts at the knee of the one before (ESGF of arXiv 2510.08771; the rule: `trainer.knee`). Settings that it is
-not given are those of the stages before it; without those --tags is none, --suffix appendix, --val 32. An expert is a
-low-rank difference from the pretrained network, which stays as it is. Ten per cent of the prompts are empty, for
-classifier-free guidance, forty are the suffix alone.
+The loss is linearsr/flow.py's. The latents and LR pictures of the pairs are made once and kept in runs/pairs. A stage
+starts at the knee of the one before (ESGF of arXiv 2510.08771; the rule: `trainer.knee`). Settings that it is not given
+are those of the stages before it; without those --tags is none, --suffix appendix, --val 32. An expert is a low-rank
+difference from the pretrained network, which stays as it is. Ten per cent of the prompts are empty, for classifier-free
+guidance, forty are the suffix alone.
 
 Rerun a command to resume. Leaves in runs/NAME/STAGE, for experts in one folder each: checkpoints/ (EMA weights),
 samples/, log.csv, curves.png (a red line marks the knee), state.pt (to resume), settings.json.
@@ -80,12 +77,11 @@ def starting_point(folder, args):
         raise UserError(f"{folder} holds no training: run the stages in the order {', '.join(STAGES)} under one "
                         "--name, or name the folder of the pretraining by --pretrained")
     steps, bend = validations(folder, args.watch)
-    step = steps[-1] if args.start == "end" else bend
+    step, place = (steps[-1], "the end") if args.start == "end" else (bend, f"the knee of {args.watch}")
     path = folder / "checkpoints" / f"{step:06d}.safetensors"
     if not path.is_file():
-        raise UserError(f"{path} is missing: {args.watch} has its {args.start or 'knee'} there")
-    print(f"{path}: {'the end' if args.start == 'end' else 'the knee of ' + args.watch}, step {step} of {steps[-1]}",
-          flush=True)
+        raise UserError(f"{path} is missing: {place}")
+    print(f"{path}: {place}, step {step} of {steps[-1]}", flush=True)
     return str(path)
 
 
@@ -131,18 +127,22 @@ def load_network(network, path):
                          f"({reason(error)[:200]})") from None
 
 
-def prepare(network, args, start, k):
-    """Make `network` what a stage starts from. Returns {name: parameter} of what it trains."""
-    network.requires_grad_(args.stage == "pretrain")
-    if args.stage == "pretrain":
-        return dict(network.named_parameters())
+def prepare(model, args, start, k):
+    """(the `Network` that a stage starts from, {name: parameter} of what it trains)."""
+    torch.manual_seed(args.seed)
+    dit = deepcopy(model.dit).to(args.device)
+    dit.checkpointing = args.checkpointing
+    network = Network(dit, Stem({"width": dit.config["cross_attention_dim"]}).to(args.device))
+    network.requires_grad_(k is None)
+    if k is None:
+        return network, dict(network.named_parameters())
     load_network(network, start["network"])
     if start["adapter"]:
-        load_lora(network.dit, start["adapter"], system=SYSTEM)
+        load_lora(dit, start["adapter"], system=SYSTEM)
     else:
         torch.manual_seed(args.seed + k)
-        inject_lora(network.dit, args.rank, targets=args.lora_targets)
-    return {f"dit.{key}": p for key, p in lora_parameters(network.dit).items()}
+        inject_lora(dit, args.rank, targets=args.lora_targets)
+    return network, {f"dit.{key}": p for key, p in lora_parameters(dit).items()}
 
 
 # --- One training: the shared network, or one expert ---
@@ -175,10 +175,10 @@ def batches(args, k, data, pairs, conditions, length, first, signals):
                "name": [data.photos[i].path for i in photo.tolist()]}
 
 
-def fit(folder, k, args, network, start, data, pairs, conditions, held, judge):
-    """Train `network` on the interval of expert k (None: on [0, 1]) in `folder`. Returns the exit code."""
+def fit(folder, k, args, model, start, data, pairs, conditions, held, judge):
+    """Train on the interval of expert k (None: on [0, 1]) in `folder`. Returns the exit code."""
     device, boundaries, dtype = args.device, args.boundaries, DTYPES[args.dtype]
-    parameters, graph, ends = prepare(network, args, start, k), capturable(args), interval(k, boundaries)
+    (network, parameters), graph, ends = prepare(model, args, start, k), capturable(args), interval(k, boundaries)
     autocast = partial(torch.autocast, device.type, dtype, dtype != torch.float32)
 
     def loss(batch):
@@ -191,8 +191,7 @@ def fit(folder, k, args, network, start, data, pairs, conditions, held, judge):
             return network(z, torch.full(z.shape[:1], t, device=device), c, m, lr).float()
 
     def look():
-        """Columns of the log and a picture. val_flow_K: held-out loss on the interval of expert K; val_flow: on that of
-        the training; val_psnr (RGB), val_lpips (AlexNet): of restorations in --val-steps steps."""
+        """Columns of the log and a picture: held-out losses, on the interval of expert K and on this training's own."""
         with autocast():
             flow = [held.flow(network, interval(j, boundaries)).mean().item() for j in range(len(boundaries) + 1)]
             scores, grid = held.restored(velocity, args.val_steps, torch.autocast(device.type, enabled=False)(judge))
@@ -236,7 +235,7 @@ def run_stage(args):
     if model.vae.factor != 4 * STRIDE:
         raise UserError(f"--model {args.model}: its latents are {model.vae.factor} times smaller, not {4 * STRIDE}")
     fill_crop(args, model)
-    model.dit.cpu()  # the trainings have copies of it
+    model.dit.cpu()  # each training has a copy of its own
     model.vae.requires_grad_(False)
     latents, judge = Latents(model.vae, model.scaling_factor), LPIPS.from_pretrained("alex").to(device)
 
@@ -257,14 +256,9 @@ def run_stage(args):
         if args.expert not in (None, k):
             continue
         start = from_first(lambda folder=folder, k=k: starts(folder, args, k, data))
-        torch.manual_seed(args.seed)
-        dit = deepcopy(model.dit).to(device)
-        dit.checkpointing = args.checkpointing
-        network = Network(dit, Stem({"width": dit.config["cross_attention_dim"]}).to(device))
+        expert = None if args.stage == "pretrain" else k
         with runs.claimed(folder) if main else contextlib.nullcontext():
-            code = fit(folder, None if args.stage == "pretrain" else k, args, network, start, data, pairs, conditions,
-                       held, judge)
-        network = dit = None
+            code = fit(folder, expert, args, model, start, data, pairs, conditions, held, judge)
         if code:
             return code
         if main:
@@ -327,10 +321,8 @@ def parser():
     add_data_options(add)
     add("--min-side", type=int, default=0, metavar="N", help="only photos whose sides have N pixels or more")
     add("--mild", type=float, default=0.0, metavar="SHARE", help="of the pairs, 0 to 1, as train.py's")
-    add("--pairs", type=int, default=12_000, metavar="N", help="to encode and keep; on the device one takes 28 KB "
-        "with the embedded model: 16 KB of latents, 12 KB of LR picture")
-    add("--pairs-seed", type=int, default=0, metavar="N", help="draw other pairs than the stage before, which may "
-        "know its own by heart (default: the same)")
+    add("--pairs", type=int, default=12_000, metavar="N", help="to encode and keep on the device (embedded: 28 KB)")
+    add("--pairs-seed", type=int, default=0, metavar="N", help="draw other pairs than the stage before, known by heart")
     add = p.add_argument_group("the run").add_argument
     add("--model", default="embedded", metavar="NAME|FOLDER", help="the prior, with autoencoder and text encoder")
     add("--name", default="linearsr", help="the run is kept in runs/NAME")
@@ -350,11 +342,10 @@ def parser():
     add("--unconditional", type=float, default=0.0, metavar="SHARE", help="pretrain: of the samples without "
         "the LR picture, 0 to 1: the transformer stays a prior, which a model of SANA-SR can share")
     add("--expert", type=int, metavar="K", help="train this one only (default: all, one after the other)")
-    add("--lr", type=float, help="learning rate (default: " + ", ".join(f"{k} {v:g}" for k, v in LR.items()) + ")")
+    add("--lr", type=float, help="(default: " + ", ".join(f"{k} {v:g}" for k, v in LR.items()) + ")")
     add("--rank", type=int, default=16, help="of an expert's difference")
     add("--lora-targets", choices=["attn", "attn+ffn"], default="attn+ffn")
-    add("--val-steps", type=int, default=12, metavar="N", help="of the validation's restorations; fewer than 12 never "
-        "reach the last interval")
+    add("--val-steps", type=int, default=12, metavar="N", help="of restorations; from 12 on they reach each interval")
     p.set_defaults(tags="none", suffix="appendix", val=32)
     return p
 

@@ -148,12 +148,13 @@ def test_switches_take_losses_away(here, run, photos, on_loss):
     assert (trained(folder)[0]["terms"], trained(folder)[0]["timestep"]) == ("mse", "950.0")
 
 
-def test_usm_sharpens_the_pictures_that_are_learned(run, on_loss):
+def test_usm_sharpens_the_pictures_that_are_learned_and_tiles_change_nothing(here, run, on_loss):
     seen = []
     on_loss(None, lambda values, batch, tau: seen.append(batch))
-    for name, options in (("plain", []), ("sharp", ["--usm"])):
+    for name, options in (("plain", []), ("sharp", ["--usm"]), ("tiled", ["--cache", "tiles"])):
         run(name, "--steps", 1, *options)
-    plain, sharp = (batch["x_H"][0] / 2 + 0.5 for batch in seen)
+    plain, sharp, tiled = (batch["x_H"][0] / 2 + 0.5 for batch in seen)
+    assert torch.equal(tiled, plain) and len(list(here.glob("tiles/*/*.png"))) == 1
     assert seen[0]["name"] == seen[1]["name"] and (plain - sharp).abs().max() > 0.01
     assert torch.allclose(sharp, sharpen(plain), atol=1e-4)
 

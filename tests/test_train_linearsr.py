@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import lab.linearsr as lab
+import trainer
 from fast import graphs, load_model
 from linearsr import LinearSR, flow, shifted, train, unshifted
 from linearsr.flow import Held, interval, times
@@ -198,6 +199,13 @@ def columns_of(folder):
             for row in read_log(folder / "log.csv")]
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_step_is_a_cuda_graph_on_every_rank(monkeypatch, world):
+    monkeypatch.setattr(train, "ranks", lambda: (0, world))
+    assert [train.capturable(SimpleNamespace(device=torch.device(device), checkpointing=checkpointing))
+            for device, checkpointing in (("cuda", False), ("cuda", True), ("cpu", False))] == [True, False, False]
+
+
 @pytest.fixture
 def stub(monkeypatch):
     """CUDA graphs as they behave towards their caller: fixed inputs, gradients and loss, overwritten at each replay."""
@@ -220,7 +228,10 @@ def stub(monkeypatch):
 
 
 def test_as_a_cuda_graph_it_trains_the_same(run, stub, monkeypatch):
+    averaged = []
+    monkeypatch.setattr(trainer, "average", lambda tensors, *_: averaged.append({x.data_ptr() for x in tensors}))
     graphed = run("pretrain", "--steps", 5, "--every", 5).rename("graphed")
+    assert averaged[0] == averaged[2] == averaged[8], "ranks average the gradients where the graph writes them"
     for steps in (2, 5):
         run("pretrain", "--steps", steps, "--every", steps, "--name", "again")
     assert same_state(graphed, Path("runs/again/pretrain"))
