@@ -25,6 +25,7 @@ import contextlib
 import functools
 import hashlib
 import heapq
+import itertools
 import json
 import math
 import re
@@ -342,11 +343,9 @@ LORA_TARGETS = {
 def inject_lora(model: nn.Module, rank: int = 64, alpha: float | None = None, targets: str = "attn") -> list[str]:
     """Give every target projection of the transformer's blocks a trainable adapter, W + (α/r) B A with B = 0.
 
-    rank: r; alpha: α, by default r. targets: "attn" or "attn+ffn". All other parameters are frozen. The adapters live
+    rank: r; alpha: α, by default r. targets: a key of LORA_TARGETS. All other parameters are frozen. The adapters live
     in float32 whatever the model's dtype. Returns the names of the adapted modules.
     """
-    if targets not in LORA_TARGETS:
-        raise ValueError(f"LoRA targets must be one of {', '.join(LORA_TARGETS)}, not {targets!r}")
     model.requires_grad_(False)
     names = [name for name, module in model.named_modules()
              if isinstance(module, Linear) and name.endswith(tuple("." + t for t in LORA_TARGETS[targets]))]
@@ -793,11 +792,8 @@ class GemmaTokenizer:
 
     def spans(self, ids):
         """For every id the (start, end) of its UTF-8 bytes in the text with spaces as "▁"; <bos> is empty."""
-        spans, end = [(0, 0)], 0
-        for piece in (self.pieces[i] for i in ids[1:]):
-            start, end = end, end + (1 if re.fullmatch("<0x[0-9A-F]{2}>", piece) else len(piece.encode()))
-            spans.append((start, end))
-        return spans
+        sizes = (1 if re.fullmatch("<0x[0-9A-F]{2}>", p) else len(p.encode()) for p in map(self.pieces.get, ids[1:]))
+        return [(0, 0), *itertools.pairwise([0, *itertools.accumulate(sizes)])]
 
     def _merge(self, text):
         """BPE of one part, O(n log n): a heap of possible merges over a doubly linked list of symbols."""
