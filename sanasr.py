@@ -836,7 +836,7 @@ _DEGRADED = re.compile(r"(?<!\w)(" + "|".join(w.replace(" ", "[ ▁_-]") for w i
 MAX_INSTRUCTION = 4096  # tokens; Gemma-2's context is 8192
 MAX_TOKENS = 300  # of text, <bos> included, as SANA was trained
 KEEP_ALL = 2  # the n of `tokenize_prompt` without an instruction: 300 tokens are encoded, and all of them kept
-PROMPT_VERSION = 1  # raise it when new code makes other states of a prompt: then cached ones are not used
+PROMPT_VERSION = 1  # raise it when the code makes other states of the same prompt: cached ones are then ignored
 
 
 def clean_tags(tags):
@@ -856,8 +856,8 @@ def build_prompt(content: str | list, suffix: str = "appendix") -> str:
 def conditioning(metadata, suffix=None, timestep=None, instruction=None, default_timestep=900.0):
     """What the update is conditioned on besides picture and tags: {"suffix", "timestep": τ, "instruction"}.
 
-    Each value is the caller's; where that is None, the one in the adapter's `metadata`; where there is none, the
-    default: "appendix", `default_timestep`, no instruction. The prompt is then build_prompt(content, suffix).
+    The caller's value goes first, then that of the adapter's `metadata`, then the default: "appendix",
+    `default_timestep`, no instruction. The prompt is then build_prompt(content, suffix).
     """
     def first(value, name, default):
         return metadata.get(name, default) if value is None else value
