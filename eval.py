@@ -121,9 +121,9 @@ def tile_bar():
 
 
 def restore(pair, model, args, tags=(), progress=None):
-    """Restore the picture pair.lr and write the result pair.sr: the line that is printed for it. Raises Skipped.
+    """Restore the picture pair.lr and write the result pair.sr: the line that is printed for it.
 
-    tags: what the picture shows, for the prompt. progress: see `SanaSR.restore`.
+    tags: what the picture shows, for the prompt. progress: see `SanaSR.restore`. Raises Skipped or NotFinite.
     Raises OSError or ValueError where the model's text encoder, which is loaded on the first new prompt, is broken.
     """
     start = time.perf_counter()
@@ -140,8 +140,6 @@ def restore(pair, model, args, tags=(), progress=None):
     try:
         result = pictures.restored(model, picture, prompt, args.color_fix, args.scale, suffix=args.suffix,
                                    tile=args.tile, instruction=args.instruction, progress=progress, **args.sampling)
-    except NotFinite as error:
-        raise Skipped(str(error)) from error
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise Skipped(f"{width}×{height} needs more memory than there is; try a smaller --tile") from error
@@ -296,7 +294,7 @@ def restore_all(pairs, model, args, tags, single, quiet):
     for pair in tqdm(pairs, unit="img", disable=True if single or quiet else None):  # None: on a terminal
         try:
             tqdm.write(restore(pair, model, args, tags.get(pair, ()), tile_bar() if single else None))
-        except Skipped as why:
+        except (Skipped, NotFinite) as why:
             skipped.append(pair.sr)
             tqdm.write(" ".join(f"error: {pair.lr}: {why}".split()), file=sys.stderr)  # a name may hold newlines
     return skipped

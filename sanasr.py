@@ -25,6 +25,7 @@ import contextlib
 import functools
 import hashlib
 import heapq
+import itertools
 import json
 import math
 import re
@@ -342,11 +343,9 @@ LORA_TARGETS = {
 def inject_lora(model: nn.Module, rank: int = 64, alpha: float | None = None, targets: str = "attn") -> list[str]:
     """Give every target projection of the transformer's blocks a trainable adapter, W + (α/r) B A with B = 0.
 
-    rank: r; alpha: α, by default r. targets: "attn" or "attn+ffn". All other parameters are frozen. The adapters live
+    rank: r; alpha: α, by default r. targets: a key of LORA_TARGETS. All other parameters are frozen. The adapters live
     in float32 whatever the model's dtype. Returns the names of the adapted modules.
     """
-    if targets not in LORA_TARGETS:
-        raise ValueError(f"LoRA targets must be one of {', '.join(LORA_TARGETS)}, not {targets!r}")
     model.requires_grad_(False)
     names = [name for name, module in model.named_modules()
              if isinstance(module, Linear) and name.endswith(tuple("." + t for t in LORA_TARGETS[targets]))]
@@ -793,11 +792,8 @@ class GemmaTokenizer:
 
     def spans(self, ids):
         """For every id the (start, end) of its UTF-8 bytes in the text with spaces as "▁"; <bos> is empty."""
-        spans, end = [(0, 0)], 0
-        for piece in (self.pieces[i] for i in ids[1:]):
-            start, end = end, end + (1 if re.fullmatch("<0x[0-9A-F]{2}>", piece) else len(piece.encode()))
-            spans.append((start, end))
-        return spans
+        sizes = (1 if re.fullmatch("<0x[0-9A-F]{2}>", p) else len(p.encode()) for p in map(self.pieces.get, ids[1:]))
+        return [(0, 0), *itertools.pairwise([0, *itertools.accumulate(sizes)])]
 
     def _merge(self, text):
         """BPE of one part, O(n log n): a heap of possible merges over a doubly linked list of symbols."""
@@ -840,7 +836,7 @@ _DEGRADED = re.compile(r"(?<!\w)(" + "|".join(w.replace(" ", "[ ▁_-]") for w i
 MAX_INSTRUCTION = 4096  # tokens; Gemma-2's context is 8192
 MAX_TOKENS = 300  # of text, <bos> included, as SANA was trained
 KEEP_ALL = 2  # the n of `tokenize_prompt` without an instruction: 300 tokens are encoded, and all of them kept
-PROMPT_VERSION = 1  # raise it when new code makes other states of a prompt: then cached ones are not used
+PROMPT_VERSION = 1  # raise it when the code makes other states of the same prompt: cached ones are then ignored
 
 
 def clean_tags(tags):
@@ -860,8 +856,8 @@ def build_prompt(content: str | list, suffix: str = "appendix") -> str:
 def conditioning(metadata, suffix=None, timestep=None, instruction=None, default_timestep=900.0):
     """What the update is conditioned on besides picture and tags: {"suffix", "timestep": τ, "instruction"}.
 
-    Each value is the caller's; where that is None, the one in the adapter's `metadata`; where there is none, the
-    default: "appendix", `default_timestep`, no instruction. The prompt is then build_prompt(content, suffix).
+    The caller's value goes first, then that of the adapter's `metadata`, then the default: "appendix",
+    `default_timestep`, no instruction. The prompt is then build_prompt(content, suffix).
     """
     def first(value, name, default):
         return metadata.get(name, default) if value is None else value

@@ -72,11 +72,9 @@ METRICS = {
 def load(name: str, device: str | torch.device = "cpu"):
     """The metric `name` as a function score(sr[, hr]) -> (B,) on `device`, without gradients.
 
-    sr, hr: RGB float (B,3,H,W) in [0,1]; hr is ignored by metrics that need no reference. Raises ValueError for an
-    unknown name and for images that do not fit, weights.Unavailable where large weights are unavailable.
+    name: a key of METRICS. sr, hr: RGB float (B,3,H,W) in [0,1]; hr is ignored by metrics that need no reference.
+    Raises ValueError for images that do not fit, weights.Unavailable where large weights are unavailable.
     """
-    if name not in METRICS:
-        raise ValueError(f"unknown metric {name!r}; known are {', '.join(METRICS)}")
     metric = METRICS[name]
     if metric.float64 and torch.device(device).type == "mps":
         device = "cpu"

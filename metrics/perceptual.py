@@ -89,9 +89,7 @@ class LPIPS(nn.Module):
 
     def __init__(self, net="alex"):
         super().__init__()
-        if net not in ("alex", "vgg"):
-            raise ValueError(f"LPIPS knows the networks alex and vgg, not {net!r}")
-        self.net = AlexNet() if net == "alex" else VGG16()
+        self.net = {"alex": AlexNet, "vgg": VGG16}[net]()
         for i, c in enumerate(self.net.channels):
             self.add_module(f"lin{i}", nn.Conv2d(c, 1, 1, bias=False))
         self.register_buffer("shift", torch.tensor([-.030, -.088, -.188]).view(1, 3, 1, 1), persistent=False)

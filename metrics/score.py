@@ -143,14 +143,11 @@ def shown(name, value):
 def print_table(rows, note=""):
     """Image by image and the mean, then what the mean leaves out and the note. Arrows say which way is better."""
     names = list(rows[0])[1:]
-    head = [f"{n} {METRICS[n].arrow}" for n in names]
-    body = [[r["image"], *(shown(n, r[n]) for n in names)] for r in [*rows, mean(rows)]]
-    wide = max(len(r[0]) for r in body)
-    widths = [max(len(h), *(len(r[i]) for r in body)) for i, h in enumerate(head, 1)]
-    rule = "-" * (wide + sum(w + 2 for w in widths))
-    for line in [["", *head], None, *body[:-1], None, body[-1]]:
-        print(rule if line is None else
-              line[0].ljust(wide) + "".join("  " + cell.rjust(w) for cell, w in zip(line[1:], widths, strict=True)))
+    table = [["", *(f"{n} {METRICS[n].arrow}" for n in names)],
+             *([r["image"], *(shown(n, r[n]) for n in names)] for r in [*rows, mean(rows)])]
+    wide, *widths = (max(map(len, column)) for column in zip(*table, strict=True))
+    head, *each, last = ("  ".join([image.ljust(wide), *map(str.rjust, cells, widths)]) for image, *cells in table)
+    print(head, "-" * len(head), *each, "-" * len(head), last, sep="\n")
     for n in names:
         if lacking := sum(isnan(r[n]) for r in rows):
             print(f"{n}: {lacking} of {len(rows)} pictures have none; the mean is that of the others")
