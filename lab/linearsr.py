@@ -26,6 +26,7 @@ import shlex
 import sys
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 from torch import float32
 
@@ -88,28 +89,21 @@ def losses(args):
 # --- table ---
 
 
-class Timed:
-    """A model that notes the milliseconds of each restoration, without the text encoder."""
-
-    def __init__(self, model):
-        self.model, self.ms = model, []
-
-    def restore(self, *args, **options):
-        result = self.model.restore(*args, **options)
-        self.ms.append(sum(ms for stage, ms in self.model.stages.items() if stage != "text"))
-        return result
-
-
 def table_rows(args):
     """{name: (what, function that makes the row at a path)} of all rows, in the order of the table."""
     dtype = pick_dtype("auto", args.device)
 
     def make(path, name, tags=None, **options):
-        model = Timed(load_model(name, args.device, dtype, fast="auto"))
-        gmac = sum(stage.times * stage.macs for stage in count(model.model, 512, steps=options.get("steps", 1))
+        model, laps = load_model(name, args.device, dtype, fast="auto"), []
+
+        def restore(*args, **options):
+            result = model.restore(*args, **options)
+            laps.append(sum(ms for stage, ms in model.stages.items() if stage != "text"))
+            return result
+        gmac = sum(stage.times * stage.macs for stage in count(model, 512, steps=options.get("steps", 1))
                    if stage.name != "text") / 1e9
-        score(model, args.pairs, path, args, tags, **options)
-        write_bytes(path.with_suffix(".json"), json.dumps({"ms": f"{median(model.ms):.0f}", "GMAC": f"{gmac:.1f}"}))
+        score(SimpleNamespace(restore=restore), args.pairs, path, args, tags, **options)
+        write_bytes(path.with_suffix(".json"), json.dumps({"ms": f"{median(laps):.0f}", "GMAC": f"{gmac:.1f}"}))
 
     rows = {"bicubic": ("bicubic", lambda path: score(BICUBIC, args.pairs, path, args)),
             "sana-sr": ("SANA-SR, 1 step", lambda path: make(path, args.sanasr))}

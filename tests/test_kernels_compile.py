@@ -23,7 +23,7 @@ import fast  # noqa: E402
 import kernels  # noqa: E402
 import sanasr  # noqa: E402
 from kernels import dcae, dispatch, norms  # noqa: E402
-from kernels.depthwise import _depthwise  # noqa: E402
+from kernels.depthwise import BLOCK_C, COLS, WARPS, _backward_input, _depthwise, _gate  # noqa: E402
 from kernels.linear_attention import (  # noqa: E402
     SIZES,
     _backward_key_value,
@@ -34,7 +34,6 @@ from kernels.linear_attention import (  # noqa: E402
     _half_tile,
     _plan,
 )
-from kernels.mix_ffn import BLOCK_C, COLS, WARPS, _backward_input, _gate  # noqa: E402
 from lab.bench import CONFIGS  # noqa: E402
 
 CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
