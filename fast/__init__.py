@@ -192,21 +192,25 @@ class GatedConv(sanasr.GLUMBConv):
         return add_norm_(x, [(slice(None), super().forward(to_tokens(x), *x.shape[2:]).flatten(0, 1))], self.norm)
 
 
+def with_taps(conv, out, channel, y, x, value):
+    """The 3×3 convolution with `value` added to these entries of its weight C',C,3,3."""
+    weight = conv.weight.float().clone()
+    weight[out, channel, y, x] += value
+    conv.weight = frozen(weight.to(conv.weight.dtype).contiguous(memory_format=torch.channels_last))
+    return conv
+
+
 def down_block(plain):
     """The strided convolution of a DownBlock, with the shortcut added to its weights.
 
     Channel o of the shortcut is the mean of `group` adjacent channels 4c + 2dy + dx of the space-to-channel picture,
     and that is pixel (2i + dy, 2j + dx) of channel c: tap (1 + dy, 1 + dx) of the convolution.
     """
-    conv = plain.conv
     if not plain.strided or not plain.shortcut:
         return plain
-    weight = conv.weight.float().clone()  # C',C,3,3
-    group = 4 * weight.shape[1] // plain.out_channels
-    channel = torch.arange(4 * weight.shape[1], device=weight.device)
-    weight[channel // group, channel // 4, 1 + channel // 2 % 2, 1 + channel % 2] += 1 / group
-    conv.weight = frozen(weight.to(conv.weight.dtype).contiguous(memory_format=torch.channels_last))
-    return conv
+    channel = torch.arange(4 * plain.conv.in_channels, device=plain.conv.weight.device)
+    group = len(channel) // plain.out_channels
+    return with_taps(plain.conv, channel // group, channel // 4, 1 + channel // 2 % 2, 1 + channel % 2, 1 / group)
 
 
 class UpBlock(nn.Module):
@@ -287,38 +291,29 @@ def fast_convolution(plain):
     return Winograd(plain) if fits and weight.device.type == "cpu" and min(weight.shape[:2]) >= enough else plain
 
 
-def norm(plain):
-    return Norm(plain) if plain.weight.device.type == "cpu" else plain
-
-
-def attention(plain):
-    return plain if plain.to_q.weight.device.type == "cpu" else MultiscaleAttention(plain)
-
-
-def gated_conv(plain):
-    return plain if plain.norm.weight.device.type == "cpu" else GatedConv(plain)
-
-
 def up_block(plain):
     """A fast UpBlock; for 3×3 + channel-to-space, that convolution with the shortcut added to its middle tap."""
     if plain.nearest:
         fast_block = UpBlock if plain.conv.weight.device.type == "cpu" else FoldedUpBlock
         return fast_block(plain) if plain.repeats in (0, 1, 2, 4) else plain
-    conv = plain.conv
     if plain.repeats:
-        weight = conv.weight.float().clone()  # 4C',C,3,3
-        channel = torch.arange(len(weight), device=weight.device)
-        weight[channel, channel // plain.repeats, 1, 1] += 1
-        conv.weight = frozen(weight.to(conv.weight.dtype).contiguous(memory_format=torch.channels_last))
-    return nn.Sequential(conv, nn.PixelShuffle(2))
+        channel = torch.arange(plain.conv.out_channels, device=plain.conv.weight.device)
+        with_taps(plain.conv, channel, channel // plain.repeats, 1, 1, 1)
+    return nn.Sequential(plain.conv, nn.PixelShuffle(2))
+
+
+def where(cpu, make):
+    """The rule `make` for a CPU alone, or for all other devices."""
+    return lambda plain: make(plain) if (next(plain.parameters()).device.type == "cpu") == cpu else plain
 
 
 REWRITES = {  # name -> the rules (class, its replacement) that make it up
     "winograd": [(nn.Conv2d, fast_convolution)],
     "up": [(sanasr.UpBlock, up_block)],
     "down": [(sanasr.DownBlock, down_block)],
-    "norm": [(sanasr.ResBlock, ResBlock), (sanasr.RMSNorm, norm), (sanasr.MultiscaleLinearAttention, attention),
-             (sanasr.GatedConv, gated_conv)],
+    "norm": [(sanasr.ResBlock, ResBlock), (sanasr.RMSNorm, where(True, Norm)),
+             (sanasr.MultiscaleLinearAttention, where(False, MultiscaleAttention)),
+             (sanasr.GatedConv, where(False, GatedConv))],
 }
 
 

@@ -1,6 +1,6 @@
 """3×3 convolution by Winograd's F(m×m, 3×3), with fewer multiplications (arXiv 1509.09308). For inference on a CPU.
 
-    y = conv(x, g) + b          stride 1, padding 1          x: B,C,H,W    g: C',C,3,3    b: C'    y: B,C',H,W
+    y = F.conv2d(x, g, b, padding=1)          x: B,C,H,W    g: C',C,3,3    b: C'    y: B,C',H,W
 
     Y = Aᵀ [ (G g Gᵀ) ⊙ (Bᵀ d B) ] A
 
@@ -22,17 +22,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
-
-from kernels.dispatch import check
-
-# --- reference: the specification -------------------------------------------------------------------------------------
-
-
-def conv3x3_reference(x, weight, bias=None):
-    """The convolution in PyTorch: x: B,C,H,W; weight: C',C,3,3; bias: C' or None -> B,C',H,W."""
-    return F.conv2d(x, weight, bias, padding=1)
-
 
 # --- configuration ----------------------------------------------------------------------------------------------------
 
@@ -164,20 +153,3 @@ def strips(x, transformed, bias=None):
             y = y.flatten(0, 4)
             start = (b * height + size * r) * width
             yield slice(start, start + len(y)), y
-
-
-def winograd_conv3x3(x, weight, bias=None, transformed=None):
-    """`conv3x3_reference` by Winograd's algorithm where it can be, see `obstacle`. transformed: `transform(weight)`.
-
-    Raises ValueError for another kernel than 3×3 or for tensors that do not fit.
-    """
-    check(weight.shape[2:] == (3, 3) and x.ndim == 4 and x.shape[1] == weight.shape[1],
-          lambda: f"need x B,C,H,W and weight C',C,3,3, got {tuple(x.shape)} and {tuple(weight.shape)}")
-    check(x.dtype == weight.dtype, lambda: f"x is {x.dtype}, the weight {weight.dtype}")
-    if obstacle(x, size_of(weight.dtype)):
-        return conv3x3_reference(x, weight, bias)
-    y = torch.empty(len(x), len(weight), *x.shape[2:], dtype=x.dtype, memory_format=torch.channels_last)
-    rows = y.permute(0, 2, 3, 1).view(-1, len(weight))
-    for at, part in strips(x, transform(weight) if transformed is None else transformed, bias):
-        rows[at] = part
-    return y

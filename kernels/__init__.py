@@ -14,10 +14,9 @@
 """
 
 from kernels.dcae import bias_silu_, join_up_block
-from kernels.depthwise import depthwise
+from kernels.depthwise import depthwise, depthwise_gate, mix_ffn
 from kernels.dispatch import set_backend
 from kernels.linear_attention import linear_attention
-from kernels.mix_ffn import depthwise_gate, mix_ffn
 from kernels.norms import add_layer_norm_, add_rms_norm_
 
 __all__ = ["add_layer_norm_", "add_rms_norm_", "bias_silu_", "depthwise", "depthwise_gate", "join_up_block",

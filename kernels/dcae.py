@@ -12,9 +12,8 @@ crops y to each parity, interleaves the parities, and adds the bias and the shor
 each channel repeated r = 4 C' / C times. It reads y and x once and writes out, the least. PyTorch's pixel_shuffle and
 repeat_interleave have no channels-last kernel on CUDA and add copies.
 
-Training runs the plain path. SiLU's backward needs h + bias, which an operation in place loses. Out of place, with a
-backward of its own, bias and SiLU would move 2 C instead of 4 C forward and 3 C instead of 4 C back (as many where the
-bias is frozen), beside a convolution that takes far longer. join_up_block's gradients would be two more kernels.
+Training runs the plain path: SiLU's backward needs h + bias, which an operation in place loses, and join_up_block's
+gradients would be two more kernels.
 
 fp32, fp16, bf16, contiguous; all else runs the reference. Arithmetic is float32.
 Check and measure: python -m kernels.bench --op bias_silu_

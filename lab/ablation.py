@@ -34,9 +34,10 @@ from tqdm import tqdm
 
 import metrics
 import runs
-import train
 import weights
 from fast import load_model
+from lab import stages
+from lab.stages import Stage
 from metrics.score import evaluate, folder_pairs, load_all, pick, shown, write_scores
 from photos.pairs import find_tags
 from photos.pictures import bicubic, write_bytes
@@ -110,15 +111,22 @@ def variant(name, args, path):
     """Make one row of the table of ablations: train an adapter, or go on with it, and evaluate it."""
     folder = path.with_suffix("").resolve()
     options = [args.tags if option == "FILE" else option for option in VARIANTS[name][1]]
-    argv = ["--data", *args.data, "--model", args.model, "--init", "none", "--tags", "none", "--steps", args.steps,
-            "--name", folder, "--device", args.device.type, *shlex.split(args.train_args), *options]
+    line = ["train", "--data", *args.data, "--model", args.model, "--init", "none", "--tags", "none",
+            "--steps", args.steps, "--name", folder, "--device", args.device.type, *shlex.split(args.train_args)]
     with open(f"{folder}.log", "a", encoding="utf-8") as log, redirect_stdout(log):
-        if train.main([str(a) for a in argv] + ["--resume"] * (folder / "state.pt").exists()):
-            raise KeyboardInterrupt
+        stages.run([Stage(name, [*line, *options], resume=folder / "state.pt")])
     adapter = folder / "adapter.safetensors"
     with open_weights(adapter) as file:
         trained = file.metadata()
     score(restorer(args, adapter), args.pairs, path, args, args.tags if trained["tags"] == "file" else None)
+
+
+def open_pairs(args):
+    """Make of --lr and --hr args.pairs, of --metrics those whose weights are available. Returns them as settings."""
+    args.pairs = folder_pairs(args.lr, args.hr)[:args.limit]
+    args.metrics = list(load_all(pick(args.metrics, True), args.device))
+    return {"lr": Path(args.lr).resolve(), "hr": Path(args.hr).resolve(), "pairs": len(args.pairs),
+            "metrics": ",".join(args.metrics), "tags": args.tags and weights.sha256(Path(args.tags))}
 
 
 def keep_settings(folder, settings):
@@ -193,22 +201,18 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     args.device = pick_device(args.device)
     runs.check_ranges(args)
-    args.pairs = folder_pairs(args.lr, args.hr)[:args.limit]
-    args.metrics = list(load_all(pick(args.metrics, True), args.device))  # those whose weights are available
     return args
 
 
 @runs.command
 def main(argv=None):
     args = parse(argv)
+    common = open_pairs(args)
     model = load_model(args.model, args.device, pick_dtype("auto", args.device), args.adapter)
     own = args.adapter or model.folder / "adapter.safetensors"
     if not Path(own).exists():
         print(f"note: {args.model} has no adapter of its own: the method's stages are the prior's", file=sys.stderr)
-    common = {"lr": Path(args.lr).resolve(), "hr": Path(args.hr).resolve(), "pairs": len(args.pairs),
-              "metrics": ",".join(args.metrics),
-              "model": [fingerprint(model.folder / part) for part in ("vae", "transformer")],
-              "tags": args.tags and weights.sha256(Path(args.tags))}
+    common["model"] = [fingerprint(model.folder / part) for part in ("vae", "transformer")]
     tables = {"stages": {name: (what, partial(stage, name, args, model)) for name, what in STAGES.items()}}
     settings = {"stages": {"adapter": weights.sha256(Path(own)) if Path(own).exists() else "none"}}
     if args.data:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -83,71 +84,65 @@ def make_model(folder, rehearse):
 
 def lines_of(what, scratch, rehearse):
     """The lines of a command."""
-    device, model, photos = "cpu" if rehearse else "cuda", scratch / "model", scratch / "photos"
-    found, interpreter = [], {"TRITON_INTERPRET": "1"} if rehearse else {}
+    device, dtype, found = *(("cpu", "fp32") if rehearse else ("cuda", "bf16")), []
+    interpreter = {"TRITON_INTERPRET": "1"} if rehearse else {}
 
     def add(name, seconds, *commands, files=(), **env):
-        found.append(Line(name, seconds, [list(map(str, argv)) for argv in commands], files, env))
+        found.append(Line(name, seconds, [shlex.split(line) for line in commands], files, env))
 
     def tests(name, file, names, **env):
-        add(name, 240, ["-m", "pytest", "-rs", "-p", "no:cacheprovider", f"tests/{file}", "-k", names], **env)
+        add(name, 240, f"-m pytest -rs -p no:cacheprovider tests/{file} -k '{names}'", **env)
 
-    def bench(name, seconds, *options):
-        more = ["--runs", 1, "--model", "embedded"] if rehearse else ["--runs", 10]
-        add(name, seconds, ["-m", "lab.bench", "--device", device, "--dtype", "fp32" if rehearse else "bf16",
-                            *more, *options])
+    def bench(name, seconds, options):
+        times = "1 --model embedded" if rehearse else "10"
+        add(name, seconds, f"-m lab.bench --device {device} --dtype {dtype} --runs {times} {options}")
     if what == "correctness":
         for op in OPS:
-            for dtype in DTYPES:
-                add(f"{op} {dtype}", 240, ["-m", "kernels.bench", "--check", "--op", op, "--dtype", dtype],
-                    **interpreter)
+            for kind in DTYPES:
+                add(f"{op} {kind}", 240, f"-m kernels.bench --check --op {op} --dtype {kind}", **interpreter)
         for part in ("attention", "gate or mix", "norm or depthwise or join", "gpu"):
             tests(f"kernel tests, {part}", "test_kernels_triton.py", part, **interpreter)
         tests("graphs", "test_fast.py", "graph or dit or up_block")
         tests("goldens", "test_sanasr.py", "golden", SANASR_GOLDENS=device)
-        for dtype, quick in (("fp32", "off"), ("fp32", "on"), ("bf16", "on"), ("fp16", "off")):
-            name = f"pictures {dtype}, fast {quick}"
-            ours, theirs = scratch / name, scratch / f"{name}, CPU"
-            add(name, 240, ["eval.py", "examples", "--out", f"{ours}/", "--device", device, "--dtype", dtype, "--fast",
-                            quick], ["eval.py", "examples", "--out", f"{theirs}/", "--device", "cpu", "--fast", "off"],
-                ["eval.py", "--sr", ours, "--hr", theirs, "--metrics", "psnr"])  # against the CPU's
+        for kind, quick in (("fp32", "off"), ("fp32", "on"), ("bf16", "on"), ("fp16", "off")):
+            ours, theirs = scratch / f"{kind}-{quick}", scratch / f"{kind}-{quick}-CPU"
+            add(f"pictures {kind}, fast {quick}", 240,
+                f"eval.py examples --out {ours}/ --device {device} --dtype {kind} --fast {quick}",
+                f"eval.py examples --out {theirs}/ --device cpu --fast off",
+                f"eval.py --sr {ours} --hr {theirs} --metrics psnr")  # against the CPU's
         sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-        add("compute-sanitizer", 240, [
-            "!", sanitizer, "--error-exitcode", "9", sys.executable, "-m", "pytest", "tests/test_kernels_triton.py",
-            "-k", "gate_sizes or norm_sizes or lengths or depthwise"])
+        add("compute-sanitizer", 240, f"! {sanitizer} --error-exitcode 9 {shlex.quote(sys.executable)} -m pytest "
+            "tests/test_kernels_triton.py -k 'gate_sizes or norm_sizes or lengths or depthwise'")
     elif what == "timings":
-        small, large, huge = ("64", "96", "128") if rehearse else ("512", "1024", "4096")
+        small, large, huge = ("64", "96", "128 --tile 96") if rehearse else ("512", "1024", "4096")
         ours = "plain,fast" if rehearse else "plain,fast,graphs"
-        rivals = ["--vs", "diffusers"] if find_spec("diffusers") and not rehearse else []
-        add("card", 20, ["!", "nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit,"
-                         "temperature.gpu", "--format=csv"])
-        bench("stages 512", 90, "--size", small, "--variants", ours, *rivals, *["--profile"] * (not rehearse))
-        bench("stages 1024", 60, "--size", large, "--variants", ours, *rivals)
-        bench("compiled 512", 120, "--size", small, "--variants", "plain", *["--vs", "compiled"] * bool(rivals))
-        bench("stages 4096", 60, "--size", huge, "--variants", "fast", *rivals, *["--tile", "96"] * rehearse)
-        bench("batch 8", 60, "--size", small, "--batch", "8", "--variants", ours, *rivals)
-        few = ["--tokens", 256, "--op", "linear_attention"] if rehearse else []
-        add("kernels", 130, ["-m", "kernels.bench", "--no-compile", *few])
+        rivals = "--vs diffusers" if find_spec("diffusers") and not rehearse else ""
+        add("card", 20, "! nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit,"
+            "temperature.gpu --format=csv")
+        bench("stages 512", 90, f"--size {small} --variants {ours} {rivals}" + " --profile" * (not rehearse))
+        bench("stages 1024", 60, f"--size {large} --variants {ours} {rivals}")
+        bench("compiled 512", 120, f"--size {small} --variants plain" + " --vs compiled" * bool(rivals))
+        bench("stages 4096", 60, f"--size {huge} --variants fast {rivals}")
+        bench("batch 8", 60, f"--size {small} --batch 8 --variants {ours} {rivals}")
+        add("kernels", 130, "-m kernels.bench --no-compile" + " --tokens 256 --op linear_attention" * rehearse)
     else:
-        add("model", 60, ["-m", "lab.gpu", "model", "--out", model, *["--rehearse"] * rehearse])
-        common = ["--data", photos, "--model", model, "--device", device, "--dtype", "fp32" if rehearse else "bf16",
-                  "--tags", "none", "--lpips", "alex", "--workers", 1 if rehearse else 8,
-                  "--crop", 96 if rehearse else 512]
-        for name, options, env in (("train", [], {}), ("train, checkpointing", ["--checkpointing", "all"], {}),
-                                   ("train, VGG-shaped LPIPS", ["--lpips", "vgg"],
+        add("model", 60, f"-m lab.gpu model --out {scratch}/model" + " --rehearse" * rehearse)
+        common = (f"--data {scratch}/photos --model {scratch}/model --device {device} --dtype {dtype} --tags none "
+                  f"--lpips alex --workers {1 if rehearse else 8} --crop {96 if rehearse else 512}")
+        train = "--every 2 --steps 2 --batch 1" if rehearse else "--every 50 --steps 50 --batch 4"
+        for name, options, env in (("train", "", {}), ("train, checkpointing", "--checkpointing all", {}),
+                                   ("train, VGG-shaped LPIPS", "--lpips vgg",
                                     {"SANASR_WEIGHTS": str(scratch / "weights")}),
-                                   ("train, reference kernels", [], {"SANASR_KERNELS": "torch"})):
-            steps, batch = (2, 1) if rehearse else (50, 4)
-            add(name, 80, ["train.py", *common, "--name", scratch / name, "--steps", steps, "--every", steps, "--val",
-                           0, "--batch", batch, *options], files=(scratch / name / "log.csv",), **env)
-        steps, keep = (2, 2) if rehearse else (20, 16)
-        add("prune", 60, ["prune.py", *common, "--out", scratch / "pruned", "--steps", steps, "--keep", keep],
-            files=(scratch / "pruned" / "saliency.csv",))
-        size = "64" if rehearse else "512"
-        bench("pruned to 16 blocks", 50, "--size", size, "--variants", "fast", "--blocks", 1 if rehearse else 16)
-        add("LinearSR, 20 steps", 60, ["eval.py", "examples/cat.png", "--model", "linearsr-embedded", "--out",
-                                       scratch / "cat.png", "--device", device])
-        bench("regional compilation", 150, "--size", size, "--variants", "plain" if rehearse else "plain,regional")
+                                   ("train, reference kernels", "", {"SANASR_KERNELS": "torch"})):
+            run = scratch / name.replace(" ", "-")
+            add(name, 80, f"train.py {common} --name {run} --val 0 {train} {options}", files=(run / "log.csv",), **env)
+        prune = "--steps 2 --keep 2" if rehearse else "--steps 20 --keep 16"
+        add("prune", 60, f"prune.py {common} --out {scratch}/pruned {prune}", files=(scratch / "pruned/saliency.csv",))
+        size, blocks, variants = ("64", 1, "plain") if rehearse else ("512", 16, "plain,regional")
+        bench("pruned to 16 blocks", 50, f"--size {size} --variants fast --blocks {blocks}")
+        add("LinearSR, 20 steps", 60, f"eval.py examples/cat.png --model linearsr-embedded --out {scratch}/cat.png "
+            f"--device {device}")
+        bench("regional compilation", 150, f"--size {size} --variants {variants}")
     return found
 
 

@@ -26,17 +26,18 @@ import shlex
 import sys
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 from torch import float32
 
 import runs
 import weights
 from fast import load_model
-from lab.ablation import BICUBIC, bootstrap, keep_settings, make_rows, score
+from lab import stages
+from lab.ablation import BICUBIC, bootstrap, keep_settings, make_rows, open_pairs, score
 from lab.profile import count
-from linearsr import train as training
+from lab.stages import Stage
 from linearsr.flow import Held, Network, interval
-from metrics.score import folder_pairs, load_all, pick
 from objective import Conditions, Latents
 from photos.pairs import TrainingData
 from photos.pictures import png, write_bytes
@@ -88,28 +89,21 @@ def losses(args):
 # --- table ---
 
 
-class Timed:
-    """A model that notes the milliseconds of each restoration, without the text encoder."""
-
-    def __init__(self, model):
-        self.model, self.ms = model, []
-
-    def restore(self, *args, **options):
-        result = self.model.restore(*args, **options)
-        self.ms.append(sum(ms for stage, ms in self.model.stages.items() if stage != "text"))
-        return result
-
-
 def table_rows(args):
     """{name: (what, function that makes the row at a path)} of all rows, in the order of the table."""
     dtype = pick_dtype("auto", args.device)
 
     def make(path, name, tags=None, **options):
-        model = Timed(load_model(name, args.device, dtype, fast="auto"))
-        gmac = sum(stage.times * stage.macs for stage in count(model.model, 512, steps=options.get("steps", 1))
+        model, laps = load_model(name, args.device, dtype, fast="auto"), []
+
+        def restore(*args, **options):
+            result = model.restore(*args, **options)
+            laps.append(sum(ms for stage, ms in model.stages.items() if stage != "text"))
+            return result
+        gmac = sum(stage.times * stage.macs for stage in count(model, 512, steps=options.get("steps", 1))
                    if stage.name != "text") / 1e9
-        score(model, args.pairs, path, args, tags, **options)
-        write_bytes(path.with_suffix(".json"), json.dumps({"ms": f"{median(model.ms):.0f}", "GMAC": f"{gmac:.1f}"}))
+        score(SimpleNamespace(restore=restore), args.pairs, path, args, tags, **options)
+        write_bytes(path.with_suffix(".json"), json.dumps({"ms": f"{median(laps):.0f}", "GMAC": f"{gmac:.1f}"}))
 
     rows = {"bicubic": ("bicubic", lambda path: score(BICUBIC, args.pairs, path, args)),
             "sana-sr": ("SANA-SR, 1 step", lambda path: make(path, args.sanasr))}
@@ -160,19 +154,20 @@ def train_variant(args, name, seed):
         if name != "pretrained" and set(made) != {wanted := fine_steps if tuned else steps}:
             raise UserError(f"{model}: its experts have {made} steps, not {wanted} each: choose another --out")
         return model
-    lines, of = [], "pretrain" if name == "pretrained" else "finetune" if tuned else "experts"
-    if name != "pretrained":
-        lines.append(["--stage", "experts", "--seed", seed, "--steps", steps, "--every", args.every])
+    of = "pretrain" if name == "pretrained" else "finetune" if tuned else "experts"
+    end = ["--start", "end"] * (name != "pretrained")  # equal steps, wherever the curves have their knees
+
+    def line(stage, *more):
+        return ["linearsr.train", "--stage", stage, *more, *shlex.split(args.options), *options, "--pretrained",
+                args.pretrained, "--name", run, "--device", args.device.type]
+    todo = [Stage(model.name, line("export", "--to", model, "--of", of) + end, model / "config.json")]
     if tuned:
-        lines.append(["--stage", "finetune", "--data", args.best, "--steps", fine_steps, "--every", args.every])
-    lines.append(["--stage", "export", "--to", model, "--of", of])
-    lines = [[*line, *shlex.split(args.options), *options] for line in lines]
-    if name != "pretrained":  # equal steps, wherever the curves have their knees
-        lines[-1] += ["--start", "end"]
-    for line in lines:
-        if training.main([str(a) for a in (*line, "--pretrained", args.pretrained, "--name", run,
-                                           "--device", args.device.type)]):
-            raise KeyboardInterrupt
+        todo.insert(0, Stage(f"{model.name}, fine-tuning", line(
+            "finetune", "--data", args.best, "--steps", fine_steps, "--every", args.every)))
+    if name != "pretrained":
+        todo.insert(0, Stage(f"{model.name}, experts", line(
+            "experts", "--seed", seed, "--steps", steps, "--every", args.every)))
+    stages.run(todo)
     return model
 
 
@@ -190,13 +185,10 @@ def draw(path, table):
 
 def table(args):
     """Make the rows that are lacking, and the table. Returns the exit code."""
-    args.pairs = folder_pairs(args.lr, args.hr)[:args.limit]
-    args.metrics = list(load_all(pick(args.metrics, True), args.device))
+    settings = open_pairs(args)
     rows, folder, model = table_rows(args), args.out / "rows", weights.folder(args.model)
     wanted = chosen(args, rows, "row")
-    keep_settings(folder, {
-        "lr": Path(args.lr).resolve(), "hr": Path(args.hr).resolve(), "pairs": len(args.pairs),
-        "metrics": ",".join(args.metrics), "tags": args.tags and weights.sha256(Path(args.tags)),
+    keep_settings(folder, settings | {
         "linearsr": [fingerprint(model / part) for part in ("transformer", "stem")],
         "sanasr": fingerprint(weights.folder(args.sanasr) / "vae"), "pretrained": args.pretrained,
         "steps": args.pretrained and args.steps, "best": args.best, "fine-steps": args.best and args.fine_steps,

@@ -35,20 +35,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
+import sanasr
 import weights
 from photos.restorer import Restorer, Stopwatch
-from sanasr import (
-    DCAE,
-    Conv1x1,
-    LinearDiT,
-    PromptEncoder,
-    build_prompt,
-    conditioning,
-    load_lora,
-    merge_lora,
-    to_picture,
-    to_tokens,
-)
+from sanasr import DCAE, Conv1x1, LinearDiT, PromptEncoder, to_picture, to_tokens
 from weights.configs import read_config
 from weights.dtypes import choose_dtypes
 from weights.files import Pretrained
@@ -64,7 +54,7 @@ STRIDE = 8  # of E_conv: the LR picture is 4 times smaller than the result, the 
 def check_boundaries(boundaries):
     """The boundaries as a tuple. Raises ValueError unless they rise strictly within (0, 1)."""
     try:
-        values = tuple(float(b) for b in boundaries)
+        values = tuple(map(float, boundaries))
     except (TypeError, ValueError):
         raise ValueError(f"boundaries must be a list of numbers, not {boundaries!r}") from None
     if any(not a < b for a, b in itertools.pairwise((0.0, *values, 1.0))):
@@ -166,8 +156,8 @@ def load_experts(shared, folder, boundaries):
                                 f"needs {len(files)} experts; export the model again")
     experts = [copy.deepcopy(shared) for _ in files]
     for expert, file in zip(experts, files, strict=True):
-        load_lora(expert, file, system=SYSTEM)
-        merge_lora(expert)
+        sanasr.load_lora(expert, file, system=SYSTEM)
+        sanasr.merge_lora(expert)
     return experts
 
 
@@ -253,8 +243,8 @@ class LinearSR(Restorer):
                 progress(stage, done * tiles + tile, steps * tiles)
 
         clock, by_tiles = Stopwatch(self.device), self.tiling(tile, progress and report)
-        how = conditioning(self.metadata, suffix, None, instruction)
-        c, m = self.encode_prompt(build_prompt(prompt, how["suffix"]), how["instruction"])  # 1,T,Dt and 1,T
+        how = sanasr.conditioning(self.metadata, suffix, None, instruction)
+        c, m = self.encode_prompt(sanasr.build_prompt(prompt, how["suffix"]), how["instruction"])  # 1,T,Dt and 1,T
         terms = [(1.0, c, m)] if cfg == 1 else [(cfg, c, m), (1 - cfg, *self.encode_prompt(""))]
         clock.lap("text")
         k = 4 // math.gcd(4, scale)  # pixels of the input to one of the condition, or to `scale` of them

@@ -10,9 +10,9 @@ from PIL import Image
 import eval as evaluator
 import metrics
 import train
-from lab import ablation
+from lab import ablation, stages
 from photos.degrade import enlarge, to_image, to_tensor
-from runs import Signals, read_log
+from runs import Signals, UserError, read_log
 from sanasr import SanaSR
 from weights.files import open_weights
 
@@ -108,3 +108,23 @@ def test_rows_of_other_settings_are_not_mixed(run, tmp_path):
     with pytest.raises(SystemExit, match="out/stages holds rows that were made with another pairs"):
         run("--only", "ceiling", "--limit", "3")
     assert json.loads((tmp_path / "out/stages/settings.json").read_text())["pairs"] == "2"
+
+
+def test_stages_go_on_where_they_stopped(here, monkeypatch, capsys):
+    made, codes = [], {"b": 130, "c": 3}
+    monkeypatch.setattr(train, "main", lambda line: (made.append(line), codes.get(line[0]) or (
+        here / line[0]).touch())[1])
+    todo = [stages.Stage(name, ["train", name], here / name, here / "state", hours) for name, hours in (
+        ("a", 1), ("b", 2), ("c", 0.5))]
+    with pytest.raises(KeyboardInterrupt):
+        stages.run(todo)
+    assert capsys.readouterr().out.startswith("3 of 3 stages to run, about 3.5 hours\n  a, about 1.0 hours\n  b,")
+    (here / "state").touch()
+    del codes["b"]
+    with pytest.raises(UserError, match="c: exit code 3"):
+        stages.run(todo)
+    assert made == [["a"], ["b"], ["b", "--resume"], ["c", "--resume"]]
+    monkeypatch.setattr(train, "main", lambda line: None)
+    with pytest.raises(UserError, match="c did not leave .*c$"):
+        stages.run(todo)
+    assert capsys.readouterr().out.count("1 of 3 stages to run, about 0.5 hours") == 1

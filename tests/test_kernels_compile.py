@@ -24,8 +24,7 @@ import fast  # noqa: E402
 import kernels  # noqa: E402
 import sanasr  # noqa: E402
 from kernels import dcae, dispatch, norms  # noqa: E402
-from kernels.depthwise import _depthwise  # noqa: E402
-from kernels.mix_ffn import BLOCK_C, COLS, WARPS, _backward_input, _gate  # noqa: E402
+from kernels.depthwise import BLOCK_C, COLS, WARPS, _backward_input, _depthwise, _gate  # noqa: E402
 
 attention = import_module("kernels.linear_attention")  # the package's attribute of this name is the function
 CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"

@@ -13,10 +13,9 @@ import torch
 
 import kernels
 from kernels.dcae import bias_silu_reference_, join_up_block_reference
-from kernels.depthwise import depthwise_reference
+from kernels.depthwise import depthwise_gate_reference, depthwise_reference
 from kernels.dispatch import INTERPRET, device_obstacle
 from kernels.linear_attention import linear_attention_reference
-from kernels.mix_ffn import depthwise_gate_reference
 from kernels.norms import MAX_C, add_layer_norm_reference_, add_rms_norm_reference_, tile
 
 DEVICE = "cpu" if INTERPRET or not torch.cuda.is_available() else "cuda"
