@@ -1,14 +1,13 @@
 """The rewrites of fast/ give what the plain path gives, on the smallest models that have every part; Winograd's
 convolution against PyTorch's in float64."""
 import ctypes
-import subprocess
 import sys
 from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, golden, on_meta, relative
+from conftest import golden, on_meta, python, relative
 from PIL import Image
 from seeded import seeded_input, seeded_module
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -293,8 +292,7 @@ for i in range(12):  # 64 MB each
     if i == 4: before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(1 << 24)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
-    faults = [int(subprocess.run([sys.executable, "-c", code.format(keep=keep)], cwd=ROOT,
-                                 check=True, capture_output=True).stdout) for keep in (False, True)]
+    faults = [int(python("-c", code.format(keep=keep)).stdout) for keep in (False, True)]
     assert faults[1] < faults[0] / 2, "pages that the kernel had to provide for the last eight tensors"
 
 
