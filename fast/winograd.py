@@ -13,7 +13,7 @@ ninths. It reads (m+2)²/9 of the weights' memory, so for few tiles the direct c
 in strips that stay in cache; a strip's results can be used before the next is computed.
 
 float32 takes m = 4. Its transforms would magnify a rounding to bfloat16 tenfold, so bfloat16 takes m = 2, which
-magnifies it by four. Limits: a CPU, both sides multiples of m. Check: pytest tests/test_fast.py -k winograd; measure:
+magnifies it by four. Limits: a CPU, both sides multiples of m. Check: pytest tests/test_winograd.py; measure:
 python -m lab.bench --rewrites
 """
 

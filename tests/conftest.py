@@ -82,6 +82,12 @@ def save_photo(path, width, height, seed):
     photo(width, height, seed).save(path)
 
 
+def python(*argv, cwd=ROOT, **env):
+    """Python in a process of its own; of `env` None takes a variable away. Returns its exit code, stdout and stderr."""
+    env = {k: str(v) for k, v in (os.environ | {"PYTHONPATH": ROOT} | env).items() if v is not None}
+    return subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, env=env, capture_output=True, text=True)
+
+
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # of a training in its own process
 
 

@@ -3,7 +3,6 @@ import io
 import os
 import shutil
 import struct
-import subprocess
 import sys
 import weakref
 import zlib
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import ROOT, external
+from conftest import ROOT, external, python
 from PIL import ExifTags, Image, ImageCms, ImageOps
 from tqdm import tqdm
 
@@ -198,23 +197,17 @@ def test_a_thumbnail_is_dropped(run):
     assert b"tiny" not in Path("out.jpg").read_bytes()
 
 
-def test_no_metadata_drops_exif_and_profile(run):
+def test_exif_that_is_unwanted_damaged_or_too_long_for_a_jpeg_is_left_out(run):
     photo_with_exif("photo.jpg", icc_profile=SRGB)
     assert run("photo.jpg", "--out", "out.jpg", "--no-metadata")[0] == 0
     result = opened("out.jpg")
     assert result.size == (20, 28) and not result.getexif() and "icc_profile" not in result.info
-
-
-def test_damaged_exif_costs_no_picture(run):
     RGB.save("a.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f and no directory")
-    assert run("a.jpg")[0] == 0 and Path("results/a_x4.png").exists()
     RGB.save("b.jpg", exif=exif_bytes((0x0112, 3, 1, b"\6"), (0x0128, 7, 1, b"\2")))  # a unit of type UNDEFINED
     with pytest.raises(struct.error):
         ImageOps.exif_transpose(opened("b.jpg"))
-    assert run("b.jpg")[0] == 0 and opened("results/b_x4.png").size == (20, 28)
-
-
-def test_exif_too_long_for_a_jpeg_is_left_out(run):
+    assert run("a.jpg", "b.jpg")[0] == 0 and Path("results/a_x4.png").exists()
+    assert opened("results/b_x4.png").size == (20, 28)
     exif = Image.Exif()
     exif[0x010E] = "x" * 70000
     RGB.save("a.png", exif=exif)
@@ -516,11 +509,8 @@ def test_prompts_from_the_references_are_marked(run, monkeypatch):
 
 # --- the command itself, on a small model of the real classes ---
 
-def command(folder, *arguments, torchrun=0, **env):
-    start = [sys.executable, *(["-m", "torch.distributed.run", f"--nproc_per_node={torchrun}"] if torchrun else [])]
-    return subprocess.run([*start, str(ROOT / "eval.py"), *map(str, arguments)], cwd=folder, capture_output=True,
-                          text=True, env={**os.environ, "SANASR_CACHE": str(folder / "cache"),
-                                          "OMP_NUM_THREADS": "1", **env})
+def command(folder, *arguments, torchrun=()):
+    return python(*torchrun, ROOT / "eval.py", *arguments, cwd=folder, SANASR_CACHE=folder / "cache", OMP_NUM_THREADS=1)
 
 
 def test_the_command_restores_and_repeats_itself(tiny_model, tmp_path):
@@ -538,7 +528,8 @@ def test_torchrun_splits_the_files_and_all_ranks_tell_of_a_failure(tiny_model, t
     for i in range(4):
         Image.fromarray(noise(8, 8, 3, seed=i)).save(tmp_path / f"in/{i}.png")
     (tmp_path / "in/0.png").write_bytes(b"broken: its rank is done first, and must wait for the other")
-    done = command(tmp_path, "in", "--model", tiny_model, torchrun=2)
+    done = command(tmp_path, "in", "--model", tiny_model,
+                   torchrun=["-m", "torch.distributed.run", "--nproc_per_node=2"])
     assert done.returncode == 1
     assert sorted(os.listdir(tmp_path / "results")) == ["1_x4.png", "2_x4.png", "3_x4.png"], done.stderr
     assert "1 restored, 1 skipped (rank 0)" in done.stdout and "2 restored, 0 skipped (rank 1)" in done.stdout

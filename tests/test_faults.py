@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ENVIRONMENT, python
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -22,14 +22,12 @@ from lab.faults import Mark
 from photos import pairs, tagger
 from weights.files import save_tensors
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 TRAIN = "--crop 96 --steps 1 --tags none --lpips alex --workers 0 --rank 2 --batch 1 --val 0".split()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="lab.faults needs fork and /proc")
 def test_the_short_form_finds_nothing(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "lab.faults", "--out", tmp_path, "--sample", "100"], cwd=ROOT, env=ENV,
-                          capture_output=True, text=True)
+    done = python("-m", "lab.faults", "--out", tmp_path, "--sample", 100, OMP_NUM_THREADS=1)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     rows = json.loads((tmp_path / "faults.json").read_text())["rows"]
     assert len(rows) > 30 and {"signals", "hostile files"} <= {row["kind"] for row in rows}
@@ -126,7 +124,7 @@ def test_a_state_of_something_else_is_named(tmp_path, monkeypatch, recwarn):
 def test_a_run_belongs_to_one_process(tmp_path):
     script = "import pathlib, runs\nwith runs.claimed(pathlib.Path('run')): print(flush=True) or input()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", script], env=ENV, cwd=tmp_path, **pipes) as other:
+    with subprocess.Popen([sys.executable, "-c", script], env=ENVIRONMENT, cwd=tmp_path, **pipes) as other:
         assert other.stdout.readline() == b"\n"
         with pytest.raises(runs.UserError, match="run is in use by another process"):
             runs.claimed(tmp_path / "run").__enter__()

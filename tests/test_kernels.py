@@ -2,15 +2,12 @@
 kernels under Triton's interpreter (tests/test_kernels_triton.py, which on a GPU runs as it is)."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, relative
+from conftest import python, relative
 from torch.torch_version import TorchVersion as Version
 
 import kernels
@@ -148,13 +145,11 @@ def test_asking_for_triton_where_it_cannot_run():
         kernels.linear_attention(Q, Q, Q, backend="triton")
 
 
-@pytest.mark.parametrize("choice, lines", [("", 0), ("auto", 0), ("torch", 0), ("triton", 1)])
+@pytest.mark.parametrize("choice, lines", [(None, 0), ("auto", 0), ("torch", 0), ("triton", 1)])
 def test_the_reason_is_said_once_and_only_where_it_matters(choice, lines):
     script = "import torch, kernels; q = torch.ones(1, 4, 1, 16); [kernels.linear_attention(q, q, q) for _ in range(3)]"
-    env = {k: v for k, v in os.environ.items() if k not in ("SANASR_KERNELS", "TRITON_INTERPRET")}
-    env.update({"SANASR_KERNELS": choice} if choice else {})
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
-    assert done.stderr.count("kernels: PyTorch, since ") == lines, done.stderr
+    done = python("-c", script, SANASR_KERNELS=choice, TRITON_INTERPRET=None)
+    assert done.returncode == 0 and done.stderr.count("kernels: PyTorch, since ") == lines, done.stderr
 
 
 def test_bench_counts_and_checks(capsys, monkeypatch):
@@ -177,7 +172,6 @@ def test_triton_kernels_under_the_interpreter():
 
     if Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4"):
         pytest.skip("the interpreter of Triton 3.6 needs NumPy below 2.4")
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "tests/test_kernels_triton.py"]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "SANASR_KERNELS": "auto"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    done = python("-m", "pytest", "-x", "-p", "no:cacheprovider", "tests/test_kernels_triton.py",
+                  TRITON_INTERPRET=1, SANASR_KERNELS="auto")
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]

@@ -61,15 +61,10 @@ def resources(kernel, dtype, arch, constants, strided=False):
                 hints[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, hints)
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return stack_bytes(binary.asm["cubin"]), binary.metadata.shared
-
-
-def stack_bytes(cubin):
-    """Spilled registers lie on the stack, and nothing else of these kernels does."""
     path = Path(triton.knobs.cache.dir) / "kernel.cubin"
-    path.write_bytes(cubin)
+    path.write_bytes(binary.asm["cubin"])
     text = subprocess.run([CUOBJDUMP, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"STACK:(\d+)", text)[1])
+    return int(re.search(r"STACK:(\d+)", text)[1]), binary.metadata.shared  # nothing else lies on the stack
 
 
 def faults(kernel, dtype, arch, constants, strided=False):

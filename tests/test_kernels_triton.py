@@ -100,11 +100,6 @@ def test_attention_adds_spans_in_the_launcher():
             assert tokens % block == 0 and (S - 1) * tokens < N <= S * tokens
 
 
-def test_attention_expanded_gradient():
-    q, k, v, _ = attention_inputs(1, 40, 1, 16, torch.float32)
-    check_attention(q, k, v, torch.ones((), device=DEVICE).expand(q.shape))  # what out.sum() sends back
-
-
 @pytest.mark.parametrize("which", ["q", "k"])
 def test_attention_zero_denominator(which):
     q, k, v, g = attention_inputs(1, 40, 2, 16, torch.float32)
@@ -136,10 +131,11 @@ def test_attention_carries_nan(which):
     assert torch.equal(out.isnan(), expected.isnan())
 
 
-def test_attention_eps():
+def test_attention_eps_and_an_expanded_gradient():
     q, k, v, g = attention_inputs(1, 40, 1, 16, torch.float32)
     check_attention(q, k, v, g, eps=10.0)
     check_attention(q.abs() + 0.1, k.abs() + 0.1, v, g, eps=0.0)  # 40 tokens end within a tile, where q and g are 0
+    check_attention(q, k, v, torch.ones((), device=DEVICE).expand(q.shape))  # what out.sum() sends back
 
 
 def test_other_head_sizes_and_float64_run_the_reference():
@@ -171,17 +167,13 @@ def test_gate_sizes_and_dtypes(B, height, width, hidden, dtype):
     check_gate(*gate_inputs(B, height, width, hidden, dtype), height, width)
 
 
-def test_gate_non_contiguous():
+def test_gate_non_contiguous_and_with_frozen_weights():
     u, weight, bias, g = gate_inputs(1, 4, 3, 2, torch.float32)
+    check(lambda u, **how: kernels.depthwise_gate(u, 4, 3, weight, bias, **how),
+          lambda u: depthwise_gate_reference(u, 4, 3, *double(weight, bias)), [u], g)
     u = u.transpose(1, 2).contiguous().transpose(1, 2)
     weight = weight.to(memory_format=torch.channels_last)
     check_gate(u, weight, bias, torch.ones((), device=DEVICE).expand(g.shape), 4, 3)
-
-
-def test_gate_with_frozen_weights():
-    u, *weights, g = gate_inputs(1, 3, 5, 3, torch.float32)
-    check(lambda u, **how: kernels.depthwise_gate(u, 3, 5, *weights, **how),
-          lambda u: depthwise_gate_reference(u, 3, 5, *double(*weights)), [u], g)
 
 
 def test_gate_large_values_and_nan():

@@ -1,14 +1,11 @@
 """The measuring commands of lab/: gpu, rehearsed on a CPU, tiny, so that a mistake costs no run on a real GPU; profile;
 stability."""
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, on_meta, photo
+from conftest import on_meta, photo, python
 from torch import nn
 
 import lab.profile
@@ -24,10 +21,9 @@ from sanasr import DCAE, Gemma2, LinearDiT
 @pytest.mark.parametrize("what, names, env", [
     ("correctness", ["linear_attention fp32", "pictures fp32, fast on"], {}),
     ("timings", ["card", "stages 512", "kernels"], {}),
-    ("training", ["model", "train, VGG-shaped LPIPS", "prune"], {"OMP_NUM_THREADS": "1"})])
+    ("training", ["model", "train, VGG-shaped LPIPS", "prune"], {"OMP_NUM_THREADS": 1})])
 def test_rehearsal(what, names, env, tmp_path):
-    command = [sys.executable, "-m", "lab.gpu", what, "--out", tmp_path, "--rehearse", "--only", *names]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
+    done = python("-m", "lab.gpu", what, "--out", tmp_path, "--rehearse", "--only", *names, **env)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     lines, text = json.loads((tmp_path / "gpu.json").read_text())["lines"], (tmp_path / "gpu.md").read_text()
     assert text.startswith("# A rehearsal on a CPU") and all(f"## {name}" in text for name in names)

@@ -1,12 +1,10 @@
 """The layout: no import of this project runs upward or in a circle, and importing a module does nothing else. The code
 style: ruff with the settings of pyproject.toml."""
 import ast
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, python
 
 LAYERS = [  # each module may import, at the top or within a function, what stands in a line above its own
     ["kernels.dispatch", "kernels.timer", "weights", "photos", "photos.pictures"],
@@ -50,17 +48,14 @@ def imports(name, path, known):
     return (found & set(known)) - {name}
 
 
-def test_no_import_runs_upward_or_in_a_circle():
+def test_no_import_runs_upward_or_in_a_circle(tmp_path):
+    (tmp_path / "x.py").write_text("import eval\ndef f():\n    from metrics import score\n    import metrics.report\n")
     known = modules()
+    assert imports("x", tmp_path / "x.py", known) == {"eval", "metrics", "metrics.score", "metrics.report"}
     assert set(known) == set(PLACE), f"LAYERS lacks or has in excess: {sorted(set(known) ^ set(PLACE))}"
     wrong = [f"{name} imports {other}" for name, path in known.items() for other in imports(name, path, known)
              if PLACE[other] >= PLACE[name]]
     assert not wrong, wrong
-
-
-def test_imports_are_found(tmp_path):
-    (tmp_path / "x.py").write_text("import eval\ndef f():\n    from metrics import score\n    import metrics.report\n")
-    assert imports("x", tmp_path / "x.py", modules()) == {"eval", "metrics", "metrics.score", "metrics.report"}
 
 
 def test_importing_has_no_side_effect(tmp_path):
@@ -74,14 +69,12 @@ before = state()
 for name in "sanasr runs photos.pairs objective trainer fast eval train prune linearsr.train".split():
     importlib.import_module(name)
     assert state() == before, (name, before, state())"""
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-                         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"})
+    run = python("-c", code, cwd=tmp_path, OMP_NUM_THREADS=1)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", ""), run.stderr
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(find_spec("ruff") is None, reason="ruff is not installed (requirements-dev.txt)")
 def test_ruff_finds_nothing():
-    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format", "concise"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    run = python("-m", "ruff", "check", "--no-cache", "--output-format", "concise")
     assert run.returncode == 0, run.stdout + run.stderr

@@ -123,18 +123,10 @@ def test_vgg_metrics_with_the_real_trunk(vgg):
     assert metrics.load("dists")(sr, hr).item() == pytest.approx(GOLDENS["dists.official.syn_a"], abs=1e-4)
 
 
-def assert_batch(model, metric):
-    """Reference and distorted version, 200x312, in one batch score what each of them does alone."""
-    assert model(torch.cat(pair("syn_b"))).tolist() == pytest.approx(
-        [GOLDENS[f"{metric}.syn_b.{kind}"] for kind in ("ref", "dist")], abs=1e-4)
-
-
 def test_musiq_and_clipiqa():
-    model = iqa.MUSIQ()
-    iqa.load(model, seed(model), r"$.")
-    assert_batch(model, "musiq")
-    model = iqa.CLIPIQA()
-    state = seed(model)
+    """Reference and distorted version, 200x312, in one batch score what each of them does alone."""
+    musiq, clipiqa = iqa.MUSIQ(), iqa.CLIPIQA()
+    iqa.load(musiq, seed(musiq), r"$.")
     text = {"token_embedding.weight": (49408, 512), "positional_embedding": (77, 512), "text_projection": (512, 1024),
             "ln_final.weight": (512,), "ln_final.bias": (512,), "logit_scale": (),
             "visual.attnpool.positional_embedding": (50, 2048)}
@@ -143,8 +135,10 @@ def test_musiq_and_clipiqa():
              "mlp.c_proj.weight": (512, 2048), "mlp.c_proj.bias": (512,),
              **{f"ln_{i}.{k}": (512,) for i in (1, 2) for k in ("weight", "bias")}}
     text |= {f"transformer.resblocks.{i}.{k}": shape for i in range(12) for k, shape in block.items()}
-    model.load(state | {k: draw(k, shape) for k, shape in text.items()})
-    assert_batch(model, "clipiqa")
+    clipiqa.load(seed(clipiqa) | {k: draw(k, shape) for k, shape in text.items()})
+    for metric, model in (("musiq", musiq), ("clipiqa", clipiqa)):
+        assert model(torch.cat(pair("syn_b"))).tolist() == pytest.approx(
+            [GOLDENS[f"{metric}.syn_b.{kind}"] for kind in ("ref", "dist")], abs=1e-4)
 
 
 def test_maniqa_crops():
@@ -294,12 +288,15 @@ def test_eval_restores_then_scores(tmp_path, monkeypatch, tiny_model):
     assert all(page.count(f"<figcaption>{kind}<") == 2 for kind in ("bicubic", "result", "reference"))
 
 
-def test_report_escapes_names(tmp_path):
+def test_the_report_escapes_names_and_ends_with_pictures_without_a_score(tmp_path):
     pictures(tmp_path, 1)
     pairs = [score.Pair("<b>&.png", tmp_path / "0.png")]
     report.write_report([{"image": "<b>&.png", "niqe": 3.0}], pairs, tmp_path / "r.html", note="<i>")
     page = (tmp_path / "r.html").read_text()
     assert "<b>" not in page and "&lt;b&gt;&amp;.png" in page and "<i>" not in page
+    rows = [{"image": name, "niqe": value} for name, value in zip("abcd", (3.0, math.nan, 9.0, 5.0), strict=True)]
+    order, by = report.worst_first(rows, [None] * 4)
+    assert by == "niqe" and [row["image"] for row, _ in order] == ["c", "d", "a", "b"]
 
 
 def test_patch_is_the_central_crop():
@@ -318,12 +315,6 @@ def test_pictures_that_a_metric_cannot_score(tmp_path):
     with pytest.raises(ValueError, match="two blocks"):
         NIQE()(x)
     assert NIQE()(torch.full((1, 3, 192, 192), 0.5)).isnan().all()
-
-
-def test_pictures_without_a_score_are_reported_last():
-    rows = [{"image": name, "niqe": value} for name, value in zip("abcd", (3.0, math.nan, 9.0, 5.0), strict=True)]
-    order, by = report.worst_first(rows, [None] * 4)
-    assert by == "niqe" and [row["image"] for row, _ in order] == ["c", "d", "a", "b"]
 
 
 def test_partners():

@@ -1,11 +1,9 @@
 """The one atomic write, and the helpers of runs.py that write through it."""
 import os
-import subprocess
-import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, python
 
 import runs
 from photos.pictures import atomically, write_bytes
@@ -49,7 +47,7 @@ from photos.pictures import atomically
 with atomically({str(tmp_path / "x")!r}) as temporary:
     temporary.write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)"""
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT)
+    python("-c", code)
     left, = tmp_path.iterdir()
     other = tmp_path / ".y.0123.tmp"
     other.touch()

@@ -3,7 +3,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 import time
 from itertools import pairwise
@@ -11,7 +10,7 @@ from itertools import pairwise
 import pytest
 import tiny
 import torch
-from conftest import DATA, MODEL, ROOT, external, golden, on_meta, photo, relative
+from conftest import DATA, MODEL, external, golden, on_meta, photo, python, relative
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
 from seeded import seeded, seeded_input, seeded_state_dict
@@ -355,8 +354,7 @@ before = rss()
 model = LinearDiT.from_pretrained({str(tmp_path)!r}, torch.bfloat16)
 for p in model.parameters(): p.view(torch.int16).max()
 print((rss() - before) / sum(p.numel() * 2 for p in model.parameters()))"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert 0.5 < float(done.stdout) < 1.15
+    assert 0.5 < float(python("-c", code).stdout) < 1.15
 
 
 @pytest.mark.parametrize("capability, native", [((7, 5), False), ((8, 0), True), ((9, 0), True)])

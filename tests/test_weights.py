@@ -2,15 +2,13 @@
 import http.server
 import json
 import os
-import subprocess
-import sys
 import threading
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import python
 from huggingface_hub import constants
 
 import weights
@@ -183,12 +181,13 @@ def test_download_fetches_what_is_needed_and_goes_on_after_a_break(tmp_path):
     code = ("import weights; weights.MODELS['tiny'] = weights.Model('MIT', 'org/tiny')\n"
             "print(weights.folder('tiny', 'fp16'))")
     # the hub's address is read when huggingface_hub is imported, so in a process of its own
-    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and k != "SANASR_WEIGHTS"} | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "*"}
+    env = dict.fromkeys([k for k in os.environ if k.startswith("HF_")]) | {
+        "SANASR_WEIGHTS": None, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": tmp_path / "home",
+        "NO_PROXY": "*"}
 
     def fetch():
         Hub.log.clear()
-        run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+        run = python("-c", code, **env)
         assert run.returncode == 0, run.stderr
         return Path(run.stdout.strip()), run.stderr
     try:
@@ -208,8 +207,7 @@ def test_download_fetches_what_is_needed_and_goes_on_after_a_break(tmp_path):
 
 
 def test_listing_names_all():
-    run = subprocess.run([sys.executable, "-m", "weights"], cwd=ROOT, capture_output=True, text=True,
-                         env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    run = python("-m", "weights", HF_HUB_OFFLINE=1)
     assert run.returncode == 0, run.stderr
     assert all(f"  {name} " in run.stdout for name in [*MODELS, *FILES])
     assert "Efficient-Large-Model/Sana_600M_512px_diffusers" in run.stdout
