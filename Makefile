@@ -7,7 +7,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 IN := $(VENV)/bin/python
 
-.PHONY: demo test slow lint picture ablation gpu faults clean
+.PHONY: demo test slow lint picture ablation bundled gpu faults clean
 
 demo: $(VENV)/runtime
 	$(IN) eval.py examples --compare
@@ -24,6 +24,10 @@ picture: $(VENV)/runtime  # the README's, from the photos in examples/
 # make ablation LR=lr HR=hr DATA=hq: hours on a CPU, goes on where it was stopped; ARGS="…" for more options
 ablation: $(VENV)/runtime
 	$(IN) -m lab.ablation --lr $(LR) --hr $(HR) $(if $(DATA),--data $(DATA)) $(ARGS)
+
+# make bundled HQ=./hq: the models in weights/ from photos: a day on one core, goes on where it was stopped
+bundled: $(VENV)/runtime
+	$(IN) -m lab.bundled --data $(HQ) $(ARGS)
 
 gpu: $(VENV)/runtime  # half an hour at most on an NVIDIA GPU, into runs/gpu; without a registry: python3 -m lab.gpu …
 	for part in correctness timings training; do $(IN) -m lab.gpu $$part --out runs/gpu || exit 1; done

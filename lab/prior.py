@@ -261,6 +261,8 @@ def export(args):
         p.data = value
     for part, name in ((vae, "vae"), (model.dit, "transformer"), (model.text, "text_encoder")):
         save_module(part, target / name, torch.float16)
+    if args.transformer:
+        shutil.copytree(args.transformer, target / "transformer", dirs_exist_ok=True)
     (target / "tokenizer").mkdir(exist_ok=True)
     shutil.copy(args.out / "tokenizer" / "tokenizer.json", target / "tokenizer")
     if old not in (None, fingerprint(target / "transformer")):
@@ -280,6 +282,7 @@ def main(argv=None):
     add("--vae", default="embedded", metavar="NAME|FOLDER", help="the model whose autoencoder makes the latents")
     add("--out", type=Path, default=Path("runs/prior"), metavar="DIR", help="the run (default %(default)s)")
     add("--to", metavar="PATH", help="export: the folder to write; tags: the CSV file")
+    add("--transformer", metavar="DIR", help="export: this transformer in the place of the run's")
     add("--latents", type=int, default=8000, metavar="N", help="crops to encode (default %(default)s)")
     add("--steps", type=int, default=30_000, help="the learning rate falls over the last quarter (default %(default)s)")
     add("--every", type=int, default=500, metavar="N", help="validate and save every N steps (default %(default)s)")

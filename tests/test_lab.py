@@ -1,6 +1,7 @@
 """The measuring commands of lab/: gpu, rehearsed on a CPU, tiny, so that a mistake costs no run on a real GPU; profile;
 stability."""
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +9,12 @@ import torch
 from conftest import on_meta, photo, python
 from torch import nn
 
+import autoencoder
 import lab.profile
 import lab.stability
-from lab import gpu
+import linearsr.train
+import train
+from lab import bundled, gpu, prior
 from lab.profile import count_macs, parameters, stages
 from lab.stability import STRENGTHS, degraded, stability
 from photos.degrade import to_tensor
@@ -141,3 +145,34 @@ def test_the_command_of_stability(tiny_model, tmp_path, capsys):
     (tmp_path / "broken.png").write_bytes(b"no")
     with pytest.raises(SystemExit, match="error: .*broken.png"):
         lab.stability.main(arguments)
+
+
+# --- bundled ---
+
+def test_every_line_that_makes_the_bundled_models_is_understood_and_run_once(here, photos, monkeypatch, capsys):
+    """With commands that only parse their arguments and leave an empty result."""
+    ran = []
+
+    def leave(name, path):
+        def command(args):
+            ran.append(name(args))
+            folder = Path(path(args))
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "adapter.safetensors").touch()
+            return 0
+        return command
+    for module in (autoencoder, train):
+        monkeypatch.setattr(module, "train", leave(lambda args: args.run.name, lambda args: args.run))
+    monkeypatch.setattr(linearsr.train, "run_stage", leave(lambda args: args.stage, lambda args: args.root))
+    monkeypatch.setattr(linearsr.train, "export", leave(lambda args: Path(args.to).name, lambda args: args.to))
+    for name, option in (("train", "out"), ("export", "to"), ("write_tags", "to")):
+        monkeypatch.setattr(prior, name, leave(lambda args, name=name: name, lambda args, o=option: getattr(args, o)))
+    line = ["--data", str(photos), "--device", "cpu"]
+    assert bundled.main(line) == 0
+    learned, rest = ["pixels", "sharp", "texture"], ["adapter", "experts"]
+    made = ["write_tags", "train", "export", "pretrain", "network", "export"]
+    assert ran == [*learned, *made, *rest, "linearsr-embedded"]
+    assert "12 of 12 stages to run, about" in capsys.readouterr().out
+    ran.clear()
+    assert bundled.main(line) == 0  # what sees for itself that nothing is left
+    assert ran == [*learned, "train", "pretrain", *rest]

@@ -22,7 +22,7 @@ LAYERS = [  # each module may import, at the top or within a function, what stan
     ["metrics.report", "lab", "lab.profile", "lab.stability", "lab.stages"],
     ["eval", "train", "linearsr.flow"],
     ["prune", "linearsr.train", "lab.bench", "kernels.bench", "weights.__main__", "examples.comparison"],
-    ["lab.prior", "lab.ablation", "lab.gpu"],
+    ["lab.prior", "lab.ablation", "lab.bundled", "lab.gpu"],
     ["lab.linearsr"],
     ["lab.faults"],
 ]

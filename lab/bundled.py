@@ -1,0 +1,101 @@
+"""Makes the two bundled models from a folder of photos. Rerun to resume.
+
+    make bundled HQ=./hq            python -m lab.bundled --data ./hq, into runs/bundled
+
+    pixels, sharp, texture     encoder and decoder end to end on degraded photos       train.py --learn autoencoder
+    tags, prior                the text encoder and a first prior on E(x_H)            lab.prior
+    shared                     one prior for both systems, with and without the LR     linearsr.train --stage pretrain
+                               picture: the transformer of both, and LinearSR's stem
+    adapter                    Algorithm 1                                             train.py
+    experts                    four low-rank differences from the shared network       linearsr.train --stage experts
+
+It prints the command of each stage, and first how many hours they take here: those of one core of an AMD EPYC (family
+25 model 17, with bf16 instructions), times what a training step of the autoencoder takes here by what it took there.
+--teacher: pictures that a restorer made of runs/pairs/KEY/lr, of the same names; KEY is printed by the first stage.
+Without them the autoencoder learns from the photos alone.
+"""
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import runs
+import weights
+from lab import stages
+from lab.stages import Stage
+from runs import DTYPES
+from sanasr import DCAE
+
+STEP = 1.3  # seconds of `step` on that core, in bf16
+
+
+def step(args):
+    """Seconds of a step of the autoencoder's training, the second of two: batch 8 of 224²."""
+    net = DCAE.from_pretrained(weights.folder("embedded") / "vae", torch.float32, args.device)
+    net.requires_grad_(True).to(memory_format=torch.channels_last)
+    for _ in range(2):
+        began = time.perf_counter()
+        with torch.autocast(args.device.type, DTYPES[args.dtype], args.dtype != "fp32"):
+            net.decode(net.encode(torch.zeros(8, 3, 224, 224, device=args.device))).float().mean().backward()
+        if args.device.type == "cuda":
+            torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def plan(args, slower):
+    """The stages, in their order. slower: than the core whose hours they name."""
+    out, machine = args.out.resolve(), ["--device", args.device.type, "--dtype", args.dtype, "--workers", args.workers]
+    data, tags = ["--data", *(Path(folder).resolve() for folder in args.data)], out / "tags.csv"
+    teacher = ["--teacher", args.teacher.resolve()] if args.teacher else []
+    first, model, linearsr = out / "first", out / "embedded", out / "linearsr"
+
+    def learn(name, init, hours, *options):
+        folder = out / name
+        init = ["--init", out / init / "vae"] if init else []
+        line = ["train", "--learn", "autoencoder", *data, "--name", folder, *init, *options, *machine]
+        return Stage(name, line, resume=folder / "state.pt", hours=hours * slower)
+
+    def stage(name, leaves, hours, *line):
+        return Stage(name, [*line], leaves, hours=hours * slower)
+    flow = ["linearsr.train", *data, "--name", linearsr, "--crop", 256, "--tags", tags, "--mild", 0.5,
+            "--batch", 32, "--pairs", 24_000, *machine, "--stage"]
+    export = ["linearsr.train", "--stage", "export", "--name", linearsr, "--start", "end", "--to"]
+    return [
+        learn("pixels", None, 1, "--pairs", 24_000, "--perceptual", 0, "--steps", 2500),
+        learn("sharp", "pixels", 9, "--pairs", 24_000, *teacher, "--steps", 20_000),
+        learn("texture", "sharp", 4, "--pairs", 24_000, *teacher, "--texture", 0.3, "--lr", 1e-4, "--steps", 5000),
+        stage("tags", tags, 0, "lab.prior", "tags", *data, "--to", tags),
+        stage("prior", None, 1, "lab.prior", "train", *data, "--vae", out / "texture", "--out", out / "prior",
+              "--batch", 32, "--lr", 1e-3, "--steps", 3000, *machine),
+        stage("first model", first, 0, "lab.prior", "export", "--out", out / "prior", "--to", first),
+        stage("shared", None, 8, *flow, "pretrain", "--model", first, "--unconditional", 0.4, "--steps", 30_000),
+        stage("its network", out / "network", 0, *export, out / "network", "--of", "pretrain", "--model", first),
+        stage("model", model, 0, "lab.prior", "export", "--out", out / "prior", "--to", model,
+              "--transformer", out / "network" / "transformer"),
+        Stage("adapter", ["train", *data, "--model", model, "--name", out / "adapter", "--init", "none", "--rank", 16,
+                          "--crop", 256, "--steps", 2000, *machine], resume=out / "adapter" / "state.pt", hours=slower),
+        stage("experts", None, 3, *flow, "experts", "--model", model, "--start", "end", "--steps", 2500),
+        stage("LinearSR", out / "linearsr-embedded", 0, *export, out / "linearsr-embedded", "--model", model)]
+
+
+@runs.command
+def main(argv=None):
+    parser = runs.parser(__doc__)
+    add = parser.add_argument
+    add("--data", nargs="+", required=True, metavar="DIR", help="folders of clean photos, searched recursively")
+    add("--teacher", type=Path, metavar="DIR", help="see above")
+    add("--out", type=Path, default=Path("runs/bundled"), metavar="DIR", help="(default %(default)s)")
+    runs.add_device_options(add, workers=2)
+    args = parser.parse_args(argv)
+    runs.check_ranges(args)
+    runs.resolve_device(args)
+    stages.run(plan(args, step(args) / STEP))
+    shutil.copy(args.out / "adapter" / "adapter.safetensors", args.out / "embedded")
+    print(f"{args.out / 'embedded'} and {args.out / 'linearsr-embedded'} are models for eval.py --model")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
