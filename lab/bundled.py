@@ -1,4 +1,4 @@
-"""Makes the two bundled models from a folder of photos. Rerun to resume.
+"""Makes two models like the bundled ones from a folder of photos. Rerun to resume.
 
     make bundled HQ=./hq            python -m lab.bundled --data ./hq, into runs/bundled
 
