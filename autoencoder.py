@@ -11,8 +11,9 @@
 The paper's introduction asks for a degradation-aware autoencoder; its §3.1 takes SANA's as it is. The official weights
 stay as they are; the bundled model's come from programs before this one (docs/training.md). The order matters: pixels
 until structure stands, then the pictures of a teacher, a function of x_L where x_H is one of many answers, then texture
-by DISTS and a critic, which see x_H. The teacher is any restorer that was run over runs/pairs/KEY/lr and wrote pictures
-of the same names. What has no picture there learns x_H.
+by DISTS and a critic, which see x_H. Of that the decoder alone learns: a prior trained on E(x_H) stays valid. The
+teacher is any restorer that was run over runs/pairs/KEY/lr and wrote pictures of the same names. What has no picture
+there learns x_H.
 Leaves in runs/NAME: vae/ (EMA weights, an official folder), samples/, log.csv, curves.png, state.pt (--resume).
 """
 import hashlib
@@ -218,9 +219,10 @@ def train(args):
     torch.manual_seed(args.seed)
     net = DCAE.from_pretrained(args.init or weights.folder(args.model) / "vae", torch.float32, args.device)
     net.train().requires_grad_(True).to(memory_format=torch.channels_last)
+    net.encoder.requires_grad_(not args.texture)
     loss = Restoration(args, net)
     folder, names, pairs = prepare_pairs(args)
-    parameters = dict(net.named_parameters())
+    parameters = {key: p for key, p in net.named_parameters() if p.requires_grad}
     if loss.critic:
         parameters |= {f"critic.{key}": p for key, p in loss.critic.named_parameters()}
     settings = {key: getattr(args, key) for key in SETTINGS} | {

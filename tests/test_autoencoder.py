@@ -120,6 +120,14 @@ def test_texture_moves_the_picture_and_the_critic_apart(monkeypatch):
     assert own[0] is None and all(g.abs().max() > 0 for g in own[1:] if g.ndim > 1)
 
 
+def test_the_decoder_alone_learns_texture(run, monkeypatch, tiny_model):
+    monkeypatch.setattr(autoencoder.DISTS, "from_pretrained", lambda: autoencoder.DISTS().requires_grad_(False))
+    folder = run("texture", "--steps", 3, "--texture", 1)
+    before, after = (DCAE.from_pretrained(f / "vae", torch.float16).state_dict() for f in (tiny_model, folder))
+    changed = {key.split(".")[0] for key, x in before.items() if not torch.equal(x, after[key])}
+    assert changed == {"decoder"} and {"dists", "doubt", "critic"} <= set(read_log(folder / "log.csv")[-1])
+
+
 def test_repeated_sees_a_lattice():
     plain = 0.1 * noise(1, 3, 64, 64)
     dots = plain.clone()
