@@ -87,9 +87,7 @@ def load(name: str, device: str | torch.device = "cpu"):
                              f"{sr.shape[-1]}x{sr.shape[-2]}")
         if not metric.needs_reference:
             return function(sr.to(device))
-        if hr is None:
-            raise ValueError(f"{name} needs a reference")
-        if sr.shape != hr.shape:
-            raise ValueError(f"{name}: the images differ in size, {tuple(sr.shape)} and {tuple(hr.shape)}")
+        if hr is None or hr.shape != sr.shape:
+            raise ValueError(f"{name} needs a reference of the same size, {tuple(sr.shape)}")
         return function(sr.to(device), hr.to(device))
     return score

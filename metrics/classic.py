@@ -32,10 +32,10 @@ def _gaussian(size, sigma):
     return g / g.sum()
 
 
-def _blur(x, kernel):
-    """Separable convolution of (B,1,H,W) with a 1-D kernel in both directions, valid positions only."""
+def _blur(x, kernel, step=1):
+    """Convolution of (B,1,H,W) with a 1-D kernel in both directions, at every `step`-th of the valid positions."""
     kernel = kernel.to(x)
-    return F.conv2d(F.conv2d(x, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))
+    return F.conv2d(F.conv2d(x, kernel.view(1, 1, 1, -1), stride=(1, step)), kernel.view(1, 1, -1, 1), stride=(step, 1))
 
 
 def ssim(sr, hr):
@@ -129,7 +129,7 @@ class NIQE:
 def _half(x):
     """(B,1,H,W), H and W even -> half the size, like MATLAB's imresize: cubic (a = -0.5) stretched to 8 taps,
     edges mirrored with the edge pixel repeated."""
-    taps = x.new_tensor([-3, -9, 29, 111, 111, 29, -9, -3]) / 256
+    taps = torch.tensor([-3, -9, 29, 111, 111, 29, -9, -3]) / 256
     x = torch.cat([x[..., :3].flip(-1), x, x[..., -3:].flip(-1)], -1)
     x = torch.cat([x[..., :3, :].flip(-2), x, x[..., -3:, :].flip(-2)], -2)
-    return F.conv2d(F.conv2d(x, taps.view(1, 1, 1, -1), stride=(1, 2)), taps.view(1, 1, -1, 1), stride=(2, 1))
+    return _blur(x, taps, step=2)

@@ -1,4 +1,4 @@
-"""Pictures: reading, enlarging, colour correction, writing; and the one atomic write that every file goes through.
+"""Pictures: reading, enlarging, tensors, colour correction, writing; and the atomic write that all files go through.
 
     picture = read("photo.jpg")             8-bit RGB, upright, with its alpha, colour profile and EXIF beside it
     x_l = bicubic(picture.rgb, 4)           what the networks restore
