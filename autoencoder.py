@@ -46,7 +46,7 @@ ALIGNED = 0.3           # share of views that begin where the picture does, as t
 REPEATED = 0.3          # weight of `repeated`
 DOUBT = 1 / 15          # weight of the critic's verdict in --texture: its gradient is then as large as that of DISTS
 WARMUP, DECAY, EMA = 50, 0.25, 0.998
-VAL = 64                # held-out pairs, as many of each kind
+HELD, VAL = 256, 64     # held-out pairs that are made, of all kinds alike, and those that validations see
 
 # --- Views of the pairs ---
 
@@ -205,10 +205,10 @@ def prepare_pairs(args):
     folder = Path("runs") / "pairs" / key
     names = write_pairs(folder, photos, args.pairs, 0, args.workers)
     even = dict.fromkeys(KINDS, 1 / len(KINDS))
-    val = write_pairs(folder / "val", held, VAL, 1, args.workers, even)
+    val = write_pairs(folder / "val", held, HELD, 1, args.workers, even)
     print(f"{report}; {len(held)} held out; {len(names)} pairs in {folder}", flush=True)
     pairs = [(name.split("_")[1][:-4], *(read(folder / "val" / part / name).rgb for part in ("lr", "hr")))
-             for name in val]
+             for name in val[:VAL]]
     return folder, names, pairs
 
 

@@ -41,7 +41,7 @@ def test_pairs_of_every_kind_are_of_one_place(kind, photos):
 @pytest.fixture
 def run(here, monkeypatch, photos, tiny_model):
     """run(name, options…) trains the tiny model's autoencoder and returns the run's folder."""
-    monkeypatch.setattr(autoencoder, "VAL", 8)
+    monkeypatch.setattr(autoencoder, "HELD", 8)
 
     def start(name, *options, code=0):
         argv = ["--learn", "autoencoder", "--data", photos, "--model", tiny_model, "--name", name, "--pairs", 12,
