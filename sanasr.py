@@ -442,17 +442,21 @@ def load_lora(model: nn.Module, path: str | Path, system: str = "sana-sr") -> di
         alphas = {name: float(alpha) for name, alpha in json.loads(metadata.get("alphas", "{}")).items()}
     except (AttributeError, TypeError, ValueError):
         raise ValueError(f"{path}: its metadata says alphas = {metadata['alphas']!r}, no numbers by module") from None
+    known = set()
     for name, module in list(model.named_modules()):
-        a, b = (state.get(f"{name}.lora_{half}.weight") for half in "AB")
-        if a is None or b is None or not isinstance(module, Linear):
+        keys = [f"{name}.lora_{half}.weight" for half in "AB"]
+        if not isinstance(module, Linear) or not state.keys() >= set(keys):
             continue
+        a, b = (state[key] for key in keys)
         (out_features, in_features), rank = module.weight.shape[:2], len(a)
         if (a.shape[1], *b.shape) != (in_features, out_features, rank):
             raise ValueError(f"{path}: {name} does not fit a projection of {in_features} to {out_features} channels")
         _attach_lora(module, rank, alphas.get(name, float(metadata.get("alpha", rank))) / rank)
-    if unknown := model.load_state_dict(state, strict=False).unexpected_keys:
+        known.update(keys)
+    if unknown := sorted(state.keys() - known):  # a weight of the model itself is no part of an adapter
         raise ValueError(f"{path}: {unknown[0]} fits no projection of this model or lacks its other half; was the "
                          "adapter made for another model?")
+    model.load_state_dict(state, strict=False)
     return metadata
 
 

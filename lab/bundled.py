@@ -12,7 +12,7 @@
 It prints the command of each stage, and first how many hours they take here: those of one core of an AMD EPYC (family
 25 model 17, with bf16 instructions), times what a training step of the autoencoder takes here by what it took there.
 --teacher: pictures that a restorer made of runs/pairs/KEY/lr, of the same names; KEY is printed by the first stage.
-Without them the autoencoder learns from the photos alone.
+Without them the autoencoder learns from the photos alone. The stage texture takes VGG16, 553 MB, fetched first of all.
 """
 import shutil
 import sys
@@ -25,6 +25,7 @@ import runs
 import weights
 from lab import stages
 from lab.stages import Stage
+from metrics import DISTS
 from runs import DTYPES
 from sanasr import DCAE
 
@@ -69,15 +70,20 @@ def plan(args, slower):
         stage("tags", tags, 0, "lab.prior", "tags", *data, "--to", tags),
         stage("prior", None, 1, "lab.prior", "train", *data, "--vae", out / "texture", "--out", out / "prior",
               "--batch", 32, "--lr", 1e-3, "--steps", 3000, *machine),
-        stage("first model", first, 0, "lab.prior", "export", "--out", out / "prior", "--to", first),
+        # an export is done once the file is there that it writes last
+        stage("first model", first / "provenance.json", 0, "lab.prior", "export", "--out", out / "prior",
+              "--to", first),
         stage("shared", None, 8, *flow, "pretrain", "--model", first, "--unconditional", 0.4, "--steps", 30_000),
-        stage("its network", out / "network", 0, *export, out / "network", "--of", "pretrain", "--model", first),
-        stage("model", model, 0, "lab.prior", "export", "--out", out / "prior", "--to", model,
+        stage("its network", out / "network" / "config.json", 0, *export, out / "network", "--of", "pretrain",
+              "--model", first),
+        stage("model", model / "provenance.json", 0, "lab.prior", "export", "--out", out / "prior", "--to", model,
               "--transformer", out / "network" / "transformer"),
         Stage("adapter", ["train", *data, "--model", model, "--name", out / "adapter", "--init", "none", "--rank", 16,
-                          "--crop", 256, "--steps", 2000, *machine], resume=out / "adapter" / "state.pt", hours=slower),
+                          "--tags", "none", "--lpips", "alex", "--crop", 256, "--steps", 2000, *machine],
+              resume=out / "adapter" / "state.pt", hours=slower),
         stage("experts", None, 3, *flow, "experts", "--model", model, "--start", "end", "--steps", 2500),
-        stage("LinearSR", out / "linearsr-embedded", 0, *export, out / "linearsr-embedded", "--model", model)]
+        stage("LinearSR", out / "linearsr-embedded" / "config.json", 0, *export, out / "linearsr-embedded",
+              "--model", model)]
 
 
 @runs.command
@@ -91,6 +97,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     runs.check_ranges(args)
     runs.resolve_device(args)
+    DISTS.from_pretrained()  # what cannot be fetched ends this now, not after hours
     stages.run(plan(args, step(args) / STEP))
     shutil.copy(args.out / "adapter" / "adapter.safetensors", args.out / "embedded")
     print(f"{args.out / 'embedded'} and {args.out / 'linearsr-embedded'} are models for eval.py --model")

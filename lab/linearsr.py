@@ -37,6 +37,7 @@ from lab import stages
 from lab.ablation import BICUBIC, bootstrap, keep_settings, make_rows, open_pairs, score
 from lab.profile import count
 from lab.stages import Stage
+from linearsr import parts
 from linearsr.flow import Held, Network, interval
 from objective import Conditions, Latents
 from photos.pairs import TrainingData
@@ -64,7 +65,7 @@ VARIANTS = {  # name: (what, options of linearsr.train, the row whose experts ar
 def losses(args):
     """Print the table of losses."""
     model = load_model(args.model, args.device, float32)
-    shared = LinearDiT.from_pretrained(weights.folder(args.model) / "transformer", float32, args.device)
+    shared = LinearDiT.from_pretrained(parts(weights.folder(args.model))[2], float32, args.device)
     args.crop, args.suffix = shared.config["sample_size"] * model.vae.factor, conditioning(model.metadata)["suffix"]
     args.tags, args.lq, args.workers, args.seed = args.tags or "none", None, runs.workers(4), 0
     data = TrainingData(args, args.out)
@@ -189,7 +190,7 @@ def table(args):
     rows, folder, model = table_rows(args), args.out / "rows", weights.folder(args.model)
     wanted = chosen(args, rows, "row")
     keep_settings(folder, settings | {
-        "linearsr": [fingerprint(model / part) for part in ("transformer", "stem")],
+        "linearsr": [fingerprint(part) for part in (parts(model)[2], model / "stem")],
         "sanasr": fingerprint(weights.folder(args.sanasr) / "vae"), "pretrained": args.pretrained,
         "steps": args.pretrained and args.steps, "best": args.best, "fine-steps": args.best and args.fine_steps,
         "options": args.options or None})

@@ -143,6 +143,14 @@ def read_linearsr(folder):
         raise ValueError(f"{path}: {error}") from None
 
 
+def parts(folder, dtype=None):
+    """(config, folder of its base, folder of the shared network's transformer) of a LinearSR folder. dtype: of the base
+    to download. Raises ValueError that names the file, weights.Unavailable."""
+    config = read_linearsr(folder)
+    base = weights.folder(config["base"] if config["base"] in weights.MODELS else folder / config["base"], dtype)
+    return config, base, (folder if (folder / "transformer").exists() else base) / "transformer"
+
+
 def load_experts(shared, folder, boundaries):
     """The experts of a LinearSR folder: copies of the network `shared`, each with its low-rank difference merged.
 
@@ -194,13 +202,10 @@ class LinearSR(Restorer):
         device = torch.device(device)
         dtype, vae_dtype = choose_dtypes(device, dtype)
         folder = weights.folder(name_or_folder, dtype)
-        config = read_linearsr(folder)
-        base = config["base"] if config["base"] in weights.MODELS else folder / config["base"]
-        base = weights.folder(base, dtype)
+        config, base, transformer = parts(folder, dtype)
         vae = DCAE.from_pretrained(base / "vae", vae_dtype, device)
         stem = Stem.from_pretrained(folder / "stem", dtype, device)
-        owner = folder if (folder / "transformer").exists() else base
-        shared = LinearDiT.from_pretrained(owner / "transformer", dtype, "cpu" if offload else device)
+        shared = LinearDiT.from_pretrained(transformer, dtype, "cpu" if offload else device)
         experts = load_experts(shared, folder, config["boundaries"])
         try:
             prompts = PromptEncoder(base, vae_dtype, device)

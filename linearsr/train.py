@@ -278,6 +278,8 @@ def export(args):
     if len(shared) > 1:
         raise UserError(f"{folders[0].parent}: the experts belong to different networks: {', '.join(sorted(shared))}")
     model = load_model(args.model, torch.device("cpu"), torch.float32, adapter=False)
+    if target.resolve() == model.folder.resolve():  # its transformer would be replaced
+        raise UserError(f"--to {target} is the folder of --model {args.model}: name another one")
     network = Network(model.dit, Stem({"width": model.dit.config["cross_attention_dim"]}))
     load_network(network, shared.pop())
     (target / "config.json").unlink(missing_ok=True)  # of an earlier export, as the experts are: no model until the end

@@ -14,6 +14,7 @@ import lab.profile
 import lab.stability
 import linearsr.train
 import train
+import weights
 from lab import bundled, gpu, prior
 from lab.profile import count_macs, parameters, stages
 from lab.stability import STRENGTHS, degraded, stability
@@ -158,21 +159,37 @@ def test_every_line_that_makes_the_bundled_models_is_understood_and_run_once(her
             ran.append(name(args))
             folder = Path(path(args))
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "adapter.safetensors").touch()
+            for file in ("adapter.safetensors", "config.json", "provenance.json"):
+                (folder / file).touch()
             return 0
         return command
+    monkeypatch.setattr(bundled.DISTS, "from_pretrained", lambda: None)
     for module in (autoencoder, train):
-        monkeypatch.setattr(module, "train", leave(lambda args: args.run.name, lambda args: args.run))
+        monkeypatch.setattr(module, "train", leave(
+            lambda args: (args.run.name, args.tags, args.lpips) if args.learn == "adapter" else args.run.name,
+            lambda args: args.run))
     monkeypatch.setattr(linearsr.train, "run_stage", leave(lambda args: args.stage, lambda args: args.root))
     monkeypatch.setattr(linearsr.train, "export", leave(lambda args: Path(args.to).name, lambda args: args.to))
     for name, option in (("train", "out"), ("export", "to"), ("write_tags", "to")):
         monkeypatch.setattr(prior, name, leave(lambda args, name=name: name, lambda args, o=option: getattr(args, o)))
     line = ["--data", str(photos), "--device", "cpu"]
     assert bundled.main(line) == 0
-    learned, rest = ["pixels", "sharp", "texture"], ["adapter", "experts"]
+    learned, rest = ["pixels", "sharp", "texture"], [("adapter", "none", "alex"), "experts"]
     made = ["write_tags", "train", "export", "pretrain", "network", "export"]
     assert ran == [*learned, *made, *rest, "linearsr-embedded"]
     assert "12 of 12 stages to run, about" in capsys.readouterr().out
     ran.clear()
     assert bundled.main(line) == 0  # what sees for itself that nothing is left
     assert ran == [*learned, "train", "pretrain", *rest]
+    ran.clear()
+    (here / "runs/bundled/network/config.json").unlink()  # as if killed in the export
+    assert bundled.main(line) == 0
+    assert ran == [*learned, "train", "pretrain", "network", *rest]
+
+    def unavailable():
+        raise weights.Unavailable("no VGG16")
+    monkeypatch.setattr(bundled.DISTS, "from_pretrained", unavailable)
+    ran.clear()
+    with pytest.raises(SystemExit, match="error: no VGG16"):
+        bundled.main(line)
+    assert not ran, "it says so before anything is trained"

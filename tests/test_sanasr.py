@@ -287,6 +287,8 @@ LORA = {"lora_A.weight": torch.zeros(4, 64), "lora_B.weight": torch.zeros(64, 4)
     (LORA, {"alpha": "much"}, "alpha = 'much'"), (LORA, {"timestep": "much"}, "timestep = 'much'"),
     (LORA | {"lora_A.weight": torch.zeros(4, 32)}, None, "to_q.*64 to 64"),  # of another base
     (LORA | {"lora_A.weight": torch.zeros(4, 64).int()}, None, "lora_A.weight is no matrix of floating numbers"),
+    (LORA | {"weight": torch.zeros(64, 64)}, None, "to_q.weight fits no projection"),  # the model's own
+    ({"lora_A.weight": torch.zeros(4, 64)}, None, "lora_A.weight fits no projection of this model or lacks its other"),
     ({}, None, "no adapter"), ({"alpha": torch.zeros(())}, None, "to_q.alpha is no matrix")])
 def test_what_is_no_adapter_of_this_model_is_refused(tmp_path, tensors, metadata, message):
     save_file({f"transformer_blocks.0.attn1.to_q.{key}": x for key, x in tensors.items()}, tmp_path / "a.safetensors",

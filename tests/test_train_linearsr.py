@@ -120,7 +120,7 @@ def test_an_export_is_as_its_training_was(run):
     assert main("--stage", "export", "--to", "made", "--of", "pretrain", "--pretrained", "elsewhere") == 0
 
 
-def test_a_model_of_sana_sr_shares_its_transformer(run, tiny_model):
+def test_a_model_of_sana_sr_shares_its_transformer(run, photos, tiny_model):
     """Without LR pictures the stem learns nothing; an export on a model with the same transformer stores none."""
     folder = run("pretrain", "--steps", 2, "--every", 2, "--unconditional", 1)
     network = load_file(folder / "checkpoints" / "000002.safetensors")
@@ -134,6 +134,15 @@ def test_a_model_of_sana_sr_shares_its_transformer(run, tiny_model):
     photo = Image.new("RGB", (24, 24), (200, 30, 30))
     alone, shared = (LinearSR.from_pretrained(name).restore(photo, steps=2) for name in ("alone", "shared"))
     assert alone.tobytes() == shared.tobytes()
+    assert "--to model is the folder of --model model" in error_of(*export, "model/.", "--model", "model")
+    config = Path("model/transformer/config.json")  # which the export would have taken away
+    config.write_text(config.read_text().replace('"sample_size": 4', '"sample_size": 3'))  # for the small photos
+    assert lab.main(["losses", "--model", "shared", "--device", "cpu", "--data", str(photos), "--draws", "1", "--val",
+                     "1"]) == 0
+    for side, kind in ((32, "lr"), (128, "hr")):
+        save_photo(Path(kind, "a.png"), side, side, 0)
+    assert lab.main(["table", "--model", "shared", "--sanasr", "model", "--device", "cpu", "--lr", "lr", "--hr", "hr",
+                     "--metrics", "psnr", "--only", "bicubic"]) == 0
 
 
 def test_held_out_loss_falls(run):
