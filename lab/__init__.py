@@ -1,5 +1,6 @@
 """How the bundled models were made, measured and broken. The product needs none of it.
 
+    python -m lab.bundled …      makes models like the bundled ones from photos, by all stages
     python -m lab.prior …        trains the bundled model's prior from photos alone
     python -m lab.ablation …     tables: the stages of the method, and what each part of the training is worth
     python -m lab.linearsr …     LinearSR: its experts' losses, and the table of both systems

@@ -101,7 +101,7 @@ def starts(folder, args, k, data):
         experts = expert_folders(args, "experts")[k]
         start["adapter"] = starting_point(experts, args)
         start["network"] = settings_of(experts, args.boundaries)["start"]["network"]
-    settings = {key: getattr(args, key) for key in (*SETTINGS, "lr")} | {
+    settings = {key: getattr(args, key) for key in (*SETTINGS, *OWN)} | {
         "photos_sha256": data.fingerprints["the photos"], "global_batch": args.batch * ranks()[1]}
     write_bytes(folder / "settings.json", json.dumps({"settings": settings, "start": start}, indent=1))
     return start
@@ -207,7 +207,7 @@ def fit(folder, k, args, model, start, data, pairs, conditions, held, judge):
                       {key.removeprefix("dit."): x for key, x in averaged.items()})
 
     label = args.stage if k is None else f"{args.stage} {k}"
-    settings = {key: getattr(args, key) for key in (*SETTINGS, "lr", "unconditional")
+    settings = {key: getattr(args, key) for key in (*SETTINGS, *OWN)
                 if key not in ("data", "batch", "watch")}
     trainer = Trainer(
         folder, parameters, loss, settings | data.fingerprints | {
@@ -314,6 +314,7 @@ def export(args):
 # what a stage takes over from those before it, where the command line does not say otherwise
 SETTINGS = ("data", "lq", "min_side", "model", "crop", "tags", "suffix", "mild", "pairs", "pairs_seed", "boundaries",
             "batch", "rank", "lora_targets", "watch", "val", "val_steps", "seed")
+OWN = ("lr", "unconditional")  # what only a rerun of the same stage takes over
 
 
 def parser():
@@ -362,7 +363,7 @@ def parse(argv=None):
     noted = [path for folder in folders for path in sorted(folder.glob("**/settings.json"))]
     if noted:
         settings = json.loads(noted[0].read_text())["settings"]
-        own = ["lr"] if root / args.stage in noted[0].parents else []
+        own = OWN if root / args.stage in noted[0].parents else []
         p.set_defaults(**{key: settings[key] for key in (*SETTINGS, *own) if key in settings})
         args = p.parse_args(argv)
     args.root = root

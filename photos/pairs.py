@@ -210,7 +210,8 @@ def crop_pair(photo, lq_path, left, top, crop, cache=None):
         hr = cut(*(tile(photo, left, top, crop, cache) if cache else (photo.path, left, top)), crop)
         lr = cut(lq_path, left // SCALE, top // SCALE, crop // SCALE) if lq_path else None
     except Exception as error:  # it could be read when the run began; of a loader only the last line is shown
-        raise OSError(f"{photo.path} (or its LR picture) can no longer be read: {reason(error)}") from error
+        tiles = f", nor its tiles in --cache {cache} read or written" if cache else ""
+        raise OSError(f"{photo.path} (or its LR picture) can no longer be read{tiles}: {reason(error)}") from error
     return hr, lr
 
 

@@ -121,6 +121,9 @@ def test_tiles_give_the_same_crops_and_are_cut_once_for_each_photo(tmp_path, mon
         assert len(list(cache.rglob("*.png"))) == 6 * (seed + 1) and len({x.sum() for x in whole}) > 10
         path.unlink()
         assert torch.equal(stream(found, cache=cache)[3]["x_H"], whole[3])
+    save_photo(path, 324, 204, 1)
+    with pytest.raises(OSError, match="nor its tiles in --cache .*index.json read or written: Not a directory"):
+        stream(found, cache=tmp_path / "index.json")[0]
     assert {Image.open(tile).size for tile in cache.rglob("*.png")} == {(a, b) for a in (192, 132) for b in (192, 108)}
 
 

@@ -123,6 +123,7 @@ def test_an_export_is_as_its_training_was(run):
 def test_a_model_of_sana_sr_shares_its_transformer(run, photos, tiny_model):
     """Without LR pictures the stem learns nothing; an export on a model with the same transformer stores none."""
     folder = run("pretrain", "--steps", 2, "--every", 2, "--unconditional", 1)
+    assert run("pretrain", "--steps", 2, "--every", 2) == folder  # a share that is not given is the run's own
     network = load_file(folder / "checkpoints" / "000002.safetensors")
     assert not network["stem.proj.weight"].any() and network["dit.proj_out.weight"].any()
     export = ["--stage", "export", "--start", "end", "--to"]
