@@ -9,8 +9,9 @@
     adapter                    Algorithm 1                                             train.py
     experts                    four low-rank differences from the shared network       linearsr.train --stage experts
 
-It prints the command of each stage, and first how many hours they take here: those of one core of an AMD EPYC (family
-25 model 17, with bf16 instructions), times what a training step of the autoencoder takes here by what it took there.
+It prints the command of each stage, and first how many hours they take here: an estimate for one core of an AMD EPYC
+(family 25 model 17, with bf16 instructions), times what a training step of the autoencoder takes here by what it took
+there. The numbers of steps are a plan: no chain of all stages has been run to its end yet.
 --teacher: pictures that a restorer made of runs/pairs/KEY/lr, of the same names; KEY is printed by the first stage.
 Without them the autoencoder learns from the photos alone. The stage texture takes VGG16, 553 MB, fetched first of all.
 """
