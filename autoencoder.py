@@ -7,6 +7,7 @@
     x_H ── one of four kinds (photos/kinds.py) ─► x_L;     x̂ = D(E(x_L)) ─► x_H, or the teacher's picture of x_L
     one view in eight is clean: D(E(x_H)) ─► x_H
     L = L1 + p·LPIPS (AlexNet, shifted) + 0.3·repeated(x̂ − x_H) + w·(DISTS(x̂, x_H) + doubt(x̂, x_H) / 15)
+        + 0.02·drift, how far E(x_H) of the clean views is from where it was at the start
 
 The paper's introduction asks for a degradation-aware autoencoder; its §3.1 takes SANA's as it is. The official weights
 stay as they are; the bundled model's come from programs before this one (docs/training.md). The order matters: pixels
@@ -18,6 +19,7 @@ Leaves in runs/NAME: vae/ (EMA weights, an official folder), samples/, log.csv, 
 """
 import hashlib
 import json
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -44,6 +46,7 @@ from weights.files import save_module
 WINDOW = 224            # pixels of a view: it begins at any phase of the 32-pixel grid
 ALIGNED = 0.3           # share of views that begin where the picture does, as the blocks of a JPEG do
 REPEATED = 0.3          # weight of `repeated`
+DRIFT = 0.02            # weight of `Restoration.drift`: the priors of the first encoder's latents stay of use
 DOUBT = 1 / 15          # weight of the critic's verdict in --texture: its gradient is then as large as that of DISTS
 WARMUP, DECAY, EMA = 50, 0.25, 0.998
 HELD, VAL = 256, 64     # held-out pairs that are made, of all kinds alike, and those that validations see
@@ -73,7 +76,7 @@ class Views(Dataset):
             return (x.flip(2) if flip else x).contiguous()
         x_h = view((self.teacher if taught else self.folder / "hr") / name)
         sample = {"x_H": x_h, "x_L": x_h if clean else view(self.folder / "lr" / name, 1), "name": name,
-                  "shift": rng.integers(32, size=2)}
+                  "clean": clean, "shift": rng.integers(32, size=2)}
         return sample | ({"real": view(self.folder / "hr" / name) if taught else x_h} if self.real else {})
 
 
@@ -128,6 +131,7 @@ class Restoration:
 
     def __init__(self, args, net):
         self.args, self.net, self.critic = args, net, None
+        self.origin = deepcopy(net).requires_grad_(False) if not args.texture else None
         self.judge = LPIPS.from_pretrained("alex").to(args.device)
         if args.texture:
             self.critic, self.dists = Critic().to(args.device), DISTS.from_pretrained().to(args.device)
@@ -138,6 +142,12 @@ class Restoration:
     def restore(self, x):
         with self.autocast():
             return self.net.decode(self.net.encode(x)).float()
+
+    def drift(self, z, x, clean):
+        """‖E(x_H) − E₀(x_H)‖² / ‖E₀(x_H)‖² of the clean views, E₀ the encoder that the training began with: scalar."""
+        with torch.no_grad(), self.autocast():
+            z0 = self.origin.encode(x[clean]).float()
+        return (z[clean].float() - z0).square().mean() / z0.square().mean()
 
     def texture(self, x, x_h, shift):
         """(DISTS, doubt of x, doubt of x_H): scalars, by a crop of half of the views, the other half the next time.
@@ -157,7 +167,10 @@ class Restoration:
 
     def __call__(self, batch):
         batch = {k: v.to(self.args.device) for k, v in batch.items() if torch.is_tensor(v)}
-        y, x_h = self.restore(batch["x_L"]), batch["x_H"]
+        x_l, x_h, clean = batch["x_L"], batch["x_H"], batch["clean"]
+        with self.autocast():
+            z = self.net.encode(x_l)
+            y = self.net.decode(z).float()
         leaf = y.detach().requires_grad_()  # the critic must not learn from what moves D
         terms = {"l1": (leaf - x_h).abs().mean()}
         weighted = terms["l1"]
@@ -172,6 +185,9 @@ class Restoration:
             terms["critic"] = verdict
         gradient, = torch.autograd.grad(weighted, leaf)
         loss = (y * gradient).sum() + verdict
+        if self.origin and clean.any():
+            drift = DRIFT * self.drift(z, x_l, clean)
+            loss, weighted = loss + drift, weighted + drift.detach()
         return {"loss": loss + (weighted - loss).detach()} | terms  # the value is the weighted sum, the gradient loss's
 
     def validate(self, pairs):
@@ -226,7 +242,7 @@ def train(args):
     if loss.critic:
         parameters |= {f"critic.{key}": p for key, p in loss.critic.named_parameters()}
     settings = {key: getattr(args, key) for key in SETTINGS} | {
-        "the pairs": folder.name, "the constants": [WINDOW, ALIGNED, REPEATED, DOUBT, WARMUP, DECAY, EMA],
+        "the pairs": folder.name, "the constants": [WINDOW, ALIGNED, REPEATED, DRIFT, DOUBT, WARMUP, DECAY, EMA],
         "--batch times the processes": args.batch * world}
 
     def export(step, averaged):

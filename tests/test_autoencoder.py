@@ -88,6 +88,18 @@ def test_training_lowers_the_loss_and_resumes(run, monkeypatch):
         train.main(["--name", "whole", "--resume", "--perceptual", "0.5"])
 
 
+def test_drift_holds_the_latents_of_clean_views_alone(tiny_model):
+    net = DCAE.from_pretrained(tiny_model / "vae", torch.float32)
+    loss = autoencoder.Restoration(SimpleNamespace(texture=0, device=torch.device("cpu"), dtype="fp32"), net)
+    x, clean = noise(2, 3, 64, 64).float(), torch.tensor([True, False])
+    assert loss.drift(net.encode(x), x, clean).item() == pytest.approx(0, abs=1e-9)
+    with torch.no_grad():
+        net.encoder.conv_out.weight.mul_(1.1)
+    z = net.encode(x).detach().requires_grad_()
+    gradient, = torch.autograd.grad(loss.drift(z, x, clean), z)
+    assert gradient[0].abs().max() > 0 and not gradient[1].any()
+
+
 def test_the_critic_sees_what_is_real(monkeypatch):
     """Its verdicts part noise from flat pictures within some steps, and its gradient does not reach what it judges."""
     torch.manual_seed(0)
