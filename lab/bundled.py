@@ -6,7 +6,7 @@
     tags, prior                the text encoder and a first prior on E(x_H)            lab.prior
     shared                     one prior for both systems, with and without the LR     linearsr.train --stage pretrain
                                picture: the transformer of both, and LinearSR's stem
-    adapter                    Algorithm 1                                             train.py
+    adapter                    Algorithm 1, with the bundled model's losses            train.py
     experts                    four low-rank differences from the shared network       linearsr.train --stage experts
 
 It prints the command of each stage, and first how many hours they take here: an estimate for one core of an AMD EPYC
@@ -80,7 +80,8 @@ def plan(args, slower):
         stage("model", model / "provenance.json", 0, "lab.prior", "export", "--out", out / "prior", "--to", model,
               "--transformer", out / "network" / "transformer"),
         Stage("adapter", ["train", *data, "--model", model, "--name", out / "adapter", "--init", "none", "--rank", 16,
-                          "--tags", "none", "--lpips", "alex", "--crop", 256, "--steps", 2000, *machine],
+                          "--lora-targets", "attn+ffn", "--tags", "none", "--lpips", "alex", "--lr", 1e-3,
+                          "--mild", 0.5, "--crop", 256, "--steps", 2000, *machine],
               resume=out / "adapter" / "state.pt", hours=slower),
         stage("experts", None, 3, *flow, "experts", "--model", model, "--start", "end", "--steps", 2500),
         stage("LinearSR", out / "linearsr-embedded" / "config.json", 0, *export, out / "linearsr-embedded",

@@ -251,7 +251,7 @@ def train(args):
 def export(args):
     """The training in --out -> --to, the official layout in fp16: vae/, transformer/, text_encoder/, tokenizer/.
 
-    An adapter of another transformer is removed.
+    An adapter of another transformer is removed. train.py takes the bundled model's losses for it.
     """
     state, target = open_state(args.out), Path(args.to)
     old = fingerprint(target / "transformer") if (target / "transformer").is_dir() else None
@@ -267,7 +267,8 @@ def export(args):
     shutil.copy(args.out / "tokenizer" / "tokenizer.json", target / "tokenizer")
     if old not in (None, fingerprint(target / "transformer")):
         (target / "adapter.safetensors").unlink(missing_ok=True)
-    about = {"prior": {"steps": state["step"]} | state["settings"]}
+    losses = json.loads((weights.folder("embedded") / "provenance.json").read_text())["training"]
+    about = {"training": losses, "prior": {"steps": state["step"]} | state["settings"]}
     write_bytes(target / "provenance.json", json.dumps(about, indent=2) + "\n")
     print(f"wrote {target}: {sum(f.stat().st_size for f in target.rglob('*') if f.is_file()) / 1e6:.1f} MB")
     return 0
