@@ -7,19 +7,23 @@
 
 Stages: one model, cut open. D(E(x_H)) is the ceiling, since all results pass the decoder; D(E(x_L)) shows what the
 autoencoder does by itself; what the update adds is the prior's without the adapter, and the method's with it.
-Ablations: adapters trained by train.py from nothing and from the same seed, each with one thing changed, and evaluated
-with the τ and the suffix that it was trained with. Short trainings of one seed: differences as small as those between
-two seeds mean nothing (`--train-args "--seed 1"` and another --out show how large they are).
+Ablations: adapters trained by train.py from nothing, with the paper's losses, each with one thing changed, and
+evaluated with the τ and the suffix that it was trained with. --seeds trains each so many times. A second table has what
+each changes: LPIPS and DISTS minus the method's, means over the seeds, with the 95 % interval over the pictures, apart
+for each kind of pictures whose names end in _KIND. It has the method's own seeds, too, one minus the other: a change as
+small as that means nothing.
 
 Needs pairs of photos with matching names (RealSR's layout), and for the ablations a folder of photos. Every row is
-eval.py's, one CSV image by image. --out keeps stages/NAME.csv, ablations/NAME.csv and NAME/ (the run), stages.csv and
-ablations.csv (the tables). Rows that have their CSV are not made again; after Ctrl-C, rerun to resume. A row of 128²
-pairs takes 4 s of CPU time a pair, most of it the metrics, and an ablation its steps besides.
+eval.py's, one CSV image by image. --out keeps stages/NAME.csv, ablations/NAME-SEED.csv and NAME-SEED/ (the run), and
+stages.csv, ablations.csv (the tables). Rows that have their CSV are not made again; after Ctrl-C, rerun to resume. A
+row of 128² pairs takes 4 s of CPU time a pair, most of it the metrics, and an ablation its steps besides.
 """
 import copy
 import csv
 import json
+import os
 import shlex
+import shutil
 import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -39,6 +43,7 @@ from fast import load_model
 from lab import stages
 from lab.stages import Stage
 from metrics.score import evaluate, folder_pairs, load_all, pick, shown, write_scores
+from photos.kinds import KINDS
 from photos.pairs import find_tags
 from photos.pictures import bicubic, write_bytes
 from runs import UserError, pick_device, pick_dtype, write_csv
@@ -66,6 +71,8 @@ VARIANTS = {  # name: (what, options of train.py)
     "no-suffix": ("without suffix", ["--suffix", "none"]),
     "tags": ("with tags", ["--tags", "FILE"]),  # FILE: --tags
     "attn+ffn": ("LoRA on attention and FFN", ["--lora-targets", "attn+ffn"]),
+    "rank-16": ("rank 16", ["--rank", "16"]),
+    "own": ("the losses of the model's provenance.json", []),
 }
 
 
@@ -107,18 +114,56 @@ def stage(name, args, model, path):
           suffix="none" if name == "full-no-suffix" else conditioning(model.metadata)["suffix"])
 
 
-def variant(name, args, path):
+def variant(name, seed, args, path):
     """Make one row of the table of ablations: train an adapter, or go on with it, and evaluate it."""
-    folder = path.with_suffix("").resolve()
+    folder, source, plain = path.with_suffix("").resolve(), weights.folder(args.model).resolve(), args.out / "plain"
+    if not plain.exists():  # the same networks: without provenance.json train.py takes the paper's losses
+        shutil.copytree(source, plain, copy_function=os.symlink, ignore=shutil.ignore_patterns(
+            "provenance.json", "adapter.safetensors"))
     options = [args.tags if option == "FILE" else option for option in VARIANTS[name][1]]
-    line = ["train", "--data", *args.data, "--model", args.model, "--init", "none", "--tags", "none",
-            "--steps", args.steps, "--name", folder, "--device", args.device.type, *shlex.split(args.train_args)]
+    line = ["train", "--data", *args.data, "--model", args.model if name == "own" else plain.resolve(),
+            "--init", "none", "--tags", "none", "--steps", args.steps, "--name", folder, "--seed", seed,
+            "--device", args.device.type, *shlex.split(args.train_args)]
     with open(f"{folder}.log", "a", encoding="utf-8") as log, redirect_stdout(log):
         stages.run([Stage(name, [*line, *options], resume=folder / "state.pt")])
     adapter = folder / "adapter.safetensors"
     with open_weights(adapter) as file:
         trained = file.metadata()
     score(restorer(args, adapter), args.pairs, path, args, args.tags if trained["tags"] == "file" else None)
+
+
+def scores(folder, names):
+    """{picture: {metric: mean over the rows of these names}}, {} where one is lacking."""
+    paths, rows = [folder / f"{name}.csv" for name in names], {}
+    for path in paths if all(path.exists() for path in paths) else []:
+        with open(path, newline="", encoding="utf-8") as f:
+            for row in csv.DictReader(f):
+                rows.setdefault(row.pop("image"), []).append({metric: float(value) for metric, value in row.items()})
+    return {image: {metric: np.mean([row[metric] for row in seen]) for metric in seen[0]}
+            for image, seen in rows.items() if image != "mean"}
+
+
+def differences(out, seeds, measures):
+    """The table of what each ablation changes, as Markdown; see the module's docstring."""
+    ablations, method = out / "ablations", [f"method-{seed}" for seed in seeds]
+    rows = {"D(E(x_L)), no update": (scores(out / "stages", ["autoencoder"]), scores(ablations, method))}
+    rows |= {what: (scores(ablations, [f"{name}-{seed}" for seed in seeds]), scores(ablations, method))
+             for name, (what, _) in VARIANTS.items() if name != "method"}
+    if len(seeds) > 1:
+        rows[f"the method, seed {seeds[-1]} minus seed {seeds[0]}"] = (
+            scores(ablations, method[-1:]), scores(ablations, method[:1]))
+    rows = {what: pair for what, pair in rows.items() if all(pair)}
+    kinds = sorted({kind_of(image) for a, _ in rows.values() for image in a})
+    lines = [["minus the method", *(f"{kind} {m.upper()}".strip() for kind in kinds for m in measures)]]
+    lines += [["---"] * len(lines[0])]
+    for what, (a, b) in rows.items():
+        cells = [[a[i][m] - b[i][m] for i in a if i in b and kind_of(i) == kind] for kind in kinds for m in measures]
+        lines.append([what, *("{:+.4f} [{:+.4f}, {:+.4f}]".format(np.mean(x), *bootstrap(x)) for x in cells)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) if rows else ""
+
+
+def kind_of(image):
+    return next((kind for kind in KINDS if Path(image).stem.endswith(f"_{kind}")), "")
 
 
 def open_pairs(args):
@@ -192,6 +237,7 @@ def parse(argv=None):
     add("--tags", metavar="FILE.csv", help="of --lr and --data, columns image and tags; without it no rows with tags")
     add("--data", nargs="+", metavar="DIR", help="photos to train on; without them no ablations")
     add("--steps", type=int, default=300, help="of each training")
+    add("--seeds", nargs="+", type=int, default=[0], metavar="N", help="train each with these seeds")
     add("--train-args", default="", metavar="OPTIONS", help="of train.py, for every training")
     add("--only", nargs="+", metavar="NAME", choices=[*STAGES, *VARIANTS], help="make only these rows: %(choices)s")
     add("--limit", type=int, metavar="N", help="use the first N pairs")
@@ -216,13 +262,16 @@ def main(argv=None):
     tables = {"stages": {name: (what, partial(stage, name, args, model)) for name, what in STAGES.items()}}
     settings = {"stages": {"adapter": weights.sha256(Path(own)) if Path(own).exists() else "none"}}
     if args.data:
-        tables["ablations"] = {name: (what, partial(variant, name, args)) for name, (what, _) in VARIANTS.items()}
+        tables["ablations"] = {f"{name}-{seed}": (f"{what}, seed {seed}", partial(variant, name, seed, args))
+                               for name, (what, _) in VARIANTS.items() for seed in args.seeds}
         settings["ablations"] = {"data": args.data, "steps": args.steps, "train-args": args.train_args}
     for title in tables:
         keep_settings(args.out / title, common | settings[title])
-    texts = [make_rows(args.out / title, rows, [name for name in rows if name in (args.only or rows)
-                                                and (args.tags or name not in ("tags", "full-tags"))])
-             for title, rows in tables.items()]
+    def wanted(row):
+        name = row if row in STAGES else row.rpartition("-")[0]
+        return name in (args.only or [name]) and (args.tags or name not in ("tags", "full-tags"))
+    texts = [make_rows(args.out / title, rows, filter(wanted, rows)) for title, rows in tables.items()]
+    texts.append(differences(args.out, args.seeds, [m for m in ("lpips", "dists") if m in args.metrics]))
     print(f"\n{args.model}, {len(args.pairs)} pairs" + (f"; ablations of {args.steps} steps" if args.data else ""))
     print("".join(f"\n{text}\n" for text in texts if text), end="")
     return 0

@@ -43,9 +43,10 @@ TRAIN = ["--data", "hq", "--steps", "2", "--tags", "tags.csv", "--train-args",
 def test_both_tables_are_complete_and_nothing_is_made_twice(run, capsys, tmp_path):
     assert run(*TRAIN) == 0
     text = capsys.readouterr().out
-    assert text.count("\n| ") == 2 * 2 + len(ablation.STAGES) + len(ablation.VARIANTS)
+    trained = [f"{name}-0" for name in ablation.VARIANTS]
+    assert text.count("\n| ") == 3 * 2 + len(ablation.STAGES) + 2 * len(trained)
     assert "| stages | PSNR ↑ | SSIM ↑ |" in text and "2 pairs; ablations of 2 steps" in text
-    for title, words in (("stages", ablation.STAGES), ("ablations", ablation.VARIANTS)):
+    for title, words in (("stages", ablation.STAGES), ("ablations", trained)):
         rows = table(tmp_path / "out" / f"{title}.csv")
         assert list(rows) == list(words)
         for name, row in rows.items():
@@ -54,10 +55,10 @@ def test_both_tables_are_complete_and_nothing_is_made_twice(run, capsys, tmp_pat
     assert len({row["psnr"] for row in table(tmp_path / "out" / "ablations.csv").values()}) > 5  # the options matter
     for name, key, value in (("tau-600", "timestep", "600.0"), ("lq", "protocol", "lq"), ("tags", "tags", "file"),
                              ("no-suffix", "suffix", "none"), ("attn+ffn", "lora_targets", "attn+ffn")):
-        with open_weights(tmp_path / "out" / "ablations" / name / "adapter.safetensors") as file:
+        with open_weights(tmp_path / f"out/ablations/{name}-0/adapter.safetensors") as file:
             assert file.metadata()[key] == value
     seen = len(run.calls)
-    (tmp_path / "out" / "ablations" / "no-cons.csv").unlink()
+    (tmp_path / "out" / "ablations" / "no-cons-0.csv").unlink()
     assert run(*TRAIN) == 0
     assert [name for name, _ in run.calls[seen:]] == ["train", "score"] and "--no-cons" in run.calls[seen][1]
     assert capsys.readouterr().out == text  # the adapter was there: only its row was made again
@@ -97,10 +98,10 @@ def test_an_interrupted_training_goes_on(run, monkeypatch, tmp_path, capsys):
         with pytest.raises(SystemExit) as ended:
             run(*only)
     assert ended.value.code == 130 and "interrupted" in capsys.readouterr().err
-    assert not (tmp_path / "out/ablations/method.csv").exists()
+    assert not (tmp_path / "out/ablations/method-0.csv").exists()
     assert run(*only) == 0
-    assert "--resume" in run.calls[-2][1] and list(table(tmp_path / "out/ablations.csv")) == ["method"]
-    assert [row["step"] for row in read_log(tmp_path / "out/ablations/method/log.csv")] == [0, 1, 2]
+    assert "--resume" in run.calls[-2][1] and list(table(tmp_path / "out/ablations.csv")) == ["method-0"]
+    assert [row["step"] for row in read_log(tmp_path / "out/ablations/method-0/log.csv")] == [0, 1, 2]
 
 
 def test_rows_of_other_settings_are_not_mixed(run, tmp_path):
@@ -128,3 +129,16 @@ def test_stages_go_on_where_they_stopped(here, monkeypatch, capsys):
     with pytest.raises(UserError, match="c did not leave .*c$"):
         stages.run(todo)
     assert capsys.readouterr().out.count("1 of 3 stages to run, about 0.5 hours") == 1
+
+
+def test_differences_are_of_means_over_the_seeds_apart_for_each_kind(here):
+    for name, values in (("method-0", (1, 2, 3)), ("method-1", (3, 4, 5)), ("lq-0", (0, 0, 1)), ("lq-1", (2, 2, 1))):
+        path = here / "out/ablations" / f"{name}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        images = ("a_strong.png", "b_strong.png", "c_soft.png", "mean")
+        path.write_text("image,lpips\n" + "".join(f"{i},{v}\n" for i, v in zip(images, (*values, 9), strict=True)))
+    rows = ablation.differences(here / "out", (0, 1), ["lpips"]).split("\n")
+    assert rows[0] == "| minus the method | soft LPIPS | strong LPIPS |"
+    assert rows[2] == "| LQ protocol (τ 999, t 20 to 980) | -3.0000 [-3.0000, -3.0000] | -1.5000 [-2.0000, -1.0000] |"
+    assert rows[3].startswith("| the method, seed 1 minus seed 0 | +2.0000 [")
+    assert len(rows) == 4  # an ablation without all its rows is left out
