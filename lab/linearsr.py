@@ -14,20 +14,21 @@ the condition switched off; then expert minus shared, with the 95 % bootstrap in
 table: every row is eval.py's, one CSV image by image. Each row of LinearSR is made for two seeds, of the noise and,
 where it is trained here, of the training: a smaller difference than that between two seeds means nothing. --steps are
 those of all experts of a row together, so the rows cost the same, and each is measured at their end. --out keeps
-rows/NAME.csv, rows.csv (the table), NAME/ (the runs), models/ and steps.png (LPIPS and PSNR over the steps). Rows that
+rows/NAME.csv, rows.csv (the table), NAME/ (the runs), models/ and compute.png (LPIPS against GMAC). Rows that
 have their CSV are not made again. Whole models of models/, also from another machine, are not trained again. Rerun to
 resume. --options: of all these trainings, as linearsr.train's. ms: the median of the pictures; GMAC: of one of 512 ×
 512; both without the text encoder.
 """
 import csv
-import itertools
 import json
+import math
 import shlex
 import sys
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 
+from PIL import Image, ImageDraw, ImageFont
 from torch import float32
 
 import runs
@@ -172,16 +173,48 @@ def train_variant(args, name, seed):
     return model
 
 
-def draw(path, table):
-    """LPIPS and PSNR of LinearSR against its number of steps, a chart for each seed. table: what `tabulate` wrote."""
+def draw(path, table, also, width=960, height=480):
+    """A chart of LPIPS against GMAC, the latter on a logarithmic axis: a point a row, LinearSR's of one seed joined.
+
+    table: what `tabulate` wrote; a row without GMAC is a line across. also: [(what, GMAC, LPIPS)], from elsewhere.
+    """
     with open(table, newline="", encoding="utf-8") as f:
-        found = {row["name"]: row for row in csv.DictReader(f)}
-    rows = [{"step": n} for n in STEPS]
-    for row, seed, metric in itertools.product(rows, SEEDS, ("lpips", "psnr")):
-        if value := found.get(f"steps-{row['step']}-{seed}", {}).get(metric):
-            row[f"{metric}, seed {seed}"] = float(value)
-    if names := sorted({key for row in rows for key in row} - {"step"}):
-        write_bytes(path, png(runs.curves(rows, names)))
+        rows = [row for row in csv.DictReader(f) if row.get("lpips")]
+    across = [(row["what"], float(row["lpips"])) for row in rows if not row.get("GMAC")]
+    points = [(row["name"], row["what"], float(row["GMAC"]), float(row["lpips"])) for row in rows if row.get("GMAC")]
+    points += [("", what, float(gmac), float(lpips)) for what, gmac, lpips in also]
+    if not points:
+        return
+    low, high = (f(gmac for _, _, gmac, _ in points) for f in (min, max))
+    values = [y for *_, y in points] + [y for _, y in across]
+    bottom, top = min(values) - 0.01, max(values) + 0.01
+    canvas = Image.new("RGB", (width, height), "white")
+    pen, font, last = ImageDraw.Draw(canvas), ImageFont.load_default(13), {}
+
+    def at(gmac, lpips):
+        share = math.log(gmac / low) / max(math.log(high / low), 1e-9)
+        return 60 + share * (width - 260), 20 + (top - lpips) / (top - bottom) * (height - 60)
+    pen.rectangle((*at(low, top), *at(high, bottom)), outline="#808080")
+    for k in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1):
+        x, y = at(10 ** k, bottom)
+        pen.line((x, y, x, y - 6), "#808080")
+        pen.text((x - 10, y + 4), f"{10 ** k}", "black", font)
+    for lpips in (bottom, top):
+        pen.text((10, at(low, lpips)[1] - 8), f"{lpips:.3f}", "black", font)
+    pen.text((60, height - 22), "GMAC of one picture (logarithmic); up: LPIPS, lower is better", "black", font)
+    for what, lpips in across:
+        pen.line((*at(low, lpips), *at(high, lpips)), "#c8c8c8")
+        pen.text((at(high, lpips)[0] + 8, at(high, lpips)[1] - 8), what, "black", font)
+    for name, what, gmac, lpips in sorted(points, key=lambda point: point[2]):
+        x, y = at(gmac, lpips)
+        seed = name.rpartition("-")[2] if name.startswith("steps-") else None
+        if seed in last:
+            pen.line((*last[seed], x, y), "#1040c0")
+        last |= {seed: (x, y)} if seed else {}
+        pen.ellipse((x - 4, y - 4, x + 4, y + 4), "#1040c0" if seed else "#c01010")
+        if seed in (None, str(SEEDS[0])):  # the other seed's points lie beside
+            pen.text((x + 8, y - 8), what.partition(", seed")[0], "black", font)
+    write_bytes(path, png(canvas))
 
 
 def table(args):
@@ -199,7 +232,7 @@ def table(args):
         return {path.stem: json.loads(path.read_text()) for path in (folder / f"{name}.json" for name in rows)
                 if path.exists()}
     text = make_rows(folder, rows, wanted, costs)
-    draw(args.out / "steps.png", folder.with_suffix(".csv"))
+    draw(args.out / "compute.png", folder.with_suffix(".csv"), args.also)
     print(f"\n{args.model} and {args.sanasr}, {len(args.pairs)} pairs\n\n{text}")
     return 0
 
@@ -228,6 +261,8 @@ def parse(argv=None):
     add("--every", type=int, default=250, metavar="N", help="validate every N steps of a training")
     add("--options", default="", metavar='"--lr 3e-4 …"', help="of linearsr.train, for all these trainings")
     add("--only", nargs="+", metavar="NAME", help="make only these rows, or models")
+    add("--also", nargs=3, action="append", default=[], metavar=("WHAT", "GMAC", "LPIPS"), help="another point of the "
+        "chart")
     add("--limit", type=int, metavar="N", help="use the first N pairs")
     add("--metrics", default="psnr,ssim,lpips,dists,niqe")
     args = p.parse_args(argv)

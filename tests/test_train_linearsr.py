@@ -372,13 +372,17 @@ def test_lab_measures_losses_and_makes_the_table(run, photos, tiny_model, capsys
     printed = capsys.readouterr().out
     assert "LinearSR, 2 steps, seed 0" in printed and "two experts, seed 1" in printed and "GMAC" in printed
     assert not Path("runs/lab-linearsr/two-1").exists()
-    assert Image.open("runs/lab-linearsr/steps.png").size == (1080, 200)  # LPIPS and PSNR of seed 0
+    def dots(colour):
+        return (np.asarray(Image.open("runs/lab-linearsr/compute.png")) == colour).all(-1).sum()
+    assert (before := dots((0xc0, 0x10, 0x10))) and dots((0x10, 0x40, 0xc0))  # SANA-SR's, LinearSR's
+    lab.main([*table, "steps-1-0", "--also", "another", "1", "0.5"])
+    assert dots((0xc0, 0x10, 0x10)) > before
     with pytest.raises(SystemExit, match="no row steps-3-0"):
         lab.main([*table, "steps-3-0"])
     with pytest.raises(SystemExit, match=r"two-1: its experts have \[1, 1\] steps, not 4 each"):
         lab.main([*models, "--steps", "8", "--only", "two-1"])
     assert lab.main([*table, "bicubic", "--metrics", "psnr", "--out", "other"]) == 0  # no LinearSR: no drawing
-    assert not Path("other/steps.png").exists()
+    assert not Path("other/compute.png").exists()
     assert lab.main([*models, "--only", "pretrained-0"]) == 0
     assert len(LinearSR.from_pretrained("runs/lab-linearsr/models/pretrained-0").experts) == 1
 
