@@ -180,9 +180,11 @@ def with_blocks(dit, kept):
 
 
 def link_parts(source, out):
-    """Put vae/, text_encoder/, tokenizer/ and scheduler/ of `source` into `out`, as hard links or copies."""
-    for path in [p for part in ("vae", "text_encoder", "tokenizer", "scheduler") for p in (source / part).glob("*")]:
-        with atomically(out / path.parent.name / path.name) as temporary:
+    """Put vae/, text_encoder/, tokenizer/, scheduler/ and provenance.json, which names the losses of further trainings,
+    of `source` into `out`, as hard links or copies."""
+    names = ("vae/*", "text_encoder/*", "tokenizer/*", "scheduler/*", "provenance.json")
+    for path in [path for name in names for path in source.glob(name)]:
+        with atomically(out / path.relative_to(source)) as temporary:
             try:
                 os.link(path.resolve(), temporary)  # the Hub's cache holds links into its store
             except OSError:

@@ -1,6 +1,6 @@
 """Trains SANA-SR's adapter from a folder of photos: Algorithm 1 of the paper.
 
-    python train.py --data ./hq --steps 2000                              # the bundled model, on a laptop
+    python train.py --data ./hq --steps 400 --lr 2e-4                     # the bundled model, on a laptop
     torchrun --nproc_per_node 8 train.py --data ./hq --model sana-600m-512 --name official --checkpointing all
     python train.py --name official --resume                              # after a stop or a kill
     python train.py --name official --select musiq                        # ranks its checkpoints, copies the best

@@ -20,6 +20,7 @@ from photos.degrade import to_tensor
 from photos.pairs import TrainingData
 from sanasr import DCAE, LinearDiT, SanaSR
 from weights.configs import DIT_DEFAULTS
+from weights.files import open_weights
 
 QUICK = ["--tags", "none", "--lpips", "alex", "--crop", "96", "--workers", "0", "--device", "cpu"]
 BLOCKS = 5
@@ -35,6 +36,7 @@ def deep(tmp_path_factory):
         folder = tiny.tiny_model(tmp_path_factory.mktemp("deep") / "model")
     about = {"timestep": "999.0", "protocol": "lq", "suffix": "main"}
     tiny.tiny_adapter(folder / "adapter.safetensors", folder, targets="attn+ffn", metadata=about)
+    (folder / "provenance.json").write_text('{"training": {"losses": {"align": 0, "lattice": 30}}}')
     return folder
 
 
@@ -263,6 +265,8 @@ def test_healing_trains_on_the_pruned_model_and_merges(run, photos, tmp_path, mo
     assert all(torch.equal(want[k], v) for k, v in healed.dit.state_dict().items())
     assert any(not torch.equal(v, want[k]) for k, v in pruned.dit.state_dict().items())
     assert healed.timestep == 999 and healed.metadata["healed_steps"] == 2
+    with open_weights(run_folder / "adapter.safetensors") as file:
+        assert file.metadata()["terms"] == "mse lpips cons lattice"  # the losses of the model that was pruned
     assert len(healed.metadata["kept"]) == 3 and healed.metadata["kept"][-1] == 4  # round(5 · 16/28)
     run("pruned", "--saliency", "magnitude", "--heal", 3, "--resume")  # goes on with the same run
     assert SanaSR.from_pretrained(out / "healed").metadata["healed_steps"] == 3
