@@ -81,6 +81,7 @@ class Networks:
         self.args, self.model = args, load_model(args.model, args.device, DTYPES[args.dtype], adapter=False)
         model = self.model
         lambdas = objective.fill_defaults(args, model, start_adapter(args, model))
+        lambdas = {"latent": 1.0} if args.latent else lambdas
         self.terms = {name: value for name, value in lambdas.items() if value and not getattr(args, f"no_{name}")}
         if not self.terms:
             raise UserError(f"no loss is left: leave out one of {' '.join(f'--no-{name}' for name in lambdas)}")
@@ -266,6 +267,8 @@ def parser():
     add("--lpips", choices=["vgg", "alex"], help="network of the LPIPS loss (default: vgg; alex for the bundled model)")
     for name in TERMS:
         add(f"--no-{name}", action="store_true", help="without this loss")
+    add("--latent", action="store_true", help="learn z_H alone, without the decoder, by the mean square of ẑ − z_H: a "
+        "faster start for a run with --init")
     add("--usm", action="store_true", help="sharpen x_H first, as Real-ESRGAN does")
     add("--mild", type=float, default=0.0, metavar="SHARE", help="of the pairs, 0 to 1: only blurred, resized and "
         "finely JPEG-coded, where the rest is degraded twice over (default 0)")

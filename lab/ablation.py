@@ -9,9 +9,9 @@ Stages: one model, cut open. D(E(x_H)) is the ceiling, since all results pass th
 autoencoder does by itself; what the update adds is the prior's without the adapter, and the method's with it.
 Ablations: adapters trained by train.py from nothing, with the paper's losses, each with one thing changed, and
 evaluated with the τ and the suffix that it was trained with. --seeds trains each so many times. A second table has what
-each changes: LPIPS and DISTS minus the method's, means over the seeds, with the 95 % interval over the pictures, apart
-for each kind of pictures whose names end in _KIND. It has the method's own seeds, too, one minus the other: a change as
-small as that means nothing.
+each changes: PSNR, LPIPS and DISTS minus the method's, means over the seeds, with the 95 % interval over the pictures,
+apart for each kind of pictures whose names end in _KIND. It has the method's own seeds, too, one minus the other: a
+change as small as that means nothing.
 
 Needs pairs of photos with matching names (RealSR's layout), and for the ablations a folder of photos. Every row is
 eval.py's, one CSV image by image. --out keeps stages/NAME.csv, ablations/NAME-SEED.csv and NAME-SEED/ (the run), and
@@ -271,7 +271,7 @@ def main(argv=None):
         name = row if row in STAGES else row.rpartition("-")[0]
         return name in (args.only or [name]) and (args.tags or name not in ("tags", "full-tags"))
     texts = [make_rows(args.out / title, rows, filter(wanted, rows)) for title, rows in tables.items()]
-    texts.append(differences(args.out, args.seeds, [m for m in ("lpips", "dists") if m in args.metrics]))
+    texts.append(differences(args.out, args.seeds, [m for m in ("psnr", "lpips", "dists") if m in args.metrics]))
     print(f"\n{args.model}, {len(args.pairs)} pairs" + (f"; ablations of {args.steps} steps" if args.data else ""))
     print("".join(f"\n{text}\n" for text in texts if text), end="")
     return 0

@@ -95,10 +95,12 @@ def test_losses_follow_algorithm_1(double):
     frozen = [p for n, p in double.dit.named_parameters() if "lora" not in n] + list(double.vae.parameters())
     assert all(p.grad is None for p in frozen)
     double.losses({"mse": 1.0, "cons": 1.0})
-    assert double.encoded == [4, 2], "x_H is encoded for L_align alone"
+    assert double.encoded == [4, 2], "x_H is encoded for L_align and `latent` alone"
+    double.decode = None
+    assert torch.allclose(double.losses({"latent": 1.0})["latent"], (z - z_h).square().mean(), rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("term", ["mse", "align", "cons", "lattice"])
+@pytest.mark.parametrize("term", ["mse", "align", "cons", "lattice", "latent"])
 def test_gradient_of_each_term_by_differences(double, term):
     got, p, values = double.gradient({term: 1.0})[3].view(-1)[1].item(), list(double.adapter.values())[3], []
     for step in (1e-5, -1e-5):

@@ -146,6 +146,7 @@ def test_switches_take_losses_away(here, run, photos, on_loss):
     rows = read_log(folder / "log.csv")[1:]
     assert all(row["loss"] == row["mse"] > 0 and not row.keys() & {"lpips", "align", "cons"} for row in rows)
     assert (trained(folder)[0]["terms"], trained(folder)[0]["timestep"]) == ("mse", "950.0")
+    assert trained(run("l", "--steps", 1, "--latent"))[0]["terms"] == "latent"
 
 
 def test_usm_sharpens_the_pictures_that_are_learned_and_tiles_change_nothing(here, run, on_loss):
