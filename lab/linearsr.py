@@ -176,20 +176,18 @@ def train_variant(args, name, seed):
 def draw(path, table, also, width=960, height=480):
     """A chart of LPIPS against GMAC, the latter on a logarithmic axis: a point a row, LinearSR's of one seed joined.
 
-    table: what `tabulate` wrote; a row without GMAC is a line across. also: [(what, GMAC, LPIPS)], from elsewhere.
+    table: what `tabulate` wrote; rows without GMAC are left out. also: [(what, GMAC, LPIPS)], from elsewhere.
     """
     with open(table, newline="", encoding="utf-8") as f:
-        rows = [row for row in csv.DictReader(f) if row.get("lpips")]
-    across = [(row["what"], float(row["lpips"])) for row in rows if not row.get("GMAC")]
-    points = [(row["name"], row["what"], float(row["GMAC"]), float(row["lpips"])) for row in rows if row.get("GMAC")]
+        points = [(row["name"], row["what"], float(row["GMAC"]), float(row["lpips"]))
+                  for row in csv.DictReader(f) if row.get("lpips") and row.get("GMAC")]
     points += [("", what, float(gmac), float(lpips)) for what, gmac, lpips in also]
     if not points:
         return
     low, high = (f(gmac for _, _, gmac, _ in points) for f in (min, max))
-    values = [y for *_, y in points] + [y for _, y in across]
-    bottom, top = min(values) - 0.01, max(values) + 0.01
+    bottom, top = min(y for *_, y in points) - 0.01, max(y for *_, y in points) + 0.01
     canvas = Image.new("RGB", (width, height), "white")
-    pen, font, last = ImageDraw.Draw(canvas), ImageFont.load_default(13), {}
+    pen, font, last, labels = ImageDraw.Draw(canvas), ImageFont.load_default(13), {}, []
 
     def at(gmac, lpips):
         share = math.log(gmac / low) / max(math.log(high / low), 1e-9)
@@ -202,9 +200,6 @@ def draw(path, table, also, width=960, height=480):
     for lpips in (bottom, top):
         pen.text((10, at(low, lpips)[1] - 8), f"{lpips:.3f}", "black", font)
     pen.text((60, height - 22), "GMAC of one picture (logarithmic); up: LPIPS, lower is better", "black", font)
-    for what, lpips in across:
-        pen.line((*at(low, lpips), *at(high, lpips)), "#c8c8c8")
-        pen.text((at(high, lpips)[0] + 8, at(high, lpips)[1] - 8), what, "black", font)
     for name, what, gmac, lpips in sorted(points, key=lambda point: point[2]):
         x, y = at(gmac, lpips)
         seed = name.rpartition("-")[2] if name.startswith("steps-") else None
@@ -213,7 +208,12 @@ def draw(path, table, also, width=960, height=480):
         last |= {seed: (x, y)} if seed else {}
         pen.ellipse((x - 4, y - 4, x + 4, y + 4), "#1040c0" if seed else "#c01010")
         if seed in (None, str(SEEDS[0])):  # the other seed's points lie beside
-            pen.text((x + 8, y - 8), what.partition(", seed")[0], "black", font)
+            text, y = what.partition(", seed")[0], y - 8
+            right = x + 8 + font.getlength(text)
+            while any(x < b and a < right and abs(y - c) < 14 for a, b, c in labels):
+                y += 1
+            labels.append((x, right, y))
+            pen.text((x + 8, y), text, "black", font)
     write_bytes(path, png(canvas))
 
 
