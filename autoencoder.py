@@ -2,12 +2,15 @@
 
     python train.py --learn autoencoder --data ./hq --name pixels --steps 4000 --perceptual 0
     python train.py --learn autoencoder --data ./hq --name sharp --init runs/pixels/vae --teacher DIR --steps 20000
-    python train.py --learn autoencoder --data ./hq --name texture --init runs/sharp/vae --teacher DIR --texture 0.3
+    python train.py --learn autoencoder --data ./hq --name latent --init runs/sharp/vae --latent --batch 32
+    python train.py --learn autoencoder --data ./hq --name texture --init runs/latent/vae --texture 0.3 --adapter FILE
 
     x_H ── one of four kinds (photos/kinds.py) ─► x_L;     x̂ = D(E(x_L)) ─► x_H, or the teacher's picture of x_L
     one view in eight is clean: D(E(x_H)) ─► x_H
-    L = L1 + p·LPIPS (AlexNet, shifted) + 0.3·repeated(x̂ − x_H) + w·(DISTS(x̂, x_H) + doubt(x̂, x_H) / 15)
+    L = L1 + p·LPIPS (AlexNet, shifted) + 0.3·repeated(x̂ − x_H) + w·(DISTS(x̂, x_H) + doubt(x̂, x_H) / 50)
         + 0.02·drift, how far E(x_H) of the clean views is from where it was at the start
+    --adapter FILE: x̂ = D(ẑ), ẑ what the model's transformer with this adapter makes of E(x_L); E(x_H) stays as it is
+    --latent: L = how far E(x_L) is from where E(x_H) was at the start; E alone learns, four times the views a second
 
 The paper's introduction asks for a degradation-aware autoencoder; its §3.1 takes SANA's as it is. The official weights
 stay as they are; the bundled model's come from programs before this one (docs/training.md). The order matters: pixels
@@ -31,6 +34,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.data import Dataset
 
 import weights
+from fast import load_model
 from metrics import DISTS, LPIPS
 from metrics.perceptual import VGG16
 from objective import judged
@@ -39,7 +43,7 @@ from photos.kinds import KINDS, PAIRS_VERSION, SIDE, write_pairs
 from photos.pairs import digest, scan, split
 from photos.pictures import read
 from runs import DTYPES, UserError, batches, ranks, set_flags
-from sanasr import DCAE
+from sanasr import DCAE, build_prompt, conditioning, one_step
 from trainer import Trainer, holding
 from weights.files import save_module
 
@@ -47,7 +51,8 @@ WINDOW = 224            # pixels of a view: it begins at any phase of the 32-pix
 ALIGNED = 0.3           # share of views that begin where the picture does, as the blocks of a JPEG do
 REPEATED = 0.3          # weight of `repeated`
 DRIFT = 0.02            # weight of `Restoration.drift`: the priors of the first encoder's latents stay of use
-DOUBT = 1 / 15          # weight of the critic's verdict in --texture: its gradient is then as large as that of DISTS
+DOUBT = 1 / 50          # weight of the critic's verdict in --texture
+ALONE = 2000            # views that the critic learns from before D hears it (docs/training.md, T72)
 WARMUP, DECAY, EMA = 50, 0.25, 0.998
 HELD, VAL = 256, 64     # held-out pairs that are made, of all kinds alike, and those that validations see
 
@@ -76,7 +81,7 @@ class Views(Dataset):
             return (x.flip(2) if flip else x).contiguous()
         x_h = view((self.teacher if taught else self.folder / "hr") / name)
         sample = {"x_H": x_h, "x_L": x_h if clean else view(self.folder / "lr" / name, 1), "name": name,
-                  "clean": clean, "shift": rng.integers(32, size=2)}
+                  "clean": clean, "shift": rng.integers(32, size=2), "late": n >= ALONE}
         return sample | ({"real": view(self.folder / "hr" / name) if taught else x_h} if self.real else {})
 
 
@@ -127,7 +132,7 @@ def repeated(error, period=8, cells=4):
 
 
 class Restoration:
-    """The loss of a batch: {"loss", "l1", "lpips", "dists", "doubt", "critic"}, those that have a weight."""
+    """The loss of a batch: {"loss", "l1", "lpips", "dists", "doubt", "critic", "drift"}, those that have a weight."""
 
     def __init__(self, args, net):
         self.args, self.net, self.critic = args, net, None
@@ -135,19 +140,35 @@ class Restoration:
         self.judge = LPIPS.from_pretrained("alex").to(args.device)
         if args.texture:
             self.critic, self.dists = Critic().to(args.device), DISTS.from_pretrained().to(args.device)
+        self.model = None
+        if args.adapter:
+            self.model = load_model(args.model, args.device, torch.float32, args.adapter)
+            self.prompt = self.model.encode_prompt(build_prompt("", conditioning(self.model.metadata)["suffix"]))
 
     def autocast(self):
         return torch.autocast(self.args.device.type, DTYPES[self.args.dtype], self.args.dtype != "fp32")
 
-    def restore(self, x):
+    def encode(self, x, clean):
+        """E(x), or with --adapter ẑ of it where `clean`: B is False."""
         with self.autocast():
-            return self.net.decode(self.net.encode(x)).float()
+            z = self.net.encode(x)
+            if not self.model:
+                return z
+            with torch.no_grad():
+                s, t = self.model.scaling_factor, torch.full((len(x),), self.model.timestep, device=x.device)
+                c, m = (v.expand(len(x), *v.shape[1:]) for v in self.prompt)
+                return torch.where(clean[:, None, None, None], z, one_step(self.model.dit, s * z.float(), t, c, m) / s)
 
-    def drift(self, z, x, clean):
-        """‖E(x_H) − E₀(x_H)‖² / ‖E₀(x_H)‖² of the clean views, E₀ the encoder that the training began with: scalar."""
+    def restore(self, x, clean=False):
+        z = self.encode(x, torch.full((len(x),), clean, device=x.device))
+        with self.autocast():
+            return self.net.decode(z).float()
+
+    def drift(self, z, x_h):
+        """‖z − E₀(x_H)‖² / ‖E₀(x_H)‖², E₀ the encoder that the training began with: scalar."""
         with torch.no_grad(), self.autocast():
-            z0 = self.origin.encode(x[clean]).float()
-        return (z[clean].float() - z0).square().mean() / z0.square().mean()
+            z0 = self.origin.encode(x_h).float()
+        return (z.float() - z0).square().mean() / z0.square().mean()
 
     def texture(self, x, x_h, shift):
         """(DISTS, doubt of x, doubt of x_H): scalars, by a crop of half of the views, the other half the next time.
@@ -168,8 +189,11 @@ class Restoration:
     def __call__(self, batch):
         batch = {k: v.to(self.args.device) for k, v in batch.items() if torch.is_tensor(v)}
         x_l, x_h, clean = batch["x_L"], batch["x_H"], batch["clean"]
+        z = self.encode(x_l, clean)
+        if self.args.latent:
+            drift = self.drift(z, x_h)
+            return {"loss": drift, "drift": drift.detach()}
         with self.autocast():
-            z = self.net.encode(x_l)
             y = self.net.decode(z).float()
         leaf = y.detach().requires_grad_()  # the critic must not learn from what moves D
         terms = {"l1": (leaf - x_h).abs().mean()}
@@ -181,12 +205,12 @@ class Restoration:
         verdict = 0
         if self.critic:
             terms["dists"], terms["doubt"], verdict = self.texture(leaf, batch["real"], batch["shift"][0])
-            weighted = weighted + self.args.texture * (terms["dists"] + DOUBT * terms["doubt"])
+            weighted = weighted + self.args.texture * (terms["dists"] + DOUBT * batch["late"].all() * terms["doubt"])
             terms["critic"] = verdict
         gradient, = torch.autograd.grad(weighted, leaf)
         loss = (y * gradient).sum() + verdict
         if self.origin and clean.any():
-            drift = DRIFT * self.drift(z, x_l, clean)
+            drift = DRIFT * self.drift(z[clean], x_h[clean])
             loss, weighted = loss + drift, weighted + drift.detach()
         return {"loss": loss + (weighted - loss).detach()} | terms  # the value is the weighted sum, the gradient loss's
 
@@ -203,7 +227,7 @@ class Restoration:
             if len(scores[f"val_{kind}"]) <= 2:
                 rows.append(row)
             if kind == "soft":
-                clean = self.restore(x_h).clamp(-1, 1)
+                clean = self.restore(x_h, clean=True).clamp(-1, 1)
                 scores.setdefault("val_clean", []).append(self.judge(clean, x_h).item())
         self.net.train()
         means = {name: sum(values) / len(values) for name, values in scores.items()}
@@ -230,19 +254,24 @@ def prepare_pairs(args):
 
 def train(args):
     """The whole run, as the module's docstring says. Returns the exit code."""
+    if args.latent and args.texture:
+        raise UserError("--latent: the encoder alone learns, --texture: the decoder alone; leave one of them out")
+    if args.adapter and not args.texture:
+        raise UserError("--adapter: the decoder alone learns on the updated latents; add --texture")
     set_flags(repeatable=True, tf32=True)
     world = ranks()[1]
     torch.manual_seed(args.seed)
     net = DCAE.from_pretrained(args.init or weights.folder(args.model) / "vae", torch.float32, args.device)
     net.train().requires_grad_(True).to(memory_format=torch.channels_last)
     net.encoder.requires_grad_(not args.texture)
+    net.decoder.requires_grad_(not args.latent)
     loss = Restoration(args, net)
     folder, names, pairs = prepare_pairs(args)
     parameters = {key: p for key, p in net.named_parameters() if p.requires_grad}
     if loss.critic:
         parameters |= {f"critic.{key}": p for key, p in loss.critic.named_parameters()}
     settings = {key: getattr(args, key) for key in SETTINGS} | {
-        "the pairs": folder.name, "the constants": [WINDOW, ALIGNED, REPEATED, DRIFT, DOUBT, WARMUP, DECAY, EMA],
+        "the pairs": folder.name, "the constants": [WINDOW, ALIGNED, REPEATED, DRIFT, DOUBT, ALONE, WARMUP, DECAY, EMA],
         "--batch times the processes": args.batch * world}
 
     def export(step, averaged):
@@ -256,11 +285,13 @@ def train(args):
     watched = ["val_lpips", *(f"val_{kind}" for kind in KINDS), "val_clean", "val_psnr"]
     terms = ["l1"] + ["lpips"] * bool(args.perceptual) + ["dists", "doubt", "critic"] * bool(args.texture)
     trainer = Trainer(args.run, parameters, loss, settings, options=args.options, steps=args.steps, every=args.every,
-                      lr=args.lr, device=args.device, samples=args.batch * world, terms=terms, watched=watched,
-                      warmup=WARMUP, decay=DECAY, betas=(0.9, 0.99), weight_decay=0.0, ema=EMA, export=export,
-                      validate=partial(loss.validate, pairs), resume=f"`--name {args.name} --resume` resumes")
+                      lr=args.lr, device=args.device, samples=args.batch * world, watched=watched, warmup=WARMUP,
+                      terms=["drift"] if args.latent else terms, decay=DECAY, betas=(0.9, 0.99), weight_decay=0.0,
+                      ema=EMA, export=export, validate=partial(loss.validate, pairs),
+                      resume=f"`--name {args.name} --resume` resumes")
     return trainer.run(training_batches)
 
 
 # what a step computes depends on these
-SETTINGS = ("data", "init", "model", "teacher", "pairs", "perceptual", "texture", "lr", "dtype", "seed")
+SETTINGS = ("data", "init", "model", "teacher", "adapter", "pairs", "perceptual", "texture", "latent", "lr", "dtype",
+            "seed")

@@ -2,7 +2,8 @@
 
     make bundled HQ=./hq            python -m lab.bundled --data ./hq, into runs/bundled
 
-    pixels, sharp, texture     encoder and decoder end to end on degraded photos       train.py --learn autoencoder
+    pixels, sharp              encoder and decoder end to end on degraded photos       train.py --learn autoencoder
+    latent, texture            the encoder alone in latents, the decoder alone
     tags, prior                the text encoder and a first prior on E(x_H)            lab.prior
     shared                     one prior for both systems, with and without the LR     linearsr.train --stage pretrain
                                picture: the transformer of both, and LinearSR's stem
@@ -67,7 +68,8 @@ def plan(args, slower):
     return [
         learn("pixels", None, 1, "--pairs", 24_000, "--perceptual", 0, "--steps", 2500),
         learn("sharp", "pixels", 9, "--pairs", 24_000, *teacher, "--steps", 20_000),
-        learn("texture", "sharp", 4, "--pairs", 24_000, *teacher, "--texture", 0.3, "--lr", 1e-4, "--steps", 5000),
+        learn("latent", "sharp", 3, "--pairs", 24_000, "--latent", "--lr", 4e-4, "--batch", 32, "--steps", 4000),
+        learn("texture", "latent", 4, "--pairs", 24_000, *teacher, "--texture", 0.3, "--lr", 1e-4, "--steps", 5000),
         stage("tags", tags, 0, "lab.prior", "tags", *data, "--to", tags),
         stage("prior", None, 1, "lab.prior", "train", *data, "--vae", out / "texture", "--out", out / "prior",
               "--batch", 32, "--lr", 1e-3, "--steps", 3000, *machine),

@@ -393,6 +393,6 @@ def add_data_options(add):
 def absolute(args):
     """Make the paths among the data options absolute: a resumed run may start elsewhere."""
     args.data = args.data and [str(Path(folder).resolve()) for folder in args.data]
-    for option in ("lq", "tags", "init", "cache"):
+    for option in ("lq", "tags", "init", "cache", "teacher", "adapter"):
         if getattr(args, option, None) not in (None, "none", "ram", "dape"):
             setattr(args, option, str(Path(getattr(args, option)).resolve()))

@@ -5,15 +5,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import noise
+from conftest import noise, relative
 from PIL import Image
 
 import autoencoder
 import train
+from fast import load_model
 from photos import kinds
 from photos.degrade import enlarge, to_tensor
 from runs import read_log
-from sanasr import DCAE
+from sanasr import DCAE, build_prompt, inject_lora, lora_parameters, one_step, save_lora
 
 
 @pytest.fixture(scope="module")
@@ -88,16 +89,18 @@ def test_training_lowers_the_loss_and_resumes(run, monkeypatch):
         train.main(["--name", "whole", "--resume", "--perceptual", "0.5"])
 
 
-def test_drift_holds_the_latents_of_clean_views_alone(tiny_model):
+def test_drift_is_measured_from_the_first_encoder(tiny_model):
     net = DCAE.from_pretrained(tiny_model / "vae", torch.float32)
-    loss = autoencoder.Restoration(SimpleNamespace(texture=0, device=torch.device("cpu"), dtype="fp32"), net)
-    x, clean = noise(2, 3, 64, 64).float(), torch.tensor([True, False])
-    assert loss.drift(net.encode(x), x, clean).item() == pytest.approx(0, abs=1e-9)
+    args = SimpleNamespace(texture=0, latent=True, adapter=None, device=torch.device("cpu"), dtype="fp32")
+    loss, (x_l, x_h) = autoencoder.Restoration(args, net), noise(2, 2, 3, 64, 64).float()
+    z_l, z_h = net.encode(x_l).detach(), net.encode(x_h).detach()
+    assert loss.drift(z_h, x_h).item() == pytest.approx(0, abs=1e-9)
     with torch.no_grad():
-        net.encoder.conv_out.weight.mul_(1.1)
-    z = net.encode(x).detach().requires_grad_()
-    gradient, = torch.autograd.grad(loss.drift(z, x, clean), z)
-    assert gradient[0].abs().max() > 0 and not gradient[1].any()
+        net.encoder.conv_out.weight.zero_()
+        net.encoder.conv_out.bias.zero_()
+        z_l = net.encode(x_l)
+    value = loss({"x_L": x_l, "x_H": x_h, "clean": torch.tensor([False, False])})["loss"]
+    assert value.item() == pytest.approx(((z_l - z_h).square().sum() / z_h.square().sum()).item(), rel=1e-5)
 
 
 def test_the_critic_sees_what_is_real(monkeypatch):
@@ -120,7 +123,8 @@ def test_texture_moves_the_picture_and_the_critic_apart(monkeypatch):
     """DISTS and doubt pull on x alone, the critic's own loss on the critic alone; equal pictures have no distance."""
     torch.manual_seed(0)
     monkeypatch.setattr(autoencoder.DISTS, "from_pretrained", lambda: autoencoder.DISTS().requires_grad_(False))
-    loss = autoencoder.Restoration(SimpleNamespace(texture=1, device=torch.device("cpu"), dtype="fp32"), None)
+    args = SimpleNamespace(texture=1, adapter=None, device=torch.device("cpu"), dtype="fp32")
+    loss = autoencoder.Restoration(args, None)
     x_h = noise(2, 3, 224, 224).float().clamp(-1, 1)
     x, shift = (x_h / 2).requires_grad_(), torch.tensor([3, 30])
     assert loss.texture(x_h, x_h, shift)[0].item() == pytest.approx(0, abs=1e-5)
@@ -132,12 +136,40 @@ def test_texture_moves_the_picture_and_the_critic_apart(monkeypatch):
     assert own[0] is None and all(g.abs().max() > 0 for g in own[1:] if g.ndim > 1)
 
 
-def test_the_decoder_alone_learns_texture(run, monkeypatch, tiny_model):
+@pytest.mark.parametrize("part, options, terms", [
+    ("decoder", ["--texture", 1], {"l1", "lpips", "dists", "doubt", "critic"}), ("encoder", ["--latent"], {"drift"})])
+def test_one_half_alone_learns(run, monkeypatch, tiny_model, part, options, terms):
     monkeypatch.setattr(autoencoder.DISTS, "from_pretrained", lambda: autoencoder.DISTS().requires_grad_(False))
-    folder = run("texture", "--steps", 3, "--texture", 1)
+    folder = run(part, "--steps", 3, *options)
     before, after = (DCAE.from_pretrained(f / "vae", torch.float16).state_dict() for f in (tiny_model, folder))
     changed = {key.split(".")[0] for key, x in before.items() if not torch.equal(x, after[key])}
-    assert changed == {"decoder"} and {"dists", "doubt", "critic"} <= set(read_log(folder / "log.csv")[-1])
+    columns = {*read_log(folder / "log.csv")[-1]}
+    assert changed == {part} and {"l1", "lpips", "dists", "doubt", "critic", "drift"} & columns == terms
+
+
+def test_the_decoder_sees_what_the_adapter_makes(run, monkeypatch, tiny_model, tmp_path):
+    """D(ẑ) of the training is that of `SanaSR.restore`'s networks; clean views stay E(x_H)."""
+    monkeypatch.setattr(autoencoder.DISTS, "from_pretrained", lambda: autoencoder.DISTS().requires_grad_(False))
+    dit = load_model(tiny_model, "cpu", torch.float32).dit
+    inject_lora(dit, 2)
+    for n, p in enumerate(lora_parameters(dit).values()):
+        p.data = noise(*p.shape, seed=n).float()
+    save_lora(dit, tmp_path / "a.safetensors")
+    args = SimpleNamespace(texture=1, latent=False, adapter=tmp_path / "a.safetensors", model=tiny_model,
+                           device=torch.device("cpu"), dtype="fp32")
+    model = load_model(tiny_model, "cpu", torch.float32, args.adapter)
+    loss, x = autoencoder.Restoration(args, model.vae), noise(2, 3, 64, 64).float().clamp(-1, 1)
+    z = model.vae.encode(x)
+    c, m = model.encode_prompt(build_prompt(""))
+    z_hat = one_step(model.dit, z[:1] * model.scaling_factor, torch.tensor([900.0]), c, m) / model.scaling_factor
+    assert relative(loss.encode(x, torch.tensor([False, True])), torch.cat([z_hat, z[1:]])) < 1e-4
+    assert relative(z_hat, z[:1]) > 0.1
+    assert (run("d", "--texture", 1, "--adapter", args.adapter, "--steps", 2) / "vae" / "config.json").is_file()
+
+
+def test_two_halves_that_would_learn_alone_are_refused(run):
+    with pytest.raises(SystemExit, match="--latent: the encoder alone learns"):
+        run("none", "--latent", "--texture", 1)
 
 
 def test_repeated_sees_a_lattice():
