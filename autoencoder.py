@@ -10,7 +10,7 @@
     L = L1 + p·LPIPS (AlexNet, shifted) + 0.3·repeated(x̂ − x_H) + w·(DISTS(x̂, x_H) + doubt(x̂, x_H) / 50)
         + 0.02·drift, how far E(x_H) of the clean views is from where it was at the start
     --adapter FILE: x̂ = D(ẑ), ẑ what the model's transformer with this adapter makes of E(x_L); E(x_H) stays as it is
-    --latent: L = how far E(x_L) is from where E(x_H) was at the start; E alone learns, four times the views a second
+    --latent: L = how far E(x_L) is from where E(x_H) was at the start; E alone learns, twice the views a second
 
 The paper's introduction asks for a degradation-aware autoencoder; its §3.1 takes SANA's as it is. The official weights
 stay as they are; the bundled model's come from programs before this one (docs/training.md). The order matters: pixels
