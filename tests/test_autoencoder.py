@@ -70,6 +70,7 @@ def test_views_take_what_the_teacher_made(run, tmp_path):
         assert not torch.equal(view["real"], red), "the critic's real pictures are photos"
     assert 0 < sum(torch.equal(v["x_L"], v["x_H"]) for v in seen) < 15
     assert torch.equal(views[7]["x_L"], seen[7]["x_L"])
+    assert not seen[39]["late"] and views[autoencoder.ALONE]["late"]
 
 
 def test_training_lowers_the_loss_and_resumes(run, monkeypatch):
@@ -101,6 +102,27 @@ def test_drift_is_measured_from_the_first_encoder(tiny_model):
         z_l = net.encode(x_l)
     value = loss({"x_L": x_l, "x_H": x_h, "clean": torch.tensor([False, False])})["loss"]
     assert value.item() == pytest.approx(((z_l - z_h).square().sum() / z_h.square().sum()).item(), rel=1e-5)
+
+
+def test_the_loss_holds_clean_latents_and_hears_the_critic_late(tiny_model, monkeypatch):
+    """Drift counts for the clean views alone, doubt once the critic has learnt alone."""
+    monkeypatch.setattr(autoencoder.DISTS, "from_pretrained", lambda: autoencoder.DISTS().requires_grad_(False))
+    net = DCAE.from_pretrained(tiny_model / "vae", torch.float32)
+    args = SimpleNamespace(texture=0, latent=False, adapter=None, perceptual=0, device=torch.device("cpu"),
+                           dtype="fp32")
+    loss, x = autoencoder.Restoration(args, net), noise(2, 3, 224, 224).float().clamp(-1, 1)
+    z0 = net.encode(x)[0].detach()
+    with torch.no_grad():
+        net.encoder.conv_out.weight.mul_(1.1)
+        drift = (net.encode(x)[0] - z0).square().sum() / z0.square().sum()
+    batch = {"x_L": x, "x_H": x, "real": x, "clean": torch.tensor([True, False]), "shift": torch.tensor([[0, 0]] * 2)}
+    terms = loss(batch)
+    assert (terms["loss"] - terms["l1"]).item() == pytest.approx(autoencoder.DRIFT * drift.item(), rel=1e-3)
+    texture = autoencoder.Restoration(SimpleNamespace(**vars(args) | {"texture": 2}), net)
+    texture.critic.eval()
+    early, late = (texture(batch | {"late": torch.tensor([True, both])}) for both in (False, True))
+    heard = (late["loss"] - early["loss"]).item()
+    assert heard == pytest.approx(2 * autoencoder.DOUBT * late["doubt"].item(), rel=1e-3)
 
 
 def test_the_critic_sees_what_is_real(monkeypatch):
