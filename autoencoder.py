@@ -7,8 +7,9 @@
 
     x_H ── one of four kinds (photos/kinds.py) ─► x_L;     x̂ = D(E(x_L)) ─► x_H, or the teacher's picture of x_L
     one view in eight is clean: D(E(x_H)) ─► x_H
-    L = L1 + p·LPIPS (AlexNet, shifted) + 0.3·repeated(x̂ − x_H) + w·(DISTS(x̂, x_H) + doubt(x̂, x_H) / 50)
+    L = L1 + p·LPIPS (AlexNet, shifted) + repeated(x̂ − x_H) + w·(DISTS(x̂, x_H) + doubt(x̂, x_H) / 50)
         + 0.02·drift, how far E(x_H) of the clean views is from where it was at the start
+    --teacher DIR: LPIPS of the teacher's pictures alone; towards x_H it has D draw canvas and hatches (T63, T74)
     --adapter FILE: x̂ = D(ẑ), ẑ what the model's transformer with this adapter makes of E(x_L); E(x_H) stays as it is
     --latent: L = how far E(x_L) is from where E(x_H) was at the start; E alone learns, twice the views a second
 
@@ -49,7 +50,7 @@ from weights.files import save_module
 
 WINDOW = 224            # pixels of a view: it begins at any phase of the 32-pixel grid
 ALIGNED = 0.3           # share of views that begin where the picture does, as the blocks of a JPEG do
-REPEATED = 0.3          # weight of `repeated`
+REPEATED = 1.0          # weight of `repeated`
 DRIFT = 0.02            # weight of `Restoration.drift`: the priors of the first encoder's latents stay of use
 DOUBT = 1 / 50          # weight of the critic's verdict in --texture
 ALONE = 2000            # views that the critic learns from before D hears it (docs/training.md, T72)
@@ -81,7 +82,8 @@ class Views(Dataset):
             return (x.flip(2) if flip else x).contiguous()
         x_h = view((self.teacher if taught else self.folder / "hr") / name)
         sample = {"x_H": x_h, "x_L": x_h if clean else view(self.folder / "lr" / name, 1), "name": name,
-                  "clean": clean, "shift": rng.integers(32, size=2), "late": n >= ALONE}
+                  "clean": clean, "seen": taught or self.teacher is None, "shift": rng.integers(32, size=2),
+                  "late": n >= ALONE}
         return sample | ({"real": view(self.folder / "hr" / name) if taught else x_h} if self.real else {})
 
 
@@ -131,12 +133,17 @@ def repeated(error, period=8, cells=4):
 # --- The training ---
 
 
+def decoder_alone(args):
+    """Whether E is frozen: clean latents then stay where they are, and the prior valid."""
+    return bool(args.texture or args.adapter)
+
+
 class Restoration:
     """The loss of a batch: {"loss", "l1", "lpips", "dists", "doubt", "critic", "drift"}, those that have a weight."""
 
     def __init__(self, args, net):
         self.args, self.net, self.critic = args, net, None
-        self.origin = deepcopy(net).requires_grad_(False) if not args.texture else None
+        self.origin = deepcopy(net).requires_grad_(False) if not decoder_alone(args) else None
         self.judge = LPIPS.from_pretrained("alex").to(args.device)
         if args.texture:
             self.critic, self.dists = Critic().to(args.device), DISTS.from_pretrained().to(args.device)
@@ -200,7 +207,8 @@ class Restoration:
         weighted = terms["l1"]
         if self.args.perceptual:
             top, left = batch["shift"][0].tolist()
-            terms["lpips"] = self.judge(leaf[:, :, top:, left:].clamp(-1, 1), x_h[:, :, top:, left:]).mean()
+            x, y_h = (v[batch["seen"], :, top:, left:] for v in (leaf.clamp(-1, 1), x_h))
+            terms["lpips"] = self.judge(x, y_h).sum() / len(leaf) if len(x) else leaf.new_zeros(())
             weighted = weighted + self.args.perceptual * terms["lpips"] + REPEATED * repeated(leaf - x_h)
         verdict = 0
         if self.critic:
@@ -254,16 +262,14 @@ def prepare_pairs(args):
 
 def train(args):
     """The whole run, as the module's docstring says. Returns the exit code."""
-    if args.latent and args.texture:
-        raise UserError("--latent: the encoder alone learns, --texture: the decoder alone; leave one of them out")
-    if args.adapter and not args.texture:
-        raise UserError("--adapter: the decoder alone learns on the updated latents; add --texture")
+    if args.latent and decoder_alone(args):
+        raise UserError("--latent: the encoder alone learns, --texture and --adapter: the decoder alone; leave out one")
     set_flags(repeatable=True, tf32=True)
     world = ranks()[1]
     torch.manual_seed(args.seed)
     net = DCAE.from_pretrained(args.init or weights.folder(args.model) / "vae", torch.float32, args.device)
     net.train().requires_grad_(True).to(memory_format=torch.channels_last)
-    net.encoder.requires_grad_(not args.texture)
+    net.encoder.requires_grad_(not decoder_alone(args))
     net.decoder.requires_grad_(not args.latent)
     loss = Restoration(args, net)
     folder, names, pairs = prepare_pairs(args)

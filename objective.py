@@ -113,6 +113,15 @@ def repeated(error, period):
     return cells(error, period).mean((2, 4)).square().mean()
 
 
+def latent_error(z, z_l, z_h):
+    """The mean over samples of ‖ẑ − z_H‖² / (d + mean d), d = ‖z_L − z_H‖², a scalar; z, z_l, z_h: B,C,h,w.
+
+    The mean square alone is noisy photos' affair: their d is several times that of clean ones.
+    """
+    error, d = ((v - z_h).square().mean((1, 2, 3)) for v in (z, z_l))
+    return (error / (d + d.mean()).clamp(min=1e-6)).mean()
+
+
 @dataclass(frozen=True)
 class Term:
     """One term of the loss: the paper's λ, 0 for a term that it does not have, and Update -> scalar."""
@@ -127,7 +136,7 @@ TERMS = {
     "align": Term(1.0, lambda u: align_loss(u.q, u.q_h)),                                               # Eq. 5
     "cons": Term(1.0, lambda u: F.mse_loss(u.f(u.z_noised, u.t, *u.prompt), u.q)),                      # Eq. 6
     "lattice": Term(0.0, lambda u: repeated(u.x - u.x_h, 8) + repeated(u.x - u.x_h, 32)),
-    "latent": Term(0.0, lambda u: F.mse_loss(u.z, u.z_h)),  # alone it needs no decoder: train.py --latent
+    "latent": Term(0.0, lambda u: latent_error(u.z, u.z_l, u.z_h)),  # alone it needs no decoder: train.py --latent
 }
 PAPER = {name: term.weight for name, term in TERMS.items() if term.weight}
 REC_AND_ALIGN = {name: PAPER[name] for name in ("mse", "lpips", "align")}  # of the calibration (Eq. 21)

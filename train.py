@@ -267,7 +267,7 @@ def parser():
     add("--lpips", choices=["vgg", "alex"], help="network of the LPIPS loss (default: vgg; alex for the bundled model)")
     for name in TERMS:
         add(f"--no-{name}", action="store_true", help="without this loss")
-    add("--latent", action="store_true", help="learn z_H alone, without the decoder, by the mean square of ẑ − z_H: a "
+    add("--latent", action="store_true", help="learn z_H alone, without the decoder, by the squared distance of ẑ: a "
         "faster start for a run with --init; with --learn autoencoder the encoder alone learns E(x_L) ─► E(x_H)")
     add("--usm", action="store_true", help="sharpen x_H first, as Real-ESRGAN does")
     add("--mild", type=float, default=0.0, metavar="SHARE", help="of the pairs, 0 to 1: only blurred, resized and "
@@ -277,7 +277,7 @@ def parser():
     add("--pairs", type=int, default=20_000, metavar="N", help="pairs to make ahead of time, 0.2 MB each")
     add("--perceptual", type=float, default=0.1, metavar="W", help="weight of LPIPS (default 0.1)")
     add("--texture", type=float, default=0.0, metavar="W", help="weight of DISTS and a critic, which take VGG16 (0.3)")
-    add("--adapter", metavar="FILE", help="with --texture: the decoder learns what this adapter makes of the latents")
+    add("--adapter", metavar="FILE", help="the decoder alone learns, on what this adapter makes of the latents")
     return p
 
 

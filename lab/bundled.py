@@ -7,7 +7,8 @@
     tags, prior                the text encoder and a first prior on E(x_H)            lab.prior
     shared                     one prior for both systems, with and without the LR     linearsr.train --stage pretrain
                                picture: the transformer of both, and LinearSR's stem
-    adapter                    Algorithm 1, with the bundled model's losses            train.py
+    warm, adapter              Algorithm 1, in latents, then the bundled model's       train.py
+                               losses
     experts                    four low-rank differences from the shared network       linearsr.train --stage experts
 
 It prints the command of each stage, and first how many hours they take here: an estimate for one core of an AMD EPYC
@@ -60,6 +61,11 @@ def plan(args, slower):
         line = ["train", "--learn", "autoencoder", *data, "--name", folder, *init, *options, *machine]
         return Stage(name, line, resume=folder / "state.pt", hours=hours * slower)
 
+    def adapt(name, init, hours, *options):
+        line = ["train", *data, "--model", model, "--name", out / name, "--init", init, "--tags", "none", "--mild", 0.5,
+                "--crop", 256, *options, *machine]
+        return Stage(name, line, resume=out / name / "state.pt", hours=hours * slower)
+
     def stage(name, leaves, hours, *line):
         return Stage(name, [*line], leaves, hours=hours * slower)
     flow = ["linearsr.train", *data, "--name", linearsr, "--crop", 256, "--tags", tags, "--mild", 0.5,
@@ -81,10 +87,9 @@ def plan(args, slower):
               "--model", first),
         stage("model", model / "provenance.json", 0, "lab.prior", "export", "--out", out / "prior", "--to", model,
               "--transformer", out / "network" / "transformer"),
-        Stage("adapter", ["train", *data, "--model", model, "--name", out / "adapter", "--init", "none", "--rank", 16,
-                          "--lora-targets", "attn+ffn", "--tags", "none", "--lpips", "alex", "--lr", 1e-3,
-                          "--mild", 0.5, "--crop", 256, "--steps", 2000, *machine],
-              resume=out / "adapter" / "state.pt", hours=slower),
+        adapt("warm", "none", 1, "--latent", "--rank", 32, "--lora-targets", "attn+ffn", "--lr", 1e-3, "--batch", 32,
+              "--steps", 1000),
+        adapt("adapter", out / "warm" / "adapter.safetensors", 0.5, "--lpips", "alex", "--lr", 1e-4, "--steps", 600),
         stage("experts", None, 3, *flow, "experts", "--model", model, "--start", "end", "--steps", 2500),
         stage("LinearSR", out / "linearsr-embedded" / "config.json", 0, *export, out / "linearsr-embedded",
               "--model", model)]

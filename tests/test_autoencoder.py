@@ -68,6 +68,7 @@ def test_views_take_what_the_teacher_made(run, tmp_path):
         clean = torch.equal(view["x_L"], view["x_H"])
         assert torch.equal(view["x_H"], red) == (not clean and view["name"] in names[:6])
         assert not torch.equal(view["real"], red), "the critic's real pictures are photos"
+        assert view["seen"] == torch.equal(view["x_H"], red)
     assert 0 < sum(torch.equal(v["x_L"], v["x_H"]) for v in seen) < 15
     assert torch.equal(views[7]["x_L"], seen[7]["x_L"])
     assert not seen[39]["late"] and views[autoencoder.ALONE]["late"]
@@ -125,6 +126,19 @@ def test_the_loss_holds_clean_latents_and_hears_the_critic_late(tiny_model, monk
     assert heard == pytest.approx(2 * autoencoder.DOUBT * late["doubt"].item(), rel=1e-3)
 
 
+def test_lpips_counts_for_what_the_teacher_made(tiny_model):
+    net = DCAE.from_pretrained(tiny_model / "vae", torch.float32)
+    args = SimpleNamespace(texture=0, latent=False, adapter=None, perceptual=2, device=torch.device("cpu"),
+                           dtype="fp32")
+    loss, (x, x_h) = autoencoder.Restoration(args, net), noise(2, 2, 3, 96, 96).float().clamp(-1, 1)
+    batch = {"x_L": x, "x_H": x_h, "clean": torch.tensor([False] * 2), "shift": torch.tensor([[3, 5]] * 2)}
+    for seen in ([True, True], [False, True], [False, False]):
+        with torch.no_grad():
+            each = loss.judge(net.decode(net.encode(x))[:, :, 3:, 5:].clamp(-1, 1), x_h[:, :, 3:, 5:])
+        value = loss(batch | {"seen": torch.tensor(seen)})["lpips"].item()
+        assert value == pytest.approx((each * torch.tensor(seen)).mean().item(), rel=1e-4)
+
+
 def test_the_critic_sees_what_is_real(monkeypatch):
     """Its verdicts part noise from flat pictures within some steps, and its gradient does not reach what it judges."""
     torch.manual_seed(0)
@@ -158,15 +172,20 @@ def test_texture_moves_the_picture_and_the_critic_apart(monkeypatch):
     assert own[0] is None and all(g.abs().max() > 0 for g in own[1:] if g.ndim > 1)
 
 
+def learnt(*folders):
+    """The halves of the autoencoder that differ."""
+    before, after = (DCAE.from_pretrained(f / "vae", torch.float16).state_dict() for f in folders)
+    return {key.split(".")[0] for key, x in before.items() if not torch.equal(x, after[key])}
+
+
 @pytest.mark.parametrize("part, options, terms", [
     ("decoder", ["--texture", 1], {"l1", "lpips", "dists", "doubt", "critic"}), ("encoder", ["--latent"], {"drift"})])
 def test_one_half_alone_learns(run, monkeypatch, tiny_model, part, options, terms):
     monkeypatch.setattr(autoencoder.DISTS, "from_pretrained", lambda: autoencoder.DISTS().requires_grad_(False))
     folder = run(part, "--steps", 3, *options)
-    before, after = (DCAE.from_pretrained(f / "vae", torch.float16).state_dict() for f in (tiny_model, folder))
-    changed = {key.split(".")[0] for key, x in before.items() if not torch.equal(x, after[key])}
     columns = {*read_log(folder / "log.csv")[-1]}
-    assert changed == {part} and {"l1", "lpips", "dists", "doubt", "critic", "drift"} & columns == terms
+    assert learnt(tiny_model, folder) == {part}
+    assert {"l1", "lpips", "dists", "doubt", "critic", "drift"} & columns == terms
 
 
 def test_the_decoder_sees_what_the_adapter_makes(run, monkeypatch, tiny_model, tmp_path):
@@ -186,7 +205,7 @@ def test_the_decoder_sees_what_the_adapter_makes(run, monkeypatch, tiny_model, t
     z_hat = one_step(model.dit, z[:1] * model.scaling_factor, torch.tensor([900.0]), c, m) / model.scaling_factor
     assert relative(loss.encode(x, torch.tensor([False, True])), torch.cat([z_hat, z[1:]])) < 1e-4
     assert relative(z_hat, z[:1]) > 0.1
-    assert (run("d", "--texture", 1, "--adapter", args.adapter, "--steps", 2) / "vae" / "config.json").is_file()
+    assert learnt(tiny_model, run("d", "--adapter", args.adapter, "--steps", 2)) == {"decoder"}
 
 
 def test_two_halves_that_would_learn_alone_are_refused(run):

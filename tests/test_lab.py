@@ -174,10 +174,11 @@ def test_every_line_that_makes_the_bundled_models_is_understood_and_run_once(her
         monkeypatch.setattr(prior, name, leave(lambda args, name=name: name, lambda args, o=option: getattr(args, o)))
     line = ["--data", str(photos), "--device", "cpu"]
     assert bundled.main(line) == 0
-    learned, rest = ["pixels", "sharp", "latent", "texture"], [("adapter", "none", "alex"), "experts"]
+    learned = ["pixels", "sharp", "latent", "texture"]
+    rest = [("warm", "none", None), ("adapter", "none", "alex"), "experts"]
     made = ["write_tags", "train", "export", "pretrain", "network", "export"]
     assert ran == [*learned, *made, *rest, "linearsr-embedded"]
-    assert "13 of 13 stages to run, about" in capsys.readouterr().out
+    assert "14 of 14 stages to run, about" in capsys.readouterr().out
     ran.clear()
     assert bundled.main(line) == 0  # what sees for itself that nothing is left
     assert ran == [*learned, "train", "pretrain", *rest]

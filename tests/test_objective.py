@@ -97,7 +97,10 @@ def test_losses_follow_algorithm_1(double):
     double.losses({"mse": 1.0, "cons": 1.0})
     assert double.encoded == [4, 2], "x_H is encoded for L_align and `latent` alone"
     double.decode = None
-    assert torch.allclose(double.losses({"latent": 1.0})["latent"], (z - z_h).square().mean(), rtol=1e-10, atol=0)
+    far = z_l - z_h
+    want = sum((e ** 2).sum() / ((d ** 2).sum() + (far ** 2).sum() / len(far))
+               for e, d in zip(z - z_h, far, strict=True))
+    assert torch.allclose(double.losses({"latent": 1.0})["latent"], want / len(far), rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("term", ["mse", "align", "cons", "lattice", "latent"])
