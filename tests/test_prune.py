@@ -266,7 +266,7 @@ def test_healing_trains_on_the_pruned_model_and_merges(run, photos, tmp_path, mo
     assert any(not torch.equal(v, want[k]) for k, v in pruned.dit.state_dict().items())
     assert healed.timestep == 999 and healed.metadata["healed_steps"] == 2
     with open_weights(run_folder / "adapter.safetensors") as file:
-        assert file.metadata()["terms"] == "mse lpips lattice"  # the losses of the model that was pruned
+        assert file.metadata()["terms"] == "mse lpips cons lattice"  # the losses of the model that was pruned
     assert len(healed.metadata["kept"]) == 3 and healed.metadata["kept"][-1] == 4  # round(5 · 16/28)
     run("pruned", "--saliency", "magnitude", "--heal", 3, "--resume")  # goes on with the same run
     assert SanaSR.from_pretrained(out / "healed").metadata["healed_steps"] == 3
