@@ -275,7 +275,7 @@ def parser():
     add = p.add_argument_group("--learn autoencoder: E and D end to end; --init names a vae folder").add_argument
     add("--teacher", metavar="DIR", help="pictures that a restorer made of runs/pairs/KEY/lr, of the same names")
     add("--pairs", type=int, default=20_000, metavar="N", help="pairs to make ahead of time, 0.2 MB each")
-    add("--perceptual", type=float, default=0.1, metavar="W", help="weight of LPIPS; of the --teacher's pictures (0.1)")
+    add("--perceptual", type=float, default=0.1, metavar="W", help="weight of LPIPS, with --teacher of its views (0.1)")
     add("--texture", type=float, default=0.0, metavar="W", help="weight of DISTS and a critic, which take VGG16 (0.3)")
     add("--adapter", metavar="FILE", help="the decoder alone learns, on what this adapter makes of the latents")
     return p
