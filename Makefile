@@ -25,7 +25,7 @@ picture: $(VENV)/runtime  # the README's, from the photos in examples/
 ablation: $(VENV)/runtime
 	$(IN) -m lab.ablation --lr $(LR) --hr $(HR) $(if $(DATA),--data $(DATA)) $(ARGS)
 
-# make bundled HQ=./hq: the models in weights/ from photos: a day on one core, estimated; goes on where it was stopped
+# make bundled HQ=./hq: the models in weights/ from photos: 30 hours of one core, estimated; goes on where it was stopped
 bundled: $(VENV)/runtime
 	$(IN) -m lab.bundled --data $(HQ) $(ARGS)
 

@@ -1,20 +1,20 @@
 """Trains the autoencoder to restore: encoder and decoder end to end on degraded photos, one encoder for all.
 
-    python train.py --learn autoencoder --data ./hq --name pixels --steps 4000 --perceptual 0
+    python train.py --learn autoencoder --data ./hq --name pixels --perceptual 0 --steps 2500
     python train.py --learn autoencoder --data ./hq --name sharp --init runs/pixels/vae --teacher DIR --steps 20000
-    python train.py --learn autoencoder --data ./hq --name latent --init runs/sharp/vae --latent --batch 32
-    python train.py --learn autoencoder --data ./hq --name texture --init runs/latent/vae --texture 0.3 --adapter FILE
+    python train.py --learn autoencoder --data ./hq --name latent --init runs/sharp/vae --latent --steps 4000
+    python train.py --learn autoencoder --data ./hq --name texture --init runs/latent/vae --texture 0.3 --steps 5000
 
     x_H ── one of four kinds (photos/kinds.py) ─► x_L;     x̂ = D(E(x_L)) ─► x_H, or the teacher's picture of x_L
     one view in eight is clean: D(E(x_H)) ─► x_H
-    L = L1 + p·LPIPS (AlexNet, shifted) + repeated(x̂ − x_H) + w·(DISTS(x̂, x_H) + doubt(x̂, x_H) / 50)
+    L = L1 + repeated(x̂ − x_H) + p·LPIPS (AlexNet, shifted) + w·(DISTS(x̂, x_H) + doubt(x̂, x_H) / 50)
         + 0.02·drift, how far E(x_H) of the clean views is from where it was at the start
     --teacher DIR: LPIPS of the teacher's pictures alone; towards x_H it has D draw canvas and hatches (T63, T74)
     --adapter FILE: x̂ = D(ẑ), ẑ what the model's transformer with this adapter makes of E(x_L); E(x_H) stays as it is
     --latent: L = how far E(x_L) is from where E(x_H) was at the start; E alone learns, twice the views a second
 
 The paper's introduction asks for a degradation-aware autoencoder; its §3.1 takes SANA's as it is. The official weights
-stay as they are; the bundled model's come from programs before this one (docs/training.md). The order matters: pixels
+stay as they are; how the bundled model's were trained: weights/embedded/README.md. The order matters: pixels
 until structure stands, then the pictures of a teacher, a function of x_L where x_H is one of many answers, then texture
 by DISTS and a critic, which see x_H. Of that the decoder alone learns: a prior trained on E(x_H) stays valid. The
 teacher is any restorer that was run over runs/pairs/KEY/lr and wrote pictures of the same names. What has no picture
@@ -39,14 +39,14 @@ from fast import load_model
 from metrics import DISTS, LPIPS
 from metrics.perceptual import VGG16
 from objective import judged
-from photos.degrade import SCALE, enlarge, to_image, to_tensor
+from photos.degrade import DEGRADE_VERSION, SCALE, enlarge, to_image, to_tensor
 from photos.kinds import KINDS, PAIRS_VERSION, SIDE, write_pairs
 from photos.pairs import digest, scan, split
 from photos.pictures import read
-from runs import DTYPES, UserError, batches, ranks, set_flags
+from runs import DTYPES, UserError, batches, from_first, ranks, set_flags
 from sanasr import DCAE, build_prompt, conditioning, one_step
 from trainer import Trainer, holding
-from weights.files import save_module
+from weights.files import fingerprint, save_module
 
 WINDOW = 224            # pixels of a view: it begins at any phase of the 32-pixel grid
 ALIGNED = 0.3           # share of views that begin where the picture does, as the blocks of a JPEG do
@@ -204,12 +204,12 @@ class Restoration:
             y = self.net.decode(z).float()
         leaf = y.detach().requires_grad_()  # the critic must not learn from what moves D
         terms = {"l1": (leaf - x_h).abs().mean()}
-        weighted = terms["l1"]
+        weighted = terms["l1"] + REPEATED * repeated(leaf - x_h)
         if self.args.perceptual:
             top, left = batch["shift"][0].tolist()
             x, y_h = (v[batch["seen"], :, top:, left:] for v in (leaf.clamp(-1, 1), x_h))
             terms["lpips"] = self.judge(x, y_h).sum() / len(leaf) if len(x) else leaf.new_zeros(())
-            weighted = weighted + self.args.perceptual * terms["lpips"] + REPEATED * repeated(leaf - x_h)
+            weighted = weighted + self.args.perceptual * terms["lpips"]
         verdict = 0
         if self.critic:
             terms["dists"], terms["doubt"], verdict = self.texture(leaf, batch["real"], batch["shift"][0])
@@ -249,8 +249,8 @@ def prepare_pairs(args):
     photos, held = split(photos)
     if not held:
         raise UserError("--data: at least two photos are needed, one of them to be held out")
-    key = hashlib.sha256(json.dumps([digest(photos), digest(held), PAIRS_VERSION]).encode()).hexdigest()[:12]
-    folder = Path("runs") / "pairs" / key
+    key = json.dumps([digest(photos), digest(held), PAIRS_VERSION, DEGRADE_VERSION])
+    folder = Path("runs") / "pairs" / hashlib.sha256(key.encode()).hexdigest()[:12]
     names = write_pairs(folder, photos, args.pairs, 0, args.workers)
     even = dict.fromkeys(KINDS, 1 / len(KINDS))
     val = write_pairs(folder / "val", held, HELD, 1, args.workers, even)
@@ -260,6 +260,17 @@ def prepare_pairs(args):
     return folder, names, pairs
 
 
+def taught(args, folder, names):
+    """How many of the pairs have a teacher's picture. Raises UserError where none has, or one is of another size."""
+    found = [path for path in (Path(args.teacher) / name for name in names) if path.is_file()]
+    if not found:
+        raise UserError(f"--teacher {args.teacher} holds no picture of a name as in {folder / 'lr'}, {names[0]} say")
+    if (size := read(found[0]).rgb.size) != (SIDE, SIDE):
+        raise UserError(f"{found[0]} is {size[0]}×{size[1]}; a teacher's picture is {SIDE}×{SIDE}")
+    print(f"{len(found)} of the pairs have a teacher's picture", flush=True)
+    return len(found)
+
+
 def train(args):
     """The whole run, as the module's docstring says. Returns the exit code."""
     if args.latent and decoder_alone(args):
@@ -267,16 +278,19 @@ def train(args):
     set_flags(repeatable=True, tf32=True)
     world = ranks()[1]
     torch.manual_seed(args.seed)
-    net = DCAE.from_pretrained(args.init or weights.folder(args.model) / "vae", torch.float32, args.device)
+    first = Path(args.init or weights.folder(args.model) / "vae")
+    net = DCAE.from_pretrained(first, torch.float32, args.device)
     net.train().requires_grad_(True).to(memory_format=torch.channels_last)
     net.encoder.requires_grad_(not decoder_alone(args))
     net.decoder.requires_grad_(not args.latent)
     loss = Restoration(args, net)
-    folder, names, pairs = prepare_pairs(args)
+    folder, names, pairs = from_first(lambda: prepare_pairs(args))
     parameters = {key: p for key, p in net.named_parameters() if p.requires_grad}
     if loss.critic:
         parameters |= {f"critic.{key}": p for key, p in loss.critic.named_parameters()}
     settings = {key: getattr(args, key) for key in SETTINGS} | {
+        "the first autoencoder": fingerprint(first), "the adapter": args.adapter and weights.sha256(args.adapter),
+        "the number of teacher's pictures": args.teacher and from_first(lambda: taught(args, folder, names)),
         "the pairs": folder.name, "the constants": [WINDOW, ALIGNED, REPEATED, DRIFT, DOUBT, ALONE, WARMUP, DECAY, EMA],
         "--batch times the processes": args.batch * world}
 
@@ -293,8 +307,8 @@ def train(args):
     trainer = Trainer(args.run, parameters, loss, settings, options=args.options, steps=args.steps, every=args.every,
                       lr=args.lr, device=args.device, samples=args.batch * world, watched=watched, warmup=WARMUP,
                       terms=["drift"] if args.latent else terms, decay=DECAY, betas=(0.9, 0.99), weight_decay=0.0,
-                      ema=EMA, export=export, validate=partial(loss.validate, pairs),
-                      resume=f"`--name {args.name} --resume` resumes")
+                      ema=EMA, buffers=loss.critic.buffers() if loss.critic else (), export=export,
+                      validate=partial(loss.validate, pairs), resume=f"`--name {args.name} --resume` resumes")
     return trainer.run(training_batches)
 
 

@@ -1,9 +1,9 @@
 """Restores pictures to four times their size.
 
     python eval.py lr.png                              -> results/lr_x4.png, with the bundled model
-    python eval.py photos/ --out restored --compare    a folder; bicubic enlargements are written beside the results
+    python eval.py pictures/ --out restored --compare  a folder; bicubic enlargements are written beside the results
     python eval.py lr.png --model sana-600m-512 --adapter lora.safetensors --device cuda --prompt "a red brick wall"
-    torchrun --nproc_per_node 4 eval.py photos/        the files are split among the ranks
+    torchrun --nproc_per_node 4 eval.py pictures/      the files are split among the ranks
     python eval.py lr/ --hr hr/ --csv scores.csv --report report.html      restores, then scores against references
     python eval.py --sr results/ --hr hr/ --metrics all                    scores pictures of any method
     python eval.py lr.png --model linearsr-embedded --steps 20             LinearSR: many steps, from --seed's noise
@@ -202,7 +202,7 @@ def parse(argv=None):
     add("--color-fix", choices=pictures.COLOUR_FIXES, default="none", help="colours of the enlarged input")
     add("--no-metadata", action="store_true", help="results without the input's EXIF and colour profile")
     add("--compare", action="store_true", help="write the bicubic enlargement beside the result")
-    add("--model", default="embedded", metavar="NAME|FOLDER", help="see `python -m weights` (default: embedded)")
+    add("--model", default="embedded", metavar="NAME|FOLDER", help="see `python -m weights`")
     runs.add_device_options(parser.add_argument)
     add("--fast", choices=["auto", "on", "off"], default="auto", help="the rewrites of fast/: the same result up to "
         "rounding, sooner; on a GPU with CUDA graphs (auto: on a CPU or an NVIDIA GPU)")

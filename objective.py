@@ -293,7 +293,10 @@ def fill_defaults(args, model, metadata=None):
     Returns {name: λ}: the paper's, with those that provenance.json names in their place.
     """
     fill_crop(args, model)
-    how = conditioning(metadata or {}, args.suffix, args.timestep, default_timestep=PROTOCOLS[args.protocol][0])
+    tau, metadata = PROTOCOLS[args.protocol][0], metadata or {}
+    other = metadata.get("protocol", args.protocol) != args.protocol  # the adapter's τ is that of its protocol
+    how = conditioning(metadata, args.suffix, tau if other and args.timestep is None else args.timestep,
+                       default_timestep=tau)
     args.suffix, args.timestep = how["suffix"], how["timestep"]
     about = model.folder / "provenance.json"
     own = json.loads(about.read_text()).get("training", {}) if about.is_file() else {}

@@ -1,8 +1,8 @@
 """Makes the transformer shallower: prompt-aware structured pruning of whole blocks, Algorithm 2 of the paper.
 
-    python prune.py --data ./hq --adapter runs/official/best.safetensors --model sana-600m-512 --out runs/pruned
-    python prune.py --data ./hq --out runs/pruned --resume                   # goes on where it was stopped or killed
-    python prune.py --data ./hq --out runs/pruned --resume --compare --validate --heal 1000
+    python prune.py --data ./hq --adapter runs/official/adapter.safetensors --model sana-600m-512 --out runs/pruned
+    … --resume                                          the same line once more, after a stop or a kill
+    … --resume --compare --validate --heal 1000         and more of it
     python eval.py lr.png --model runs/pruned                                # the result is a model like any other
 
     W ← W + (α/r) B A                                   the adapter is merged; f0 is a frozen copy of the prior
@@ -42,6 +42,7 @@ from weights.files import fingerprint, save_module
 
 KEPT = 16 / 28  # of the blocks: of SANA-0.6B's what fits into the paper's budget, 0.35e9 parameters
 MAX_DROP = 0.03  # of any metric, relative to the unpruned model, in its worse direction
+RANDOM = 5  # orders of the blocks that --compare draws
 SETTINGS = ("protocol", "timestep", "suffix", "lpips", "crop", "seed", "dtype")  # what F depends on, besides the files
 SALIENCIES = {  # of a tensor w of a block, with its F: what is summed over the block
     "paper": lambda w, f, eps: w.square() / (f + eps),                                                  # Eq. 24
@@ -255,7 +256,8 @@ def compare(args, calibration, dit, fisher, keep):
                        "each block left out")
     oracle = [loss[kept] - loss[every] for kept in without]
     scores = {kind: block_scores(dit, kind, fisher, args.eps_p) for kind in SALIENCIES}
-    scores["random"] = np.random.default_rng(args.seed).permutation(len(every)).tolist()
+    rng = np.random.default_rng(args.seed)
+    scores |= {f"random {n}": rng.permutation(len(every)).tolist() for n in range(RANDOM)}
     scores["tail"] = [-i for i in every]  # the last blocks are dropped
     write_csv(args.out / "oracle.csv", ["block", "loss_increase", *scores],
               [{"block": i, "loss_increase": oracle[i]} | {k: scores[k][i] for k in scores} for i in every])
@@ -388,11 +390,11 @@ def parser():
     add_data_options(add)
     add("--model", default="embedded", metavar="NAME|FOLDER", help="see `python -m weights`")
     add("--adapter", metavar="PATH", help="LoRA weights to merge (default: the model's own, if it has any; none: none)")
-    add("--out", type=Path, default=Path("runs/pruned"), metavar="DIR")
+    add("--out", type=Path, default=Path("runs/pruned"), metavar="DIR", help="the folder to write")
     add("--resume", action="store_true", help="go on with what lies in --out")
     size("--keep", type=int, metavar="N", help="blocks to keep (default: 16 of 28, as in the paper)")
     size("--budget", type=float, metavar="N", help="keep what fits into N parameters of the whole transformer")
-    add("--saliency", choices=list(SALIENCIES), default="paper")
+    add("--saliency", choices=list(SALIENCIES), default="paper", help="what scores the blocks")
     add("--eps-p", type=float, default=1e-8, metavar="ε", help="of the paper's score")
     add("--steps", type=int, default=400, help="samples of the calibration")
     add("--protocol", choices=["hq", "lq"], help="as in train.py (default: the adapter's, else hq)")
@@ -418,8 +420,6 @@ def parse(argv=None):
         p.error("--data names the folders of photos; only --saliency magnitude does without")
     runs.check_ranges(args)
     runs.resolve_device(args)
-    if args.dtype == "fp16":
-        p.error("--dtype fp16: squared gradients lie below its range; take bf16 or fp32")
     if not args.resume and any((args.out / name).exists() for name in ("calibration.pt", "transformer")):
         raise UserError(f"{args.out} holds a model already: add --resume to go on, or choose another --out")
     if (args.out / "adapter.safetensors").exists():

@@ -120,18 +120,25 @@ def peak_memory(device):
 # --- Options ---
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Names the default of every option that has one and does not speak of it."""
+
+    def _get_help_string(self, action):
+        silent = "default" in action.help or action.default in (None, False, "", argparse.SUPPRESS)
+        return action.help + " (default: %(default)s)" * (not silent)
+
+
 def parser(doc):
     """A parser whose help is the docstring of a command's module."""
     summary, _, rest = doc.partition("\n\n")
-    return argparse.ArgumentParser(description=summary, epilog=rest,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    return argparse.ArgumentParser(description=summary, epilog=rest, formatter_class=Help)
 
 
 RANGES = {  # option: (least, most); where the least is a string, the number lies above it
     **dict.fromkeys(("steps", "every", "batch", "accumulate", "rank", "pairs", "val_steps", "samples", "draws",
                      "limit", "fine_steps", "latents"), (1, math.inf)),
     **dict.fromkeys(("workers", "val", "knee", "heal", "min_side", "tile", "cfg"), (0, math.inf)),
-    **dict.fromkeys(("lr", "clip", "eps_p"), ("0", math.inf)), "timestep": ("0", 1000),
+    **dict.fromkeys(("lr", "clip", "eps_p"), ("0", math.inf)), "timestep": ("0", 1000), "share": ("0", 1),
     **dict.fromkeys(("mild", "unconditional"), (0, 1)),
     **dict.fromkeys(("seed", "pairs_seed"), (0, 2**64 - 1))}
 
@@ -149,17 +156,22 @@ def check_ranges(args):
 
 def add_device_options(add, workers=None):
     """--device and --dtype, where workers is a number also --workers and --seed, by a parser's `add_argument`."""
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: a GPU where there is one")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bf16 on a GPU that has it, else fp32")
     if workers is not None:
         add("--workers", type=int, default=workers, help="loader processes, never more than there are cores")
-        add("--seed", type=int, default=0)
+        add("--seed", type=int, default=0, help="of all that is drawn at random")
 
 
-def resolve_device(args):
-    """Make of --device, --dtype and --workers what is used: a torch.device, fp32, bf16 or fp16, a number."""
+def resolve_device(args, fp16=False):
+    """Make of --device, --dtype and --workers what is used: a torch.device, fp32, bf16 or fp16, a number.
+
+    Raises UserError for fp16 where the command does not take it.
+    """
     args.device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
     args.dtype = dtype_name(pick_dtype(args.dtype, args.device))
+    if args.dtype == "fp16" and not fp16:
+        raise UserError("--dtype fp16: gradients here lie below its range; take bf16 or fp32")
     args.workers = workers(args.workers)
 
 

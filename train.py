@@ -81,7 +81,8 @@ class Networks:
         self.args, self.model = args, load_model(args.model, args.device, DTYPES[args.dtype], adapter=False)
         model = self.model
         lambdas = objective.fill_defaults(args, model, start_adapter(args, model))
-        lambdas = {"latent": 1.0} if args.latent else lambdas
+        if args.latent:
+            lambdas = {"latent": 1.0} | {name: lambdas[name] for name in ("align", "cons")}
         self.terms = {name: value for name, value in lambdas.items() if value and not getattr(args, f"no_{name}")}
         if not self.terms:
             raise UserError(f"no loss is left: leave out one of {' '.join(f'--no-{name}' for name in lambdas)}")
@@ -198,6 +199,8 @@ def select(args):
     Scored are the run's validation pictures; `--lq DIR --data DIR` names others.
     """
     settings = open_state(args.run)["settings"]
+    if "crop" not in settings:
+        raise UserError(f"--select: {args.run} is of --learn autoencoder, which keeps its last weights alone")
     lr, hr = (args.lq, args.data[0]) if args.lq else (args.run / "val" / "lr", args.run / "val" / "hr")
     tagger = settings["tags"] if settings["tags"] in ("ram", "dape") else "none"
     pairs = folder_pairs(lr, hr)
@@ -235,6 +238,10 @@ def verdict(rows):
 # what a step computes depends on these; a resumed run may change the other options
 SETTINGS = ("data", "lq", "model", "crop", "lr", "rank", "lora_targets", "protocol", "timestep", "tags",
             "suffix", "lpips", "usm", "mild", "val", "dtype", "seed")
+FOREIGN = {  # options that --learn … does not take
+    "adapter": ("teacher", "pairs", "perceptual", "texture", "adapter"),
+    "autoencoder": ("lq", "crop", "tags", "suffix", "val", "cache", "accumulate", "knee", "checkpointing", "rank",
+                    "lora_targets", "protocol", "timestep", "lpips", "usm", "mild", *(f"no_{name}" for name in TERMS))}
 NOT_OPTIONS = ("run", "name", "device", "resume", "select")
 
 
@@ -249,7 +256,7 @@ def parser():
     add("--name", default="default", help="the run is kept in runs/NAME")
     add("--resume", action="store_true", help="go on with the run of that name, with its settings")
     add("--select", choices=list(METRICS), metavar="METRIC", help="copy the best checkpoint by this metric of eval.py")
-    add("--steps", type=int, default=100_000)
+    add("--steps", type=int, default=100_000, help="of the optimiser")
     add("--every", type=int, default=1000, metavar="N", help="validate, draw samples and save every N steps")
     add("--batch", type=int, help="per process (default: 4, autoencoder 8)")
     add("--accumulate", type=int, default=1, metavar="N", help="batches a step: 8 on one card make the paper's 32")
@@ -267,16 +274,17 @@ def parser():
     add("--lpips", choices=["vgg", "alex"], help="network of the LPIPS loss (default: vgg; alex for the bundled model)")
     for name in TERMS:
         add(f"--no-{name}", action="store_true", help="without this loss")
-    add("--latent", action="store_true", help="learn z_H alone, without the decoder, by the squared distance of ẑ: a "
-        "faster start for a run with --init; with --learn autoencoder the encoder alone learns E(x_L) ─► E(x_H)")
+    add("--latent", action="store_true", help="the squared distance of ẑ to z_H in the place of the losses of "
+        "pictures, without the decoder: a faster start; with --learn autoencoder E alone learns, E(x_L) ─► E(x_H)")
     add("--usm", action="store_true", help="sharpen x_H first, as Real-ESRGAN does")
     add("--mild", type=float, default=0.0, metavar="SHARE", help="of the pairs, 0 to 1: only blurred, resized and "
-        "finely JPEG-coded, where the rest is degraded twice over (default 0)")
+        "finely JPEG-coded, where the rest is degraded twice over")
     add = p.add_argument_group("--learn autoencoder: E and D end to end; --init names a vae folder").add_argument
     add("--teacher", metavar="DIR", help="pictures that a restorer made of runs/pairs/KEY/lr, of the same names")
     add("--pairs", type=int, default=20_000, metavar="N", help="pairs to make ahead of time, 0.2 MB each")
-    add("--perceptual", type=float, default=0.1, metavar="W", help="weight of LPIPS, with --teacher of its views (0.1)")
-    add("--texture", type=float, default=0.0, metavar="W", help="weight of DISTS and a critic, which take VGG16 (0.3)")
+    add("--perceptual", type=float, default=0.1, metavar="W", help="weight of LPIPS, with --teacher of its views")
+    add("--texture", type=float, default=0.0, metavar="W", help="weight of DISTS and a critic, which take VGG16; the "
+        "decoder alone learns. 0.3 is usual")
     add("--adapter", metavar="FILE", help="the decoder alone learns, on what this adapter makes of the latents")
     return p
 
@@ -302,13 +310,15 @@ def parse(argv=None):
         p.error("--select takes other pairs by --lq DIR --data DIR, both of them")
     if not args.data and not args.select:
         p.error("--data names the folders of photos")
+    if foreign := [option for option in FOREIGN[args.learn] if getattr(args, option) != p.get_default(option)]:
+        p.error(f"--learn {args.learn} does not take --{' --'.join(foreign).replace('_', '-')}")
     default = {"adapter": (4, 5e-5), "autoencoder": (8, 3e-4)}[args.learn]
     args.batch = default[0] if args.batch is None else args.batch
     args.lr = default[1] if args.lr is None else args.lr
     runs.check_ranges(args)
     absolute(args)
     args.options = {k: v for k, v in vars(args).items() if k not in NOT_OPTIONS}
-    runs.resolve_device(args)
+    runs.resolve_device(args, fp16=args.learn == "adapter")
     args.run = run
     return args
 

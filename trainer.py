@@ -105,12 +105,13 @@ class Trainer:
 
     def __init__(self, folder, parameters, loss, settings, *, steps, every, lr, device, samples, options=None,
                  terms=(), watched=(), warmup=0, decay=0.0, betas=(0.9, 0.999), weight_decay=1e-2, clip=1.0, ema=0.999,
-                 accumulate=1, fp16=False, validate=None, export=None, backward=None, label="", watch=None,
+                 accumulate=1, fp16=False, buffers=(), validate=None, export=None, backward=None, label="", watch=None,
                  patience=0, tolerance=0.05, resume="rerun to resume", wire=torch.float32):
         """parameters: {name: parameter}, all that is trained. Where one is of half precision, a float32 master moves.
         loss(batch): {"loss": scalar, **terms}; backward(batch), by default loss(batch)["loss"].backward(), leaves the
         gradients and returns the same. settings: what the run depends on; a state of other settings is refused.
-        options: kept in the state besides. samples: of a step, on all ranks. every: steps between validations;
+        options: kept in the state besides. buffers: further tensors that `loss` changes. samples: of a step, on all
+        ranks. every: steps between validations;
         validate(): ({column: number}, of `watched`, a picture for samples/ or None), with the EMA weights in place.
         export(step, {name: EMA weights}) writes the caller's files.
         warmup: steps; decay: the share of the steps at the end over which the rate falls to zero.
@@ -125,7 +126,7 @@ class Trainer:
         self.validate, self.export, self.backward = validate, export, backward or self.eager
         self.watch, self.patience, self.tolerance, self.knee_step = watch, patience, tolerance, None
         self.wire, self.tflop = wire, None  # tflop: of a step on all ranks, once it is known
-        self.names, self.parameters = list(parameters), list(parameters.values())
+        self.names, self.parameters, self.buffers = list(parameters), list(parameters.values()), list(buffers)
         self.masters = [p.detach().float() for p in self.parameters]  # of a float32 parameter the same memory
         self.half = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p.dtype != m.dtype]
         self.ema = [m.clone() for m in self.masters]
@@ -149,6 +150,7 @@ class Trainer:
         try:
             copy(self.masters, state["masters"])
             copy(self.ema, state["ema"])
+            copy(self.buffers, state.get("buffers", []))
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -168,7 +170,8 @@ class Trainer:
                 self.export(self.step, dict(zip(self.names, self.ema, strict=True)))
             runs.save_state(self.folder / "state.pt", {
                 "step": self.step, "settings": self.settings, "options": self.options, "masters": self.masters,
-                "ema": self.ema, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()})
+                "ema": self.ema, "buffers": self.buffers, "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict()})
         self.saved = self.step
 
     def note(self, row):
@@ -198,6 +201,12 @@ class Trainer:
         """(step of the knee of the watched column or None, whether it lies `patience` validations back)."""
         steps, bend = knee_of(self.rows, self.watch, self.tolerance)
         return bend, bend in steps[1:len(steps) - self.patience]
+
+    def over(self):
+        """Whether all steps are done, or the knee lies `patience` validations back: `knee_step` then names it."""
+        bend, passed = runs.from_first(self.past_knee) if self.patience else (None, False)
+        self.knee_step = bend if passed else None
+        return passed or self.step >= self.steps
 
     # --- the loop ---
 
@@ -259,7 +268,7 @@ class Trainer:
 
         A batch with "name" and "prompt" is named where its loss is not finite. Returns the exit code.
         """
-        if self.step >= self.steps:
+        if self.over():
             self.save()  # makes files that are missing
             return 0
         if self.step == 0 and self.main and not self.rows:
@@ -313,10 +322,7 @@ class Trainer:
                 self.save()
             if stop:
                 return signals.caught or signal.SIGTERM
-            if due and self.patience:
-                step, passed = runs.from_first(self.past_knee)
-                if passed:
-                    self.knee_step = step
-                    return 0
+            if due and self.over():
+                return 0
             unread, started = [], time.perf_counter()
         return 0

@@ -8,7 +8,7 @@
 Stages: one model, cut open. D(E(x_H)) is the ceiling, since all results pass the decoder; D(E(x_L)) shows what the
 autoencoder does by itself; what the update adds is the prior's without the adapter, and the method's with it.
 Ablations: adapters trained by train.py from nothing, with the paper's losses, each with one thing changed, and
-evaluated with the τ and the suffix that it was trained with. --seeds trains each so many times. A last table has what
+evaluated with the τ and the suffix that it was trained with. --seeds 0 1 trains each twice. A last table has what
 each changes: PSNR, LPIPS and DISTS minus the method's, means over the seeds, with the 95 % interval over the pictures,
 apart for each kind of pictures whose names end in _KIND. It has the method's own seeds, too, one minus the other: a
 change as small as that means nothing.

@@ -13,7 +13,8 @@
 
 It prints the command of each stage, and first how many hours they take here: an estimate for one core of an AMD EPYC
 (family 25 model 17, with bf16 instructions), times what a training step of the autoencoder takes here by what it took
-there. The numbers of steps are a plan: no chain of all stages has been run to its end yet.
+there. The numbers of steps are a plan: with all of them no chain has been run to its end yet. --share 0.002 runs all
+stages with one step and one picture in 500: a rehearsal, whose models restore nothing.
 --teacher: pictures that a restorer made of runs/pairs/KEY/lr, of the same names; KEY is printed by the first stage.
 Without them the autoencoder learns from the photos alone. The stage texture takes VGG16, 553 MB, fetched first of all.
 """
@@ -50,47 +51,51 @@ def step(args):
 
 def plan(args, slower):
     """The stages, in their order. slower: than the core whose hours they name."""
-    out, machine = args.out.resolve(), ["--device", args.device.type, "--dtype", args.dtype, "--workers", args.workers]
+    out = args.out.resolve()
+    machine = ["--device", args.device.type, "--dtype", args.dtype, "--workers", args.workers, "--seed", args.seed]
     data, tags = ["--data", *(Path(folder).resolve() for folder in args.data)], out / "tags.csv"
     teacher = ["--teacher", args.teacher.resolve()] if args.teacher else []
     first, model, linearsr = out / "first", out / "embedded", out / "linearsr"
 
+    def n(count):
+        return max(1, round(count * args.share))
+
+    def stage(name, leaves, hours, *line, resume=None):
+        return Stage(name, [*line], leaves, resume, hours * slower * args.share)
+
     def learn(name, init, hours, *options):
         folder = out / name
         init = ["--init", out / init / "vae"] if init else []
-        line = ["train", "--learn", "autoencoder", *data, "--name", folder, *init, *options, *machine]
-        return Stage(name, line, resume=folder / "state.pt", hours=hours * slower)
+        return stage(name, None, hours, "train", "--learn", "autoencoder", *data, "--name", folder, *init, *options,
+                     *machine, "--pairs", n(24_000), resume=folder / "state.pt")
 
     def adapt(name, init, hours, *options):
-        line = ["train", *data, "--model", model, "--name", out / name, "--init", init, "--tags", "none", "--mild", 0.5,
-                "--crop", 256, *options, *machine]
-        return Stage(name, line, resume=out / name / "state.pt", hours=hours * slower)
-
-    def stage(name, leaves, hours, *line):
-        return Stage(name, [*line], leaves, hours=hours * slower)
+        return stage(name, None, hours, "train", *data, "--model", model, "--name", out / name, "--init", init,
+                     "--tags", "none", "--mild", 0.5, "--crop", 256, *options, *machine,
+                     resume=out / name / "state.pt")
     flow = ["linearsr.train", *data, "--name", linearsr, "--crop", 256, "--tags", tags, "--mild", 0.5,
-            "--batch", 32, "--pairs", 24_000, *machine, "--stage"]
+            "--batch", 32, "--pairs", n(24_000), *machine, "--stage"]
     export = ["linearsr.train", "--stage", "export", "--name", linearsr, "--start", "end", "--to"]
     return [
-        learn("pixels", None, 1, "--pairs", 24_000, "--perceptual", 0, "--steps", 2500),
-        learn("sharp", "pixels", 9, "--pairs", 24_000, *teacher, "--steps", 20_000),
-        learn("latent", "sharp", 3, "--pairs", 24_000, "--latent", "--lr", 4e-4, "--batch", 32, "--steps", 4000),
-        learn("texture", "latent", 4, "--pairs", 24_000, *teacher, "--texture", 0.3, "--lr", 1e-4, "--steps", 5000),
+        learn("pixels", None, 1, "--perceptual", 0, "--steps", n(2500)),
+        learn("sharp", "pixels", 9, *teacher, "--steps", n(20_000)),
+        learn("latent", "sharp", 3, "--latent", "--lr", 4e-4, "--batch", 32, "--steps", n(4000)),
+        learn("texture", "latent", 4, *teacher, "--texture", 0.3, "--lr", 1e-4, "--steps", n(5000)),
         stage("tags", tags, 0, "lab.prior", "tags", *data, "--to", tags),
         stage("prior", None, 1, "lab.prior", "train", *data, "--vae", out / "texture", "--out", out / "prior",
-              "--batch", 32, "--lr", 1e-3, "--steps", 3000, *machine),
+              "--batch", 32, "--lr", 1e-3, "--latents", n(8000), "--steps", n(3000), *machine),
         # an export is done once the file is there that it writes last
         stage("first model", first / "provenance.json", 0, "lab.prior", "export", "--out", out / "prior",
               "--to", first),
-        stage("shared", None, 8, *flow, "pretrain", "--model", first, "--unconditional", 0.4, "--steps", 30_000),
+        stage("shared", None, 8, *flow, "pretrain", "--model", first, "--unconditional", 0.4, "--steps", n(30_000)),
         stage("its network", out / "network" / "config.json", 0, *export, out / "network", "--of", "pretrain",
               "--model", first),
         stage("model", model / "provenance.json", 0, "lab.prior", "export", "--out", out / "prior", "--to", model,
               "--transformer", out / "network" / "transformer"),
         adapt("warm", "none", 1, "--latent", "--rank", 32, "--lora-targets", "attn+ffn", "--lr", 1e-3, "--batch", 32,
-              "--steps", 1000),
-        adapt("adapter", out / "warm" / "adapter.safetensors", 0.5, "--lpips", "alex", "--lr", 1e-4, "--steps", 600),
-        stage("experts", None, 3, *flow, "experts", "--model", model, "--start", "end", "--steps", 2500),
+              "--steps", n(1000)),
+        adapt("adapter", out / "warm" / "adapter.safetensors", 0.5, "--lpips", "alex", "--lr", 1e-4, "--steps", n(600)),
+        stage("experts", None, 3, *flow, "experts", "--model", model, "--start", "end", "--steps", n(2500)),
         stage("LinearSR", out / "linearsr-embedded" / "config.json", 0, *export, out / "linearsr-embedded",
               "--model", model)]
 
@@ -100,8 +105,9 @@ def main(argv=None):
     parser = runs.parser(__doc__)
     add = parser.add_argument
     add("--data", nargs="+", required=True, metavar="DIR", help="folders of clean photos, searched recursively")
-    add("--teacher", type=Path, metavar="DIR", help="see above")
-    add("--out", type=Path, default=Path("runs/bundled"), metavar="DIR", help="(default %(default)s)")
+    add("--teacher", type=Path, metavar="DIR", help="see below")
+    add("--share", type=float, default=1.0, metavar="X", help="of all steps, pairs and crops, see below")
+    add("--out", type=Path, default=Path("runs/bundled"), metavar="DIR", help="the run")
     runs.add_device_options(add, workers=2)
     args = parser.parse_args(argv)
     runs.check_ranges(args)

@@ -241,7 +241,7 @@ def parse(argv=None):
     p = runs.parser(__doc__)
     add = p.add_argument
     add("command", choices=["losses", "table", "models"])
-    add("--model", default="linearsr-embedded", metavar="NAME|FOLDER", help="LinearSR (default: %(default)s)")
+    add("--model", default="linearsr-embedded", metavar="NAME|FOLDER", help="LinearSR")
     add("--tags", metavar="FILE.csv", help="tags of the pictures, columns image and tags")
     add("--out", type=Path, default=Path("runs/lab-linearsr"), metavar="DIR")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")

@@ -9,8 +9,8 @@
 The text encoder learns with the transformer. Its tokenizer is a byte-fallback BPE trained on RAM's list of tags. The
 photos' tags come from their file names (`inet_n01494475_hammerhead.webp`: hammerhead) and their main colours. Random
 crops of 256 pixels are encoded once. Photos of 128 pixels or more are continued by their mirror image. Validated are
-held-out photos (one in 16, see `photos.pairs.held_out`) with right, empty and shuffled prompts. The bundled prior took
---batch 32 --lr 1e-3 --steps 1000 --latents 5000 and 14 minutes on two CPU cores.
+held-out photos (one in 16, see `photos.pairs.held_out`) with right, empty and shuffled prompts. The first bundled prior
+took --batch 32 --lr 1e-3 --steps 1000 --latents 5000 and 14 minutes on two CPU cores.
 """
 import itertools
 import json
@@ -281,14 +281,14 @@ def main(argv=None):
     add("command", choices=["train", "export", "tags"])
     add("--data", nargs="+", metavar="DIR", help="folders of clean photos, searched recursively")
     add("--vae", default="embedded", metavar="NAME|FOLDER", help="the model whose autoencoder makes the latents")
-    add("--out", type=Path, default=Path("runs/prior"), metavar="DIR", help="the run (default %(default)s)")
+    add("--out", type=Path, default=Path("runs/prior"), metavar="DIR", help="the run")
     add("--to", metavar="PATH", help="export: the folder to write; tags: the CSV file")
     add("--transformer", metavar="DIR", help="export: this transformer in the place of the run's")
-    add("--latents", type=int, default=8000, metavar="N", help="crops to encode (default %(default)s)")
-    add("--steps", type=int, default=30_000, help="the learning rate falls over the last quarter (default %(default)s)")
-    add("--every", type=int, default=500, metavar="N", help="validate and save every N steps (default %(default)s)")
-    add("--batch", type=int, default=4, help="latents a step (default %(default)s)")
-    add("--lr", type=float, default=5e-4, help="peak learning rate (default %(default)s)")
+    add("--latents", type=int, default=8000, metavar="N", help="crops to encode")
+    add("--steps", type=int, default=30_000, help="the learning rate falls over the last quarter")
+    add("--every", type=int, default=500, metavar="N", help="validate and save every N steps")
+    add("--batch", type=int, default=4, help="latents a step")
+    add("--lr", type=float, default=5e-4, help="peak learning rate")
     runs.add_device_options(add, workers=4)
     args = parser.parse_args(argv)
     if args.command != "export" and not args.data:
@@ -298,7 +298,7 @@ def main(argv=None):
     runs.check_ranges(args)
     if args.command != "train":
         return {"export": export, "tags": write_tags}[args.command](args)
-    runs.resolve_device(args)
+    runs.resolve_device(args, fp16=True)
     with runs.claimed(args.out):
         return train(args)
 

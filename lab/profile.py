@@ -135,7 +135,7 @@ def print_profile(table):
 def main(argv=None):
     parser = runs.parser(__doc__)
     add = parser.add_argument
-    add("--model", default="embedded", metavar="NAME|FOLDER", help="see `python -m weights` (default: embedded)")
+    add("--model", default="embedded", metavar="NAME|FOLDER", help="see `python -m weights`")
     add("--side", type=int, default=512, metavar="N", help="of the result, a multiple of 32 (default: 512)")
     add("--steps", type=int, metavar="N", help="of LinearSR (default: 20)")
     add_device_options(parser.add_argument)

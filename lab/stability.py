@@ -1,6 +1,6 @@
 """Is the autoencoder's latent more stable under degradation than the picture (the paper's §3.1)?
 
-    python -m lab.stability photos/                    the bundled model's autoencoder, a table
+    python -m lab.stability pictures/                  the bundled model's autoencoder, a table
 
 For a photo x and its degraded x', ‖x' − x‖ / ‖x‖ with pixels in [-1, 1], beside ‖E(x') − E(x)‖ / ‖E(x)‖.
 """
@@ -82,7 +82,7 @@ def main(argv=None):
     parser = runs.parser(__doc__)
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="photos and folders of photos")
-    add("--model", default="embedded", metavar="NAME|FOLDER", help="see `python -m weights` (default: embedded)")
+    add("--model", default="embedded", metavar="NAME|FOLDER", help="see `python -m weights`")
     add("--seed", type=int, default=0, metavar="N", help="of the noise")
     add_device_options(parser.add_argument)
     args = parser.parse_args(argv)

@@ -3,7 +3,7 @@
     python -m linearsr.train --stage pretrain --data ./hq --steps 20000     one network, from the prior of --model
     python -m linearsr.train --stage experts --steps 4000                   each expert, on its own interval of t alone
     python -m linearsr.train --stage finetune --data ./best --steps 1000    each expert again, on the best photos
-    python -m linearsr.train --stage export --to linearsr                   a folder for eval.py --model
+    python -m linearsr.train --stage export --to runs/mine                   a folder for eval.py --model
     torchrun --nproc_per_node 8 -m linearsr.train --stage pretrain --data ./hq --model sana-600m-512 --name official
 
 The loss is linearsr/flow.py's. The latents and LR pictures of the pairs are made once and kept in runs/pairs. A stage
@@ -211,7 +211,7 @@ def fit(folder, k, args, model, start, data, pairs, conditions, held, judge):
                 if key not in ("data", "batch", "watch")}
     trainer = Trainer(
         folder, parameters, loss, settings | data.fingerprints | {
-            "start": start["at"], "--batch times the processes": args.batch * ranks()[1]},
+            "dtype": args.dtype, "start": start["at"], "--batch times the processes": args.batch * ranks()[1]},
         steps=args.steps, every=args.every, lr=args.lr, warmup=WARMUP, device=device, samples=args.batch * ranks()[1],
         watched=["val_flow", *(f"val_flow_{j}" for j in range(len(boundaries) + 1)), "val_psnr", "val_lpips"],
         watch=args.watch, tolerance=TOLERANCE, validate=look, export=export, label=label,
@@ -249,6 +249,7 @@ def run_stage(args):
         print(data.report, flush=True)
     drawn = EightBitPairs(data.photos, data.prompts, args.crop, None, None, args.pairs_seed, data.lq, mild=args.mild)
     folder = Path("runs") / "pairs" / pairs_key(model.vae, args, data)
+    data.fingerprints |= {"the encoded pairs": folder.name, "the model": fingerprint(model.folder / "transformer")}
     pairs = EncodedPairs(drawn, args.pairs, folder, latents, device, args.workers)
     held = Held(data.pairs, data.val_prompts, latents, conditions, device)
 
@@ -270,7 +271,7 @@ def run_stage(args):
 def export(args):
     """Write the folder that `LinearSR.from_pretrained` reads, in fp16."""
     target = Path(args.to)
-    stage = args.of or next((s for s in reversed(STAGES[1:]) if expert_folders(args, s)[0].is_dir()), "pretrain")
+    stage = args.of or next((s for s in reversed(STAGES[1:]) if (args.root / s).is_dir()), "pretrain")
     alone, folders = stage == "pretrain", expert_folders(args, stage)
     points = [starting_point(folder, args) for folder in folders]
     notes = [settings_of(folder, None if alone else args.boundaries) for folder in folders]
@@ -321,7 +322,7 @@ def parser():
     p = runs.parser(__doc__)
     p.add_argument("--stage", choices=[*STAGES, "export"], required=True)
     add = p.add_argument_group("photos").add_argument
-    add_data_options(add)
+    add_data_options(add, tags="none", suffix="appendix")
     add("--min-side", type=int, default=0, metavar="N", help="only photos whose sides have N pixels or more")
     add("--mild", type=float, default=0.0, metavar="SHARE", help="of the pairs, 0 to 1, as train.py's")
     add("--pairs", type=int, default=12_000, metavar="N", help="to encode and keep on the device (embedded: 28 KB)")
@@ -341,13 +342,13 @@ def parser():
     runs.add_device_options(add, workers=12)
     add = p.add_argument_group("the method").add_argument
     add("--boundaries", nargs="*", type=float, default=list(BOUNDARIES), metavar="T", help="of the experts' intervals; "
-        "none: one expert (default: %(default)s)")
+        "none: one expert")
     add("--unconditional", type=float, default=0.0, metavar="SHARE", help="pretrain: of the samples without "
         "the LR picture, 0 to 1: the transformer stays a prior, which a model of SANA-SR can share")
     add("--expert", type=int, metavar="K", help="train this one only (default: all, one after the other)")
     add("--lr", type=float, help="(default: " + ", ".join(f"{k} {v:g}" for k, v in LR.items()) + ")")
     add("--rank", type=int, default=16, help="of an expert's difference")
-    add("--lora-targets", choices=["attn", "attn+ffn"], default="attn+ffn")
+    add("--lora-targets", choices=["attn", "attn+ffn"], default="attn+ffn", help="where an expert differs")
     add("--val-steps", type=int, default=12, metavar="N", help="of restorations; from 12 on they reach each interval")
     p.set_defaults(tags="none", suffix="appendix", val=32)
     return p
@@ -384,8 +385,6 @@ def parse(argv=None):
         p.error(f"--expert must be 0 to {len(args.boundaries)}, not {args.expert}")
     args.lr = args.lr or LR[args.stage]
     runs.resolve_device(args)
-    if args.dtype == "fp16":
-        p.error("--dtype fp16: no loss scaling here; take bf16 or fp32")
     return args
 
 

@@ -8,8 +8,9 @@
     soft         x_H itself enlarged first, as a camera's picture at its full size is; blurred, reduced, half compressed
 """
 import signal
-from functools import lru_cache, partial
-from multiprocessing import Pool
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from photos.degrade import SCALE, blur, degrade, gaussian_kernel, jpeg, to_image, to_tensor
 from photos.pictures import read, write
+from runs import UserError
 
 SIDE = 256
 KINDS = {"strong": 0.35, "mild": 0.15, "compressed": 0.25, "soft": 0.25}  # shares of the training pairs
@@ -55,18 +57,13 @@ def softer(x, sigma):
     return blur(x, gaussian_kernel(21, sigma, sigma, 0.0))
 
 
-@lru_cache(64)
-def opened(path):
-    return read(path).rgb
-
-
 def write_pair(folder, paths, shares, kinds, seed, n):
     """Pair n of `write_pairs`; a function of (seed, n) and the photos."""
     rng = np.random.default_rng((seed, n))
     kind = rng.choice(list(kinds), p=list(kinds.values()))
     name = f"{n:06d}_{kind}.png"
     if not (folder / "lr" / name).exists():
-        hr, lr = make_pair(opened(paths[rng.choice(len(paths), p=shares)]), kind, rng)
+        hr, lr = make_pair(read(paths[rng.choice(len(paths), p=shares)]).rgb, kind, rng)
         write(hr, folder / "hr" / name)
         write(lr, folder / "lr" / name)  # last: without it the pair is made again
     return name
@@ -80,9 +77,14 @@ def start_worker():
 def write_pairs(folder, photos, count, seed, workers, kinds=KINDS):
     """Make the pairs 0…count-1 that `folder` lacks. Photos are drawn in proportion to their area, at most 12 × SIDE².
 
-    photos: [photos.pairs.Photo], of at least SIDE pixels a side. Returns the names of the pairs.
+    photos: [photos.pairs.Photo], of at least SIDE pixels a side. Returns the names of the pairs. Raises UserError where
+    the system ends a worker.
     """
     areas = np.array([min(12, p.width * p.height / SIDE ** 2) for p in photos])
     job = partial(write_pair, Path(folder), [p.path for p in photos], areas / areas.sum(), kinds, seed)
-    with Pool(max(workers, 1), start_worker) as pool:
-        return list(tqdm(pool.imap(job, range(count), chunksize=32), "pairs", count, disable=count < 100, leave=False))
+    try:
+        with ProcessPoolExecutor(max(workers, 1), initializer=start_worker) as pool:
+            made = pool.map(job, range(count), chunksize=32)
+            return list(tqdm(made, "pairs", count, disable=count < 100, leave=False))
+    except BrokenProcessPool:
+        raise UserError("a process that makes pairs was killed, for want of memory perhaps; rerun with fewer --workers")

@@ -377,15 +377,15 @@ class TrainingData:
                 [weights.sha256(Path(self.lq[p.path])) if p.path in self.lq else "" for p in self.photos])}
 
 
-def add_data_options(add):
-    """The options that `TrainingData` reads, by a parser's or group's `add_argument`."""
+def add_data_options(add, tags="ram; none for the bundled model", suffix="the adapter's, else appendix"):
+    """The options that `TrainingData` reads, by a parser's or group's `add_argument`. tags, suffix: the defaults, told.
+    """
     add("--data", nargs="+", metavar="DIR", help="folders of photos, searched recursively")
     add("--lq", metavar="DIR", help="real LR pictures of the same names, a quarter of the size")
     add("--crop", type=int, help="pixels (default: what the model was trained at, 512 for SANA-0.6B)")
     add("--tags", metavar="none|ram|dape|FILE.csv", help="of the photos: none, by a tagger, or from the columns image "
-        "and tags of a file (default: ram; none for the bundled model)")
-    add("--suffix", metavar="appendix|main|none|TEXT", help="quality words after the tags (default: the adapter's, "
-        "else appendix)")
+        f"and tags of a file (default: {tags})")
+    add("--suffix", metavar="appendix|main|none|TEXT", help=f"quality words after the tags (default: {suffix})")
     add("--val", type=int, default=8, metavar="N", help="validate on the first N of the photos that are held out: one "
         "in 16, by the hash of the file")
 

@@ -1,4 +1,5 @@
 """The autoencoder's training: its pairs, its views, its loss, and a run of the tiny model that resumes."""
+import os
 import signal
 from types import SimpleNamespace
 
@@ -74,18 +75,24 @@ def test_views_take_what_the_teacher_made(run, tmp_path):
     assert not seen[39]["late"] and views[autoencoder.ALONE]["late"]
 
 
-def test_training_lowers_the_loss_and_resumes(run, monkeypatch):
-    whole = run("whole", "--steps", 8, "--lr", "2e-3")
+@pytest.mark.parametrize("texture", [0, 1])
+def test_training_lowers_the_loss_and_resumes(run, monkeypatch, texture):
+    dists = autoencoder.DISTS().requires_grad_(False)
+    monkeypatch.setattr(autoencoder.DISTS, "from_pretrained", lambda: dists)
+    options = ["--steps", 8, "--lr", "2e-3", "--texture", texture]
+    whole = run("whole", *options)
     rows = read_log(whole / "log.csv")
-    assert rows[-1]["val_psnr"] > rows[0]["val_psnr"], "on held-out pairs, after eight steps from seeded weights"
+    assert texture or rows[-1]["val_psnr"] > rows[0]["val_psnr"], "on held-out pairs, from seeded weights"
     loss, calls = autoencoder.Restoration.__call__, []
     with monkeypatch.context() as patch:
         patch.setattr(autoencoder.Restoration, "__call__", lambda self, batch: (
             calls.append(1), len(calls) == 3 and signal.raise_signal(signal.SIGTERM), loss(self, batch))[-1])
-        again = run("again", "--steps", 8, "--lr", "2e-3", code=143)
+        again = run("again", *options, code=143)
     assert train.main(["--name", "again", "--resume"]) == 0
     a, b = ((folder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes() for folder in (whole, again))
     assert a == b, "a resumed run is one that was not interrupted"
+    losses = [[row["loss"] for row in read_log(f / "log.csv")[1:]] for f in (whole, again)]
+    assert losses[0] == losses[1], "with texture the critic's among them"
     assert DCAE.from_pretrained(whole / "vae", torch.float32).encode(torch.zeros(1, 3, 64, 64)).shape == (1, 8, 2, 2)
     with pytest.raises(SystemExit, match=r"--perceptual 0.5 \(was 0.1\)"):
         train.main(["--name", "whole", "--resume", "--perceptual", "0.5"])
@@ -118,7 +125,8 @@ def test_the_loss_holds_clean_latents_and_hears_the_critic_late(tiny_model, monk
         drift = (net.encode(x)[0] - z0).square().sum() / z0.square().sum()
     batch = {"x_L": x, "x_H": x, "real": x, "clean": torch.tensor([True, False]), "shift": torch.tensor([[0, 0]] * 2)}
     terms = loss(batch)
-    assert (terms["loss"] - terms["l1"]).item() == pytest.approx(autoencoder.DRIFT * drift.item(), rel=1e-3)
+    lattice = autoencoder.REPEATED * autoencoder.repeated(net.decode(net.encode(x)).detach() - x)
+    assert (terms["loss"] - terms["l1"] - lattice).item() == pytest.approx(autoencoder.DRIFT * drift.item(), rel=1e-2)
     texture = autoencoder.Restoration(SimpleNamespace(**vars(args) | {"texture": 2}), net)
     texture.critic.eval()
     early, late = (texture(batch | {"late": torch.tensor([True, both])}) for both in (False, True))
@@ -208,9 +216,36 @@ def test_the_decoder_sees_what_the_adapter_makes(run, monkeypatch, tiny_model, t
     assert learnt(tiny_model, run("d", "--adapter", args.adapter, "--steps", 2)) == {"decoder"}
 
 
-def test_two_halves_that_would_learn_alone_are_refused(run):
-    with pytest.raises(SystemExit, match="--latent: the encoder alone learns"):
-        run("none", "--latent", "--texture", 1)
+@pytest.mark.parametrize("options, message", [
+    (["--latent", "--texture", 1], "--latent: the encoder alone learns"),
+    (["--teacher", "."], "--teacher .* holds no picture of a name as in runs/pairs/"),
+    (["--teacher", "teacher"], "_[a-z]*.png is 128×128; a teacher's picture is 256×256"),
+    (["--dtype", "fp16"], "--dtype fp16: gradients here lie below its range")])
+def test_what_cannot_be_learned_from_is_refused(run, here, options, message):
+    (here / "teacher").mkdir()
+    for n in range(12):
+        for kind in kinds.KINDS:
+            Image.new("RGB", (128, 128)).save(here / "teacher" / f"{n:06d}_{kind}.png")
+    with pytest.raises(SystemExit, match=message):
+        run("none", "--steps", 1, *options)
+
+
+def test_a_run_holds_to_the_autoencoder_that_it_began_with(run):
+    first = run("first", "--steps", 1)
+    run("second", "--steps", 1, "--init", first / "vae")
+    with pytest.raises(SystemExit, match="--select: runs/first is of --learn autoencoder"):
+        train.main(["--name", "first", "--select", "psnr"])
+    (first / "vae" / "more").touch()
+    with pytest.raises(SystemExit, match="the first autoencoder changed"):
+        train.main(["--name", "second", "--resume", "--steps", "2"])
+
+
+def test_pairs_survive_a_worker_that_is_killed(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(kinds, "make_pair", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+        with pytest.raises(SystemExit, match="^error: a process that makes pairs was killed"):
+            run("r", "--steps", 1)
+    run("r", "--steps", 1)
 
 
 def test_repeated_sees_a_lattice():

@@ -167,10 +167,10 @@ def test_lattice_is_the_share_that_repeats_in_every_cell():
     assert objective.lattice(torch.zeros(1, 3, 128, 128)) == 0
 
 
-def filled(folder, tags=None, lpips=None):
+def filled(folder, tags=None, lpips=None, protocol="hq", metadata=None):
     model = SanaSR.from_pretrained(folder, adapter=False)
-    args = Namespace(crop=None, suffix=None, timestep=None, protocol="hq", tags=tags, lpips=lpips)
-    objective.fill_defaults(args, model)
+    args = Namespace(crop=None, suffix=None, timestep=None, protocol=protocol, tags=tags, lpips=lpips)
+    objective.fill_defaults(args, model, metadata)
     return args
 
 
@@ -180,5 +180,7 @@ def test_the_models_files_say_how_it_is_trained_not_its_name(tiny_model, tmp_pat
     assert by_name == by_path and (by_path.tags, by_path.lpips) == ("none", "alex")
     wanted = filled(tmp_path / "elsewhere", "ram", "vgg")
     assert (wanted.tags, wanted.lpips) == ("ram", "vgg")
+    adapter = {"protocol": "hq", "timestep": "850.0"}
+    assert [filled("embedded", protocol=p, metadata=adapter).timestep for p in ("hq", "lq")] == [850, 999]
     plain = filled(tiny_model)
     assert (plain.tags, plain.lpips, plain.crop, plain.timestep, plain.suffix) == ("ram", "vgg", 128, 900, "appendix")

@@ -209,9 +209,9 @@ def test_mask_leaves_the_largest_weights_and_exactly_as_many(deep, dtype):
 def test_comparison_with_the_oracle(run, deep, photos, tmp_path, capsys):
     out = run("pruned", "--keep", 3, "--compare", "--samples", 2)
     rows, oracle = table(out / "compare.csv"), [*table(out / "oracle.csv").values()]
-    assert len(oracle) == BLOCKS and len(rows) == 1 + 1 + len(prune.SALIENCIES) + 2 + 11 + 1
+    assert len(oracle) == BLOCKS and len(rows) == 1 + 1 + len(prune.SALIENCIES) + 1 + prune.RANDOM + 11 + 1
     assert [float(row["tail"]) for row in oracle] == [0, -1, -2, -3, -4]
-    assert [int(row["random"]) for row in oracle] == np.random.default_rng(0).permutation(BLOCKS).tolist()
+    assert [int(row["random 0"]) for row in oracle] == np.random.default_rng(0).permutation(BLOCKS).tolist()
     assert float(rows["oracle"]["correlation"]) == pytest.approx(1)
     best = max((1, 2, 3), key=lambda i: float(oracle[i]["loss_increase"]))
     assert rows["oracle"]["kept"] == f"0 {best} 4" and rows["tail"]["kept"] == "0 1 4"

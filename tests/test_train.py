@@ -146,7 +146,7 @@ def test_switches_take_losses_away(here, run, photos, on_loss):
     rows = read_log(folder / "log.csv")[1:]
     assert all(row["loss"] == row["mse"] > 0 and not row.keys() & {"lpips", "align", "cons"} for row in rows)
     assert (trained(folder)[0]["terms"], trained(folder)[0]["timestep"]) == ("mse", "950.0")
-    assert trained(run("l", "--steps", 1, "--latent"))[0]["terms"] == "latent"
+    assert trained(run("l", "--steps", 1, "--latent"))[0]["terms"] == "latent align cons"
 
 
 def test_usm_sharpens_the_pictures_that_are_learned_and_tiles_change_nothing(here, run, on_loss):
@@ -335,6 +335,8 @@ def test_resumed_by_its_own_line_where_something_was_unavailable(line, monkeypat
     ("--workers -1", "--workers must be at least 0, not -1"), ("--lr -1", "--lr must be above 0, not -1"),
     ("--lr nan", "--lr must be above 0, not nan"), ("--timestep 1001", "above 0 and at most 1000, not 1001"),
     ("--accumulate 0", "--accumulate must be at least 1, not 0"), ("--no-mse --no-align --no-cons", "no loss is left"),
+    ("--texture 1", "--learn adapter does not take --texture"),
+    ("--learn autoencoder --no-lpips", "--learn autoencoder does not take --crop .* --no-lpips"),
     ("--name r --select psnr --lq .", "--lq DIR --data DIR, both"), ("--name r --select psnr", "cannot be read")])
 def test_bad_settings_are_one_line(here, line, capsys, options, message):
     (here / "runs" / "r").mkdir(parents=True)
@@ -366,6 +368,9 @@ def test_knee_stops_the_run(run, monkeypatch):
     folder = run("r", "--steps", 8, "--every", 1, "--val", 1, "--knee", 3)
     assert sorted(p.stem for p in (folder / "checkpoints").iterdir())[-1] == "000006"
     assert same(folder / "knee.safetensors", folder / "checkpoints" / "000003.safetensors")
+    assert train.main(["--name", "r", "--resume"]) == 0, "which does not go on"
+    assert trained(folder)[0]["step"] == "6" and same(folder / "adapter.safetensors", folder / "checkpoints" /
+                                                      "000006.safetensors")
 
 
 def test_a_mean_over_ranks_travels_in_messages(monkeypatch):

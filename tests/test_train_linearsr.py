@@ -113,9 +113,12 @@ def test_an_export_is_as_its_training_was(run):
     assert not Path("made").exists()
     assert "experts/0 was begun with other settings: --start end (was knee)" in error_of(
         "--stage", "experts", "--start", "end", "--steps", 2, "--workers", 0)
+    assert "--dtype bf16 (was fp32)" in error_of("--stage", "experts", "--dtype", "bf16", "--steps", 2, "--workers", 0)
     for of, suffix in (("pretrain", "main"), ("experts", "none")):
         assert main("--stage", "export", "--to", "made", "--of", of) == 0
         assert json.loads(Path("made/config.json").read_text())["suffix"] == suffix
+    shutil.rmtree("runs/linearsr/experts/0")
+    assert "experts/0 holds no training" in error_of("--stage", "export", "--to", "x"), "no network without its experts"
     PRETRAIN.rename("elsewhere")
     assert main("--stage", "export", "--to", "made", "--of", "pretrain", "--pretrained", "elsewhere") == 0
 
@@ -327,7 +330,7 @@ def test_errors(run, line, tiny_model):
     (["--pairs-seed", "-1"], "--pairs-seed must be at least 0"),
     (["--expert", "4"], "--expert must be 0 to 3"),
     (["--mild", "2"], "--mild must be at least 0 and at most 1"),
-    (["--dtype", "fp16"], "--dtype fp16: no loss scaling here"),
+    (["--dtype", "fp16"], "--dtype fp16: gradients here lie below its range"),
     (["--unconditional", "0.5"], "--unconditional belongs to the stage pretrain"),
     (["--stage", "pretrain", "--expert", "1"], "--expert and --pretrained belong to the later stages"),
 ])
