@@ -79,7 +79,7 @@ def parts(model):
     return (model.use(0), experts, model.stem) if experts else (model.dit, [model.dit], None)
 
 
-def count(model, side=512, tokens=MAX_TOKENS, steps=1):
+def count(model, side=512, steps=1):
     """model: SanaSR, or LinearSR in `steps` steps -> [Stage] for a result of side × side, a multiple of 32, no times.
 
     All is counted on the meta device, so the text encoder need not be read.
@@ -90,45 +90,38 @@ def count(model, side=512, tokens=MAX_TOKENS, steps=1):
         shadows = DCAE(model.vae.config), LinearDiT(dit.config), Gemma2(config)
         stem = stem and type(stem)(stem.config)
     table = [Stage(name, parameters(part), count_macs(function, *args))
-             for name, part, function, args in stages(*shadows, side, tokens, stem)]
+             for name, part, function, args in stages(*shadows, side, stem=stem)]
     for stage in table:
         if stage.name == "dit":
             stage.times, stage.parameters = steps, len(experts) * stage.parameters
     return table
 
 
-def profile(model, side=512, tokens=MAX_TOKENS, steps=1):
+def profile(model, side=512, steps=1):
     """`count`, with the latency of every stage. The text encoder is loaded last, when the others are done.
 
     Raises OSError or ValueError where that fails.
     """
     dit, _, stem = parts(model)
-    table = count(model, side, tokens, steps)
-    by_name = {stage.name: stage for stage in table}
-    for name, _, function, args in stages(model.vae, dit, None, side, tokens, stem):
-        by_name[name].ms = latency(function, args)
+    table = count(model, side, steps)  # the text encoder first
+    for stage, (_, _, *call) in zip(table[1:], stages(model.vae, dit, None, side, stem=stem), strict=True):
+        stage.ms = latency(*call)
     text = Gemma2.from_pretrained(model.folder / "text_encoder", model.vae_dtype, model.device)
-    _, _, function, args = stages(model.vae, dit, text, side, tokens)[0]
-    by_name["text"].ms = latency(function, args)
+    table[0].ms = latency(*stages(model.vae, dit, text, side)[0][2:])
     return table
 
 
 def print_profile(table):
     """Print the table. The total leaves the text encoder out: a prompt's states are computed once, then cached."""
-    def line(name, *cells):
-        return name.ljust(24) + "".join(cell.rjust(14) for cell in cells)
-
-    def numbers(name, parameters, macs, ms):
-        return line(name, f"{parameters / 1e6:.2f} M", f"{macs / 1e9:.2f} G", f"{ms:.1f}")
+    def line(name, parameters, macs, ms):
+        print(f"{name:24}{parameters / 1e6:12.2f} M{macs / 1e9:12.2f} G{ms:14.1f}")
     picture = [stage for stage in table if stage.name != "text"]
     steps = max(stage.times for stage in picture)
-    print(line("", "parameters", "MACs", "ms"))
+    print(f"{'':24}{'parameters':>14}{'MACs':>14}{'ms':>14}")
     for stage in table:
-        name = f"{stage.name}, one step" if stage.times > 1 else stage.name
-        print(numbers(name, stage.parameters, stage.macs, stage.ms))
-    total = [sum(stage.parameters for stage in picture), *(sum(stage.times * getattr(stage, key) for stage in picture)
-                                                           for key in ("macs", "ms"))]
-    print(numbers("all but text" + (f", {steps} steps" if steps > 1 else ""), *total))
+        line(stage.name + ", one step" * (stage.times > 1), stage.parameters, stage.macs, stage.ms)
+    line("all but text" + f", {steps} steps" * (steps > 1), sum(stage.parameters for stage in picture),
+         *(sum(stage.times * getattr(stage, key) for stage in picture) for key in ("macs", "ms")))
 
 
 @command
@@ -138,7 +131,7 @@ def main(argv=None):
     add("--model", default="embedded", metavar="NAME|FOLDER", help="see `python -m weights`")
     add("--side", type=int, default=512, metavar="N", help="of the result, a multiple of 32 (default: 512)")
     add("--steps", type=int, metavar="N", help="of LinearSR (default: 20)")
-    add_device_options(parser.add_argument)
+    add_device_options(add)
     args = parser.parse_args(argv)
     if args.side < 32 or args.side % 32:
         raise UserError(f"--side {args.side}: the side must be a multiple of 32")

@@ -2,7 +2,8 @@
 
     python -m lab.stability pictures/                  the bundled model's autoencoder, a table
 
-For a photo x and its degraded x', ‖x' − x‖ / ‖x‖ with pixels in [-1, 1], beside ‖E(x') − E(x)‖ / ‖E(x)‖.
+For a photo x and its degraded x', ‖x' − x‖ / ‖x‖ with pixels in [-1, 1], beside ‖E(x') − E(x)‖ / ‖E(x)‖. A ratio below
+1 says that the latents change less than the pixels.
 """
 import math
 from statistics import fmean
@@ -70,13 +71,6 @@ def stability(vae, photos, seed=0):
     return {key: tuple(map(fmean, zip(*values, strict=True))) for key, values in changes.items()}
 
 
-def print_stability(changes):
-    """The table; a ratio below 1 says that the latents change less than the pixels."""
-    print(f"{'':18}{'pixels':>10}{'latents':>10}{'ratio':>10}")
-    for (kind, strength), (pixels, latents) in changes.items():
-        print(f"{f'{kind} {strength}':18}{pixels:10.4f}{latents:10.4f}{latents / pixels if pixels else math.nan:10.2f}")
-
-
 @command
 def main(argv=None):
     parser = runs.parser(__doc__)
@@ -84,13 +78,15 @@ def main(argv=None):
     add("inputs", nargs="+", metavar="INPUT", help="photos and folders of photos")
     add("--model", default="embedded", metavar="NAME|FOLDER", help="see `python -m weights`")
     add("--seed", type=int, default=0, metavar="N", help="of the noise")
-    add_device_options(parser.add_argument)
+    add_device_options(add)
     args = parser.parse_args(argv)
     device, inputs = pick_device(args.device), find_inputs(args.inputs)
     model = load_model(args.model, device, pick_dtype(args.dtype, device), fast="auto")
     changes = stability(model.vae, map(read_rgb, tqdm(inputs, unit="img", disable=None)), args.seed)
     print(f"{args.model}, {len(inputs)} photos, mean of ‖y' − y‖ / ‖y‖")
-    print_stability(changes)
+    print(f"{'':18}{'pixels':>10}{'latents':>10}{'ratio':>10}")
+    for (kind, strength), (pixels, latents) in changes.items():
+        print(f"{f'{kind} {strength}':18}{pixels:10.4f}{latents:10.4f}{latents / pixels if pixels else math.nan:10.2f}")
 
 
 if __name__ == "__main__":

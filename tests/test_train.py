@@ -30,7 +30,7 @@ from lab import profile
 from photos import pairs, tagger
 from photos.degrade import sharpen, to_tensor
 from runs import peak_memory, read_log
-from sanasr import DCAE, MAX_TOKENS, LinearDiT, SanaSR, inject_lora, lora_modules, lora_parameters, read_lora
+from sanasr import DCAE, LinearDiT, SanaSR, inject_lora, lora_modules, lora_parameters, read_lora
 
 QUICK = ["--tags", "none", "--steps", "3", "--no-lpips", "--crop", "96", "--batch", "1", "--workers", "0", "--val", "0"]
 
@@ -106,7 +106,7 @@ def test_a_run_leaves_what_it_promises(here, line, photos, tiny_model):
         want = sum(term.weight * row[name] for name, term in objective.TERMS.items() if term.weight)
         assert math.isclose(row["loss"], want, rel_tol=1e-4)
     model = SanaSR.from_pretrained(tiny_model)
-    encode, dit, decode = (2e-12 * stage.macs for stage in profile.count(model, 96, MAX_TOKENS) if stage.name != "text")
+    encode, dit, decode = (2e-12 * stage.macs for stage in profile.count(model, 96) if stage.name != "text")
     least = 2 * (2 * encode + 4 * dit + decode)  # of two samples, forward alone
     assert all(least < 2 * row["tflops"] / row["samples_per_s"] < 4 * least for row in rows[1:])
     assert rows[1]["cons"] == 0 < min(rows[2][name] for name in objective.PAPER), "B starts at zero"
