@@ -203,7 +203,7 @@ def parse(argv=None):
     add("--no-metadata", action="store_true", help="results without the input's EXIF and colour profile")
     add("--compare", action="store_true", help="write the bicubic enlargement beside the result")
     add("--model", default="embedded", metavar="NAME|FOLDER", help="see `python -m weights`")
-    runs.add_device_options(parser.add_argument)
+    runs.add_device_options(add)
     add("--fast", choices=["auto", "on", "off"], default="auto", help="the rewrites of fast/: the same result up to "
         "rounding, sooner; on a GPU with CUDA graphs (auto: on a CPU or an NVIDIA GPU)")
     add("--tile", type=int, metavar="N", help="largest side, in pixels of the result, that the networks see at once "

@@ -41,12 +41,12 @@ class UserError(Exception):
 
 
 def command(main):
-    """Decorates a command's main(argv): what a user can mend ends it with one line `error: …` and exit code 1, Ctrl-C
-    with exit code 130."""
+    """Decorates a command's main(argv), which returns the exit code, or nothing for 0: what a user can mend ends it
+    with one line `error: …` and exit code 1, Ctrl-C with exit code 130."""
     @functools.wraps(main)
     def run(argv=None):
         try:
-            return main(argv)
+            return main(argv) or 0
         except (UserError, OSError, ValueError, weights.Unavailable) as error:
             sys.exit(f"error: {one_line(error).rpartition(' OSError: ')[2]}")  # of a loader's traceback the last line
         except KeyboardInterrupt:  # outside the loops, which save
@@ -138,7 +138,7 @@ RANGES = {  # option: (least, most); where the least is a string, the number lie
     **dict.fromkeys(("steps", "every", "batch", "accumulate", "rank", "pairs", "val_steps", "samples", "draws",
                      "limit", "fine_steps", "latents"), (1, math.inf)),
     **dict.fromkeys(("workers", "val", "knee", "heal", "min_side", "tile", "cfg"), (0, math.inf)),
-    **dict.fromkeys(("lr", "clip", "eps_p"), ("0", math.inf)), "timestep": ("0", 1000), "share": ("0", 1),
+    **dict.fromkeys(("lr", "eps_p"), ("0", math.inf)), "timestep": ("0", 1000), "share": ("0", 1),
     **dict.fromkeys(("mild", "unconditional"), (0, 1)),
     **dict.fromkeys(("seed", "pairs_seed"), (0, 2**64 - 1))}
 

@@ -19,7 +19,6 @@ stages with one step and one picture in 500: a rehearsal, whose models restore n
 Without them the autoencoder learns from the photos alone. The stage texture takes VGG16, 553 MB, fetched first of all.
 """
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -116,8 +115,7 @@ def main(argv=None):
     stages.run(plan(args, step(args) / STEP))
     shutil.copy(args.out / "adapter" / "adapter.safetensors", args.out / "embedded")
     print(f"{args.out / 'embedded'} and {args.out / 'linearsr-embedded'} are models for eval.py --model")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

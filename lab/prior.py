@@ -117,7 +117,6 @@ def write_tags(args):
             bad += 1
     runs.write_csv(args.to, ["image", "tags"], rows)
     print(f"wrote {args.to}: {len(rows)} pictures" + (f", {bad} unreadable" if bad else ""))
-    return 0
 
 
 # --- The network and its latents ---
@@ -271,7 +270,6 @@ def export(args):
     about = {"training": losses, "prior": {"steps": state["step"]} | state["settings"]}
     write_bytes(target / "provenance.json", json.dumps(about, indent=2) + "\n")
     print(f"wrote {target}: {sum(f.stat().st_size for f in target.rglob('*') if f.is_file()) / 1e6:.1f} MB")
-    return 0
 
 
 @runs.command
