@@ -132,15 +132,24 @@ def variant(name, seed, args, path):
     score(restorer(args, adapter), args.pairs, path, args, args.tags if trained["tags"] == "file" else None)
 
 
+def read_scores(path):
+    """{picture, or "mean": {metric: text}} of what `score` wrote."""
+    with open(path, newline="", encoding="utf-8") as f:
+        return {row.pop("image"): row for row in csv.DictReader(f)}
+
+
 def scores(folder, names):
     """{picture: {metric: mean over the rows of these names}}, {} where one is lacking."""
-    paths, rows = [folder / f"{name}.csv" for name in names], {}
-    for path in paths if all(path.exists() for path in paths) else []:
-        with open(path, newline="", encoding="utf-8") as f:
-            for row in csv.DictReader(f):
-                rows.setdefault(row.pop("image"), []).append({metric: float(value) for metric, value in row.items()})
-    return {image: {metric: np.mean([row[metric] for row in seen]) for metric in seen[0]}
-            for image, seen in rows.items() if image != "mean"}
+    tables = [read_scores(path) for path in (folder / f"{name}.csv" for name in names) if path.exists()]
+    if len(tables) < len(names):
+        return {}
+    return {image: {metric: np.mean([float(table[image][metric]) for table in tables]) for metric in row}
+            for image, row in tables[0].items() if image != "mean"}
+
+
+def markdown(head, rows):
+    """A table of texts as Markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
 
 
 def differences(out, seeds, measures):
@@ -154,12 +163,12 @@ def differences(out, seeds, measures):
             scores(ablations, method[-1:]), scores(ablations, method[:1]))
     rows = {what: pair for what, pair in rows.items() if all(pair)}
     kinds = sorted({kind_of(image) for a, _ in rows.values() for image in a})
-    lines = [["minus the method", *(f"{kind} {m.upper()}".strip() for kind in kinds for m in measures)]]
-    lines += [["---"] * len(lines[0])]
+    lines = []
     for what, (a, b) in rows.items():
         cells = [[a[i][m] - b[i][m] for i in a if i in b and kind_of(i) == kind] for kind in kinds for m in measures]
         lines.append([what, *("{:+.4f} [{:+.4f}, {:+.4f}]".format(np.mean(x), *bootstrap(x)) for x in cells)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) if rows else ""
+    head = ["minus the method", *(f"{kind} {m.upper()}".strip() for kind in kinds for m in measures)]
+    return markdown(head, lines) if rows else ""
 
 
 def kind_of(image):
@@ -190,20 +199,14 @@ def tabulate(folder, words, costs):
 
     words: {name: what}; costs: {name: {column: text}}, columns that are no metrics.
     """
-    rows = []
-    for name, what in words.items():
-        if (folder / f"{name}.csv").exists():
-            with open(folder / f"{name}.csv", newline="", encoding="utf-8") as f:
-                row = next(row for row in csv.DictReader(f) if row.pop("image") == "mean")
-            rows.append({"name": name, "what": what} | row | costs.get(name, {}))
+    rows = [{"name": name, "what": what} | read_scores(path)["mean"] | costs.get(name, {})
+            for name, what in words.items() if (path := folder / f"{name}.csv").exists()]
     columns = [m for m in metrics.METRICS if any(m in row for row in rows)]
     extra = list(dict.fromkeys(column for name in words for column in costs.get(name, {})))
     write_csv(folder.with_suffix(".csv"), ["name", "what", *columns, *extra], rows)
-    lines = [[folder.name, *(f"{m.upper()} {metrics.METRICS[m].arrow}" for m in columns), *extra]]
-    lines += [["---"] * len(lines[0])]
-    lines += [[row["what"], *(shown(m, float(row[m])) if m in row else "" for m in columns),
-               *(row.get(column, "") for column in extra)] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown([folder.name, *(f"{m.upper()} {metrics.METRICS[m].arrow}" for m in columns), *extra], [
+        [row["what"], *(shown(m, float(row[m])) if m in row else "" for m in columns),
+         *(row.get(column, "") for column in extra)] for row in rows])
 
 
 def make_rows(folder, rows, names, costs=dict):
@@ -274,8 +277,7 @@ def main(argv=None):
     texts.append(differences(args.out, args.seeds, [m for m in ("psnr", "lpips", "dists") if m in args.metrics]))
     print(f"\n{args.model}, {len(args.pairs)} pairs" + (f"; ablations of {args.steps} steps" if args.data else ""))
     print("".join(f"\n{text}\n" for text in texts if text), end="")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

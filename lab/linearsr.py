@@ -23,7 +23,6 @@ import csv
 import json
 import math
 import shlex
-import sys
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -85,7 +84,6 @@ def losses(args):
         low, high = bootstrap(own - common)
         print(f"{ends[0]:5.3f} to {ends[1]:5.3f}  {own.mean():10.4f}{common.mean():10.4f}{off.mean():14.4f}   "
               f"{(own - common).mean():+.4f} ({low:+.4f} to {high:+.4f})", flush=True)
-    return 0
 
 
 # --- table ---
@@ -118,24 +116,23 @@ def table_rows(args):
         if args.tags:
             rows[f"tags-{seed}"] = (f"LinearSR, 20 steps, tags, seed {seed}",
                                     lambda path, seed=seed: make(path, args.model, args.tags, steps=20, seed=seed))
-    for name, seed in trained(args):
-        rows[f"{name}-{seed}"] = (f"{VARIANTS[name][0]}, seed {seed}", lambda path, name=name, seed=seed: make(
+    for row, (name, seed) in trained(args).items():
+        rows[row] = (f"{VARIANTS[name][0]}, seed {seed}", lambda path, name=name, seed=seed: make(
             path, train_variant(args, name, seed), steps=20, seed=seed))
     return rows
 
 
 def trained(args):
-    """The (variant, seed) of all rows that are trained here."""
-    return [(name, seed) for name, (_, _, tuned) in VARIANTS.items() for seed in SEEDS
-            if args.pretrained and (args.best or not tuned)]
+    """{row: (variant, seed)} of all rows that are trained here."""
+    return {f"{name}-{seed}": (name, seed) for name, (_, _, tuned) in VARIANTS.items() for seed in SEEDS
+            if args.pretrained and (args.best or not tuned)}
 
 
 def models(args):
-    """Train and export what the table measures, without measuring it. Returns the exit code."""
-    names = {f"{name}-{seed}": (name, seed) for name, seed in trained(args)}
-    for name in chosen(args, names, "model"):
-        print(train_variant(args, *names[name]), flush=True)
-    return 0
+    """Train and export what the table measures, without measuring it."""
+    rows = trained(args)
+    for row in chosen(args, rows, "model"):
+        print(train_variant(args, *rows[row]), flush=True)
 
 
 def chosen(args, names, what):
@@ -218,7 +215,7 @@ def draw(path, table, also, width=960, height=480):
 
 
 def table(args):
-    """Make the rows that are lacking, and the table. Returns the exit code."""
+    """Make the rows that are lacking, and the table."""
     settings = open_pairs(args)
     rows, folder, model = table_rows(args), args.out / "rows", weights.folder(args.model)
     wanted = chosen(args, rows, "row")
@@ -234,7 +231,6 @@ def table(args):
     text = make_rows(folder, rows, wanted, costs)
     draw(args.out / "compute.png", folder.with_suffix(".csv"), args.also)
     print(f"\n{args.model} and {args.sanasr}, {len(args.pairs)} pairs\n\n{text}")
-    return 0
 
 
 def parse(argv=None):
@@ -280,8 +276,8 @@ def parse(argv=None):
 @runs.command
 def main(argv=None):
     args = parse(argv)
-    return {"losses": losses, "table": table, "models": models}[args.command](args)
+    {"losses": losses, "table": table, "models": models}[args.command](args)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
