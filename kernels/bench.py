@@ -50,22 +50,18 @@ UP = [(f"DC-AE {C}x{s}x{s}", b, s, 0, C, H) for b in (1, 8) for C, H, s in
 class Operator:
     """What is measured, at the sizes (where, B, side, heads, C, H); N = B · side² tokens, `size` bytes a value.
 
-    operations, backward: [(bytes, FLOP of matrix products)] of what one pass does in turn; () without a backward pass.
+    operations, backward: [(bytes, FLOP of matrix products)] of what one pass does in turn.
     """
     sizes: list
     inputs: Callable  # (draw, B, side, heads, C, H) -> tensors; draw: shape -> unit-normal values
     run: Callable  # (backend, side, *tensors)
     operations: Callable  # (N, heads, C, H, size)
-    backward: Callable = lambda N, heads, C, H, size: []
-
-    def passes(self):
-        """Without and with the backward pass."""
-        return (False, True) if self.backward(1, 1, 1, 1, 1) else (False,)
+    backward: Callable | None = None  # the same
 
     def counts(self, B, side, heads, C, H, size, backward):
         N = B * side * side
         found = self.operations(N, heads, C, H, size)
-        return found + (self.backward(N, heads, C, H, size) if backward else [])
+        return found + self.backward(N, heads, C, H, size) if backward else found
 
 
 def product(rows, inner, columns, size):
@@ -150,7 +146,7 @@ def check(names, dtype, device, backend):
             torch.manual_seed(0)
             inputs = drawn(op, dtype, device, B, side, 2, 64, 160)
             double = [t.double() for t in inputs]
-            gradient = torch.randn_like(op.run("torch", side, *inputs)) if True in op.passes() else None
+            gradient = torch.randn_like(op.run("torch", side, *inputs)) if op.backward else None
             got = step(partial(op.run, backend, side), inputs, gradient)()
             gradient = None if gradient is None else gradient.double()
             expected = step(partial(op.run, "torch", side), double, gradient)()
@@ -206,7 +202,7 @@ def card_rates(dtype, sizes):
 def cases(names):
     """(op, size, with the backward pass or without): batch 1 first, every operator before the second size of any."""
     found = [(size[1], i, back, name, size) for name in names for i, size in enumerate(OPS[name].sizes)
-             for back in OPS[name].passes()]
+             for back in (False, True)[:1 + bool(OPS[name].backward)]]
     return [(name, size, back) for _, _, back, name, size in sorted(found, key=lambda case: case[:3])]
 
 
