@@ -24,7 +24,7 @@ class Metric:
     """All that the project knows of a metric; tables, reports, options and help texts read it here."""
     make: Callable               # make(device) -> the function that scores
     needs_reference: bool
-    better: str                  # "higher" or "lower"
+    arrow: str                   # "↑": higher is better; "↓": lower is
     range: str                   # what its values mean
     decimals: int = 4            # in tables; a CSV has 6
     smallest: int = 1            # pixels a side that it can take
@@ -33,14 +33,9 @@ class Metric:
     float64: bool = False        # it computes in float64, which MPS lacks: it then runs on the CPU
 
     @property
-    def arrow(self):
-        """Which way is better."""
-        return "↑" if self.better == "higher" else "↓"
-
-    @property
     def sign(self):
         """1 if higher is better, else -1: sign · score is higher for the better picture."""
-        return 1 if self.better == "higher" else -1
+        return 1 if self.arrow == "↑" else -1
 
 
 def _lpips(net):
@@ -55,17 +50,16 @@ def _network(cls, *args):
 
 
 METRICS = {
-    "psnr": Metric(lambda device: psnr, True, "higher", "dB, luma; 80 = equal", decimals=3, float64=True),
-    "ssim": Metric(lambda device: ssim, True, "higher", "0…1, luma", smallest=11, float64=True),
-    "lpips": Metric(_lpips("alex"), True, "lower", "0…1, AlexNet", smallest=31),
-    "lpips-vgg": Metric(_lpips("vgg"), True, "lower", "0…1, VGG16", smallest=16, download="vgg16", usual=False),
-    "dists": Metric(_network(DISTS), True, "lower", "0…1", download="vgg16"),
-    "niqe": Metric(NIQE, False, "lower", "about 2…20", decimals=3, float64=True),
-    "musiq": Metric(_network(MUSIQ), False, "higher", "0…100", decimals=3, download="musiq-koniq"),
-    "maniqa": Metric(_network(MANIQA, "pipal"), False, "higher", "0…1, PIPAL", download="maniqa-pipal"),
-    "maniqa-koniq": Metric(_network(MANIQA, "koniq"), False, "higher", "0…1, KonIQ", download="maniqa-koniq",
-                           usual=False),
-    "clipiqa": Metric(_network(CLIPIQA), False, "higher", "0…1", smallest=31, download="clip-rn50"),
+    "psnr": Metric(lambda device: psnr, True, "↑", "dB, luma; 80 = equal", decimals=3, float64=True),
+    "ssim": Metric(lambda device: ssim, True, "↑", "0…1, luma", smallest=11, float64=True),
+    "lpips": Metric(_lpips("alex"), True, "↓", "0…1, AlexNet", smallest=31),
+    "lpips-vgg": Metric(_lpips("vgg"), True, "↓", "0…1, VGG16", smallest=16, download="vgg16", usual=False),
+    "dists": Metric(_network(DISTS), True, "↓", "0…1", download="vgg16"),
+    "niqe": Metric(NIQE, False, "↓", "about 2…20", decimals=3, float64=True),
+    "musiq": Metric(_network(MUSIQ), False, "↑", "0…100", decimals=3, download="musiq-koniq"),
+    "maniqa": Metric(_network(MANIQA, "pipal"), False, "↑", "0…1, PIPAL", download="maniqa-pipal"),
+    "maniqa-koniq": Metric(_network(MANIQA, "koniq"), False, "↑", "0…1, KonIQ", download="maniqa-koniq", usual=False),
+    "clipiqa": Metric(_network(CLIPIQA), False, "↑", "0…1", smallest=31, download="clip-rn50"),
 }
 
 

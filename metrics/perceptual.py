@@ -6,8 +6,6 @@ numbers that were fitted to human judgements. They are plain modules: `LPIPS` al
     LPIPS  Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", CVPR 2018, v0.1 heads
     DISTS  Ding et al., "Image Quality Assessment: Unifying Structure and Texture Similarity", TPAMI 2020
 """
-from pathlib import Path
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -15,7 +13,7 @@ from safetensors.torch import load_file
 
 import weights
 
-EMBEDDED = Path(weights.__path__[0]) / "metrics"  # small parameters that live in the repository
+EMBEDDED = weights.HERE / "metrics"  # small parameters that live in the repository
 
 
 class Features(nn.Module):

@@ -107,12 +107,9 @@ def write_report(rows, pairs, path, protocol="full", note=""):
         return (f'<section id="i{i}"{data(row)}><h2>{escape(row["image"])}</h2><dl>{numbers}</dl>'
                 f'<div class="row">{figures}</div></section>')
 
-    head = ""
-    for n in names:
-        m = METRICS[n]
-        head += (f'<th><button data-metric="{n}" data-sign="{m.sign}" '
-                 f'aria-pressed="{"true" if n == by else "false"}" title="{escape(m.range)}; click: worst first">'
-                 f'{n} {m.arrow}</button></th>')
+    head = "".join(f'<th><button data-metric="{n}" data-sign="{METRICS[n].sign}" aria-pressed="{str(n == by).lower()}" '
+                   f'title="{escape(METRICS[n].range)}; click: worst first">{n} {METRICS[n].arrow}</button></th>'
+                   for n in names)
     body = "".join(f'<tr{data(row)}><td><a href="#i{i}">{escape(row["image"])}</a></td>{cells(row)}</tr>'
                    for i, (row, _) in enumerate(order))
     sections = "".join(section(i, row, pair) for i, (row, pair) in enumerate(order))

@@ -53,9 +53,8 @@ def partners(names, folder, files):
 def folder_pairs(lr, hr):
     """[Pair] of the pictures in folder `lr`, to be restored, with their partners in folder `hr`. Raises ValueError."""
     inputs = find_inputs([lr])
-    names = [p.name for p in inputs]
-    return [Pair(name, None, reference, path)
-            for name, reference, path in zip(names, partners(names, hr, find_inputs([hr])), inputs, strict=True)]
+    references = partners([path.name for path in inputs], hr, find_inputs([hr]))
+    return [Pair(path.name, None, reference, path) for path, reference in zip(inputs, references, strict=True)]
 
 
 def pick(text, has_reference):
@@ -97,7 +96,7 @@ def load_all(names, device):
 
 
 def evaluate(model, pairs: list, names: list, *, protocol: str = "full", device="cpu", prompts: list | None = None,
-             color_fix: str = "none", scale: int = 4, progress=iter, **options) -> list[dict]:
+             scale: int = 4, progress=iter, **options) -> list[dict]:
     """Restore the input of every pair with `model` and score the results: [{"image": name, metric: float, …}, …].
 
     model: anything with restore(image, prompt, scale=…, **options); None scores the pictures `Pair.sr` that exist.
@@ -111,7 +110,7 @@ def evaluate(model, pairs: list, names: list, *, protocol: str = "full", device=
         if model is None:
             sr = read_rgb(pair.sr)
         else:
-            sr = restored(model, read_picture(pair.lr), prompt, color_fix, scale, **options).convert("RGB")
+            sr = restored(model, read_picture(pair.lr), prompt, scale=scale, **options).convert("RGB")
         hr = read_rgb(pair.hr) if pair.hr else None
         size = f"{pair.sr or f'the result of {pair.lr}'} is {sr.width}×{sr.height}"
         if hr and sr.size != hr.size:

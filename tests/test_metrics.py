@@ -329,7 +329,7 @@ def test_partners():
 
 
 def test_every_metric_is_described():
-    assert all(m.better in ("higher", "lower") and m.range and (m.download is None or m.download in weights.FILES)
+    assert all(m.arrow in ("↑", "↓") and m.range and (m.download is None or m.download in weights.FILES)
                for m in metrics.METRICS.values())
     assert score.pick("all", True) == ["psnr", "ssim", "lpips", "dists", "niqe", "musiq", "maniqa", "clipiqa"]
     assert score.pick("all", False) == ["niqe", "musiq", "maniqa", "clipiqa"]
@@ -340,7 +340,7 @@ def test_every_metric_is_described():
 def test_a_new_metric_is_one_entry(tmp_path, monkeypatch, capsys):
     """A line in METRICS is enough: options, tables, CSV, report and limits follow its fields."""
     monkeypatch.setitem(metrics.METRICS, "grey", metrics.Metric(
-        lambda device: lambda x: x.mean((1, 2, 3)), False, "lower", "0…1", decimals=1, smallest=100))
+        lambda device: lambda x: x.mean((1, 2, 3)), False, "↓", "0…1", decimals=1, smallest=100))
     pictures(tmp_path, 2, size=(200, 200))
     assert run("--sr", tmp_path, "--csv", tmp_path / "s.csv", "--report", tmp_path / "r.html") == 0
     head, _, first, *_ = capsys.readouterr().out.splitlines()
