@@ -321,12 +321,10 @@ class Tagger:
         return clean_tags([tag for tag, _ in self.tag(image)])
 
 
-def open_tagger(kind, device=None, dtype=None):
-    """The Tagger for `--tagger kind` (none, ram, dape); None for "none" and, with a line on stderr, without weights."""
-    if kind == "none":
-        return None
+def open_tagger(kind, device=None):
+    """The Tagger for `--tagger kind` (ram, dape); without its weights None, with a line on stderr."""
     try:
-        return Tagger.from_pretrained(kind, device, dtype)
+        return Tagger.from_pretrained(kind, device)
     except weights.Unavailable as error:
         print(f"no tags, the prompt is the quality suffix alone: {error}", file=sys.stderr)
         return None
