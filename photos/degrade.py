@@ -120,14 +120,11 @@ def gaussian_noise(x, rng, sigma, grey):
 
 def poisson_noise(x, rng, scale, grey):
     """Adds `scale` times the shot noise of x seen with as many photons as it has grey levels (next power of two)."""
-    x8 = (x.clamp(0, 1) * 255).round() / 255
+    light = (x.clamp(0, 1) * 255).round()
     if grey:
-        light = (x8 * x8.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True)
+        light = (light / 255 * light.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True)
         light = (light * 255).round()
-    else:
-        light = x8 * 255
-    levels = np.count_nonzero(np.bincount(light.round().int().numpy().ravel(), minlength=256))
-    photons = 2 ** math.ceil(math.log2(levels))
+    photons = 2 ** math.ceil(math.log2(np.count_nonzero(np.bincount(light.int().numpy().ravel()))))
     light = light / 255
     counts = torch.from_numpy(rng.poisson((light * photons).numpy()).astype(np.float32))
     return (x + (counts / photons - light) * scale).clamp(0, 1)
@@ -161,7 +158,7 @@ def degrade(hr: torch.Tensor, rng, trace: list | None = None, mild: float = 0.0)
 
     if mild and rng.random() < mild:
         x = resize(blur(x, random_kernel(rng, MILD_SIGMA)[1]), *low, rng.choice(MODES))
-        return (jpeg(x, rng.integers(*MILD_QUALITY, endpoint=True)).clamp(0, 1) * 255).round() / 255
+        return jpeg(x, rng.integers(*MILD_QUALITY, endpoint=True))
 
     def noted(what, x):
         if trace is not None:
