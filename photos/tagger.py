@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import hashlib
 import json
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -224,8 +223,8 @@ LEAN = "ram_fp16.safetensors"
 
 def lean_path():
     """The lean checkpoint, in $SANASR_WEIGHTS or in the cache; None where there is none (see --convert)."""
-    folders = filter(None, (os.environ.get("SANASR_WEIGHTS"), cache_dir()))
-    return next((path for folder in folders if (path := Path(folder) / LEAN).exists()), None)  # a folder: error later
+    cached = cache_dir() / LEAN
+    return weights.find_own(LEAN) or (cached if cached.exists() else None)  # a folder: error later
 
 
 def convert(out, path=None, config=None):

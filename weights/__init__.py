@@ -151,7 +151,7 @@ def _listing(path):
 
 # --- names to paths ---
 
-def _own(*names):
+def find_own(*names):
     """The first of `names` that lies in the folder SANASR_WEIGHTS, or None."""
     if root := os.environ.get("SANASR_WEIGHTS"):
         return next((Path(root) / name for name in names if (Path(root) / name).exists()), None)
@@ -159,11 +159,10 @@ def _own(*names):
 
 def present(name, dtype=None):
     """Where the model or file `name` lies on this machine; None where it does not. Asks nothing of the network."""
-    if name in MODELS:
-        known, own = MODELS[name], _own(name, (MODELS[name].repo or name).split("/")[-1])
-    else:
-        known, own = FILES[name], _own(name + Path(FILES[name].filename).suffix, FILES[name].filename)
-    if own:
+    known = MODELS.get(name) or FILES[name]
+    names = (name + Path(known.filename).suffix, known.filename) if name in FILES else (
+        name, (known.repo or name).split("/")[-1])
+    if own := find_own(*names):
         return own
     if known.repo is None:
         return HERE / name if (HERE / name).exists() else None
@@ -242,7 +241,7 @@ def file(name: str) -> Path:
     """
     known = FILES[name]
     if path := present(name):
-        return _checked(path, known) if path == _own(known.filename) else path
+        return _checked(path, known) if path == find_own(known.filename) else path
     path = _download(name, known, f"{known.megabytes:.0f} MB",
                      lambda hub: hub.hf_hub_download(known.repo, known.filename, revision=known.revision))
     try:
