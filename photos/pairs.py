@@ -187,9 +187,8 @@ class Pairs(Dataset):
         rng = np.random.default_rng((self.seed, epoch, i))
         photo, crop = self.photos[i], self.crop
         left, top = (int(rng.integers((size - crop) // SCALE + 1)) * SCALE for size in (photo.width, photo.height))
-        flip = rng.random() < 0.5
         hr, lr = crop_pair(photo, self.lq.get(photo.path), left, top, crop, self.cache)
-        if flip:
+        if rng.random() < 0.5:
             hr, lr = hr.flip(-1), None if lr is None else lr.flip(-1)
         hr = sharpen(hr) if self.usm else hr
         return i, rng, degrade(hr, rng, mild=self.mild) if lr is None else lr, hr
