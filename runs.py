@@ -1,6 +1,4 @@
 """What the commands share: errors, options, devices, states that resume, tables and charts, ranks, signals."""
-from __future__ import annotations
-
 import argparse
 import contextlib
 import csv

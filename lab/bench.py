@@ -14,8 +14,6 @@ then another program on the machine does not count), otherwise wall time.
 needs fewer may pass 100 %); "own", with --floor, is the same of the variant's own multiplications. fp32 at 512 takes
 about half a minute a variant and run on one core. "peak GB" is with all variants loaded, on a CPU the whole process's.
 """
-from __future__ import annotations
-
 import json
 import math
 import sys

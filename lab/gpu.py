@@ -11,8 +11,6 @@ that a line leaves unused is the next one's. One that fails costs itself alone, 
 of its name. gpu.json and gpu.md in --out are written after each.
 --only NAME …: these lines. --rehearse: the same on a CPU, tiny, so that a mistake does not cost the run on a GPU.
 """
-from __future__ import annotations
-
 import json
 import os
 import shlex

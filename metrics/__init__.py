@@ -16,8 +16,6 @@ from metrics.classic import NIQE, psnr, ssim
 from metrics.iqa import CLIPIQA, MANIQA, MUSIQ
 from metrics.perceptual import DISTS, LPIPS
 
-__all__ = ["LPIPS", "METRICS", "Metric", "load"]
-
 
 @dataclass(frozen=True)
 class Metric:

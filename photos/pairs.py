@@ -5,8 +5,6 @@
     Pairs(photos, prompts, …)[n]                       sample n of the endless stream of training pairs
     find_tags("ram", photos, picture)                  the tags of each photo, for its prompt
 """
-from __future__ import annotations
-
 import csv
 import hashlib
 import json

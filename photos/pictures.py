@@ -5,8 +5,6 @@
     result = picture.finish(result, 4)      alpha and grey are put back
     write(result, path, picture.icc, picture.exif)
 """
-from __future__ import annotations
-
 import contextlib
 import glob
 import os

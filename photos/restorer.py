@@ -3,8 +3,6 @@
     y = tiled(f, x, tile, overlap)      f(x) by overlapping tiles
     class SanaSR(Restorer)              sanasr.py; LinearSR in linearsr/
 """
-from __future__ import annotations
-
 import functools
 import itertools
 import math
