@@ -75,7 +75,6 @@ VARIANTS = {  # name: (what, options of train.py)
     "own": ("the losses of the model's provenance.json", []),
 }
 
-
 # in the place of a model: x_L, and x_L + 3 (x_L − blurred x_L), the filter that a trained model must beat
 BICUBIC = SimpleNamespace(restore=lambda image, prompt, scale: bicubic(image, scale))
 UNSHARP = SimpleNamespace(restore=lambda image, prompt, scale: bicubic(image, scale).filter(
@@ -103,10 +102,8 @@ def restorer(args, adapter):
 
 def stage(name, args, model, path):
     """Make one row of the table of stages."""
-    if name in ("bicubic", "unsharp"):
-        return score(BICUBIC if name == "bicubic" else UNSHARP, args.pairs, path, args)
-    if name == "autoencoder":
-        return score(without_update(model), args.pairs, path, args)
+    if simple := {"bicubic": BICUBIC, "unsharp": UNSHARP, "autoencoder": without_update(model)}.get(name):
+        return score(simple, args.pairs, path, args)
     if name == "ceiling":
         return score(without_update(model), [replace(pair, lr=pair.hr) for pair in args.pairs], path, args, scale=1)
     score(restorer(args, "none" if name == "prior" else args.adapter), args.pairs, path, args,
@@ -140,9 +137,8 @@ def read_scores(path):
 
 def scores(folder, names):
     """{picture: {metric: mean over the rows of these names}}, {} where one is lacking."""
-    tables = [read_scores(path) for path in (folder / f"{name}.csv" for name in names) if path.exists()]
-    if len(tables) < len(names):
-        return {}
+    paths = [folder / f"{name}.csv" for name in names]
+    tables = [read_scores(path) for path in paths] if all(path.exists() for path in paths) else [{}]
     return {image: {metric: np.mean([float(table[image][metric]) for table in tables]) for metric in row}
             for image, row in tables[0].items() if image != "mean"}
 
