@@ -4,11 +4,13 @@ SANASR_DATA     photos: hq/, realsr/, inputs/
 SANASR_ORACLE   goldens of official size
 """
 import csv
+import inspect
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from seeded import seeded_module
 
+from fast import graphs
 from sanasr import SanaSR
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,19 +85,18 @@ def save_photo(path, width, height, seed):
     photo(width, height, seed).save(path)
 
 
-def python(*argv, cwd=ROOT, **env):
+def python(*argv, cwd=ROOT, timeout=None, **env):
     """Python in a process of its own; of `env` None takes a variable away. Returns its exit code, stdout and stderr."""
     env = {k: str(v) for k, v in (os.environ | {"PYTHONPATH": ROOT} | env).items() if v is not None}
-    return subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, env=env, capture_output=True, text=True)
-
-
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # of a training in its own process
+    argv = [sys.executable, *map(str, argv)]
+    return subprocess.run(argv, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
 
 
 def in_a_process(module, owner, function, n, act, argv):
-    """module.main(argv) in a process of its own, which executes the line `act` at the n-th call of owner.function."""
+    """module.main(argv) in a session of its own, which executes the line `act` at the n-th call of owner.function."""
     script = f"""
 import importlib, os
+os.setsid()
 module, owner = map(importlib.import_module, ({module!r}, {owner!r}))
 function, count = owner.{function}, []
 def acting(*args):
@@ -104,8 +106,32 @@ def acting(*args):
     return function(*args)
 owner.{function} = acting
 raise SystemExit(module.main({[str(a) for a in argv]}))"""
-    return subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True,
-                          start_new_session=True, timeout=300)
+    return python("-c", script, cwd=None, timeout=300, OMP_NUM_THREADS=1)
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """The steps that `graphed_backward` captured. Each behaves towards its caller as a CUDA graph: it reads and writes
+    the memory of its capture, inputs, values and gradients."""
+    steps = []
+
+    def record(f, inputs, clear):
+        parameters = inspect.getclosurevars(clear).nonlocals["parameters"]
+        f(*inputs)
+        clear()
+        assert all(p.grad is None for p in parameters)
+        values, gradients = f(*inputs), [p.grad for p in parameters]
+
+        def replay():
+            assert all(p.grad is grad for p, grad in zip(parameters, gradients, strict=True))
+            for name, value in f(*inputs).items():
+                values[name].copy_(value)
+            for p, grad in zip(parameters, gradients, strict=True):
+                p.grad = grad.copy_(p.grad)
+        steps.append(f)
+        return SimpleNamespace(replay=replay), values
+    monkeypatch.setattr(graphs, "record", record)
+    return steps
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, python
+from conftest import ROOT, python
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -123,8 +123,8 @@ def test_a_state_of_something_else_is_named(tmp_path, monkeypatch, recwarn):
 
 def test_a_run_belongs_to_one_process(tmp_path):
     script = "import pathlib, runs\nwith runs.claimed(pathlib.Path('run')): print(flush=True) or input()"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", script], env=ENVIRONMENT, cwd=tmp_path, **pipes) as other:
+    env, pipes = os.environ | {"PYTHONPATH": str(ROOT)}, {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", script], env=env, cwd=tmp_path, **pipes) as other:
         assert other.stdout.readline() == b"\n"
         with pytest.raises(runs.UserError, match="run is in use by another process"):
             runs.claimed(tmp_path / "run").__enter__()
@@ -135,12 +135,8 @@ def test_a_run_belongs_to_one_process(tmp_path):
         runs.claimed(tmp_path / "file").__enter__()
 
 
-def test_a_training_on_a_broken_model_is_one_line_and_a_resumed_one_makes_its_files(tmp_path, monkeypatch, model):
-    monkeypatch.chdir(tmp_path)
-    Path("hq").mkdir()
-    for i in range(3):
-        Image.new("RGB", (96, 96), (i, 0, 0)).save(f"hq/{i}.png")
-    argv = ["--data", "hq", "--model", str(model), *TRAIN]
+def test_a_training_on_a_broken_model_is_one_line_and_a_resumed_one_makes_its_files(here, photos, monkeypatch, model):
+    argv = ["--data", str(photos), "--model", str(model), *TRAIN]
     assert train.main(argv) == 0
     made = [Path("runs/default/adapter.safetensors"), Path("runs/default/checkpoints/000001.safetensors")]
     before = [path.read_bytes() for path in made]
@@ -150,6 +146,6 @@ def test_a_training_on_a_broken_model_is_one_line_and_a_resumed_one_makes_its_fi
     assert [path.read_bytes() for path in made] == before
     path = model / "text_encoder" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:99])
-    monkeypatch.setenv("SANASR_CACHE", str(tmp_path / "cache"))  # without the prompts of the first run
+    monkeypatch.setenv("SANASR_CACHE", str(here / "cache"))  # without the prompts of the first run
     with pytest.raises(SystemExit, match="error: .*text_encoder/model.safetensors: not a whole safetensors file"):
         train.main([*argv, "--name", "broken"])

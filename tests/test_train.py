@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -16,10 +14,10 @@ from unittest.mock import Mock
 import pytest
 import tiny
 import torch
-from conftest import ENVIRONMENT, ROOT, in_a_process, noise, relative, save_photo, state
+from conftest import ROOT, in_a_process, noise, on_meta, python, relative, save_photo, state
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from seeded import seeded_state_dict
+from seeded import seeded_module
 
 import metrics
 import objective
@@ -271,9 +269,9 @@ def test_half_precision_errs_like_rounded_weights(here, run, dtype):
 def test_accumulated_batches_and_two_processes_equal_one_batch_of_twice_the_size(here, run, line):
     # AdamW magnifies a gradient's rounding where the gradient is near its eps: with this seed there is no such weight
     one, ways = run("one", "--batch", 2, "--seed", 2), [run("accumulated", "--accumulate", 2, "--seed", 2)]
-    argv = [ROOT / "train.py", *line("two", "--seed", 2)]
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *argv],
-                   check=True, env=ENVIRONMENT, capture_output=True)
+    done = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / "train.py",
+                  *line("two", "--seed", 2), cwd=here, OMP_NUM_THREADS=1)
+    assert done.returncode == 0, done.stderr
     a = load_file(one / "adapter.safetensors")
     for way in (*ways, here / "runs" / "two"):
         b = load_file(way / "adapter.safetensors")
@@ -443,17 +441,12 @@ def test_select_ranks_by_the_scores_of_the_evaluator(line, monkeypatch, here):
 @pytest.mark.slow
 def test_one_step_at_official_size(capsys):
     """Batch 1, 512 crop, checkpointing, seeded weights: within 20 GB. Prints CPU seconds by part and the peak."""
-    parts, configs = {}, ROOT / "tests/data/official_configs"
-    with torch.device("meta"):
-        models = [cls(json.loads((configs / f"{part}.config.json").read_text()))
-                  for part, cls in (("transformer", LinearDiT), ("vae", DCAE))]
-    for model in models:
-        model.load_state_dict(seeded_state_dict((k, v.shape) for k, v in model.state_dict().items()), assign=True)
-        model.requires_grad_(False)
-    dit, vae = models[0], objective.Latents(models[1], 0.41407)
+    parts, official = {}, ((LinearDiT, "dit_sana_600m"), (DCAE, "dcae_f32c32_sana"))
+    dit, vae = (seeded_module(on_meta(*part)) for part in official)
     torch.manual_seed(0)
     inject_lora(dit, 64)
-    dit.checkpointing = vae.vae.decoder.checkpointing = True
+    dit.checkpointing = vae.decoder.checkpointing = True
+    vae = objective.Latents(vae, 0.41407)
     parameters = list(lora_parameters(dit).values())
     optimizer = torch.optim.AdamW(parameters, 5e-5)
     before = [p.detach().clone() for p in parameters]

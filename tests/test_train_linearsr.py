@@ -2,22 +2,20 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, in_a_process, save_photo, state
+from conftest import in_a_process, python, save_photo, state
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import lab.linearsr as lab
 import trainer
-from fast import graphs, load_model
+from fast import load_model
 from linearsr import LinearSR, flow, shifted, train, unshifted
 from linearsr.flow import Held, interval, times
 from objective import Conditions
@@ -218,29 +216,9 @@ def test_a_step_is_a_cuda_graph_on_every_rank(monkeypatch):
             for device, checkpointing in (("cuda", False), ("cuda", True), ("cpu", False))] == [True, False, False]
 
 
-@pytest.fixture
-def stub(monkeypatch):
-    """CUDA graphs as they behave towards their caller: fixed inputs, gradients and loss, overwritten at each replay."""
-    trained, make = [], train.graphed_backward
-
-    def record(f, inputs, clear):
-        values, parameters = f(*inputs), trained[-1]
-        memory = [p.grad for p in parameters]
-
-        def replay():
-            assert all(p.grad is grad for p, grad in zip(parameters, memory, strict=True))
-            values["loss"].copy_(f(*inputs)["loss"])
-            for p, grad in zip(parameters, memory, strict=True):
-                p.grad = grad.copy_(p.grad)
-        return SimpleNamespace(replay=replay), values
-    monkeypatch.setattr(graphs, "record", record)
-    monkeypatch.setattr(train, "graphed_backward", lambda loss, parameters: (
-        trained.append(list(parameters)), make(loss, trained[-1]))[1])
-    monkeypatch.setattr(train, "capturable", lambda args: True)
-
-
-def test_as_a_cuda_graph_it_trains_the_same(run, stub, monkeypatch):
+def test_as_a_cuda_graph_it_trains_the_same(run, captured, monkeypatch):
     averaged = []
+    monkeypatch.setattr(train, "capturable", lambda args: True)
     monkeypatch.setattr(trainer, "average", lambda tensors, *_: averaged.append({x.data_ptr() for x in tensors}))
     graphed = run("pretrain", "--steps", 5, "--every", 5).rename("graphed")
     assert averaged[0] == averaged[2] == averaged[8], "ranks average the gradients where the graph writes them"
@@ -283,9 +261,9 @@ def test_a_stopped_or_killed_expert_goes_on_as_if_it_had_not_been(run, number, c
 
 def test_two_processes_equal_one_with_twice_the_batch(run, line):
     one = state(run("pretrain", "--steps", 3, "--every", 3))
-    two = map(str, line("--steps", 3, "--every", 3, "--name", "two", "--batch", 1))
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",
-                    "linearsr.train", *two], check=True, env=ENVIRONMENT, capture_output=True)
+    done = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "linearsr.train", *line(
+        "--steps", 3, "--every", 3, "--name", "two", "--batch", 1), cwd=None, OMP_NUM_THREADS=1)
+    assert done.returncode == 0, done.stderr
     two = state(Path("runs/two/pretrain"))
     # the mean gradients: AdamW magnifies their rounding where they are near its eps
     a, b = (torch.cat([s["exp_avg"].flatten() for s in x["optimizer"]["state"].values()]) for x in (one, two))
@@ -326,17 +304,14 @@ def test_errors(run, line, tiny_model):
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--boundaries", "0.9", "0.5"], "boundaries must rise"),
-    (["--pairs-seed", "-1"], "--pairs-seed must be at least 0"),
-    (["--expert", "4"], "--expert must be 0 to 3"),
-    (["--mild", "2"], "--mild must be at least 0 and at most 1"),
-    (["--dtype", "fp16"], "--dtype fp16: gradients here lie below its range"),
-    (["--unconditional", "0.5"], "--unconditional belongs to the stage pretrain"),
-    (["--stage", "pretrain", "--expert", "1"], "--expert and --pretrained belong to the later stages"),
-])
+    ("--boundaries 0.9 0.5", "boundaries must rise"), ("--pairs-seed -1", "--pairs-seed must be at least 0"),
+    ("--expert 4", "--expert must be 0 to 3"), ("--mild 2", "--mild must be at least 0 and at most 1"),
+    ("--dtype fp16", "--dtype fp16: gradients here lie below its range"),
+    ("--unconditional 0.5", "--unconditional belongs to the stage pretrain"),
+    ("--stage pretrain --expert 1", "--expert and --pretrained belong to the later stages")])
 def test_bad_options(options, message, capsys, photos):
     with pytest.raises(SystemExit) as end:
-        main("--stage", "experts", "--data", photos, *options)
+        main("--stage", "experts", "--data", photos, *options.split())
     assert message in f"{end.value.code} {capsys.readouterr().err}"
 
 
