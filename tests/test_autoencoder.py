@@ -5,17 +5,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from conftest import noise, relative
 from PIL import Image
 
 import autoencoder
 import train
-from fast import load_model
 from photos import kinds
 from photos.degrade import enlarge, to_tensor
 from runs import read_log
-from sanasr import DCAE, build_prompt, inject_lora, lora_parameters, one_step, save_lora
+from sanasr import DCAE, SanaSR, build_prompt, one_step
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +26,26 @@ def photos(tmp_path_factory):
         rgb = np.random.default_rng(i).integers(0, 256, (9, 9, 3), dtype=np.uint8)
         Image.fromarray(rgb).resize((288, 288), Image.NEAREST if i else Image.BICUBIC).save(folder / f"{i}.png")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def dists():
+    """DISTS has random weights instead of VGG16's."""
+    found = autoencoder.DISTS().requires_grad_(False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(autoencoder.DISTS, "from_pretrained", lambda: found)
+        yield
+
+
+@pytest.fixture
+def net(tiny_model):
+    return DCAE.from_pretrained(tiny_model / "vae", torch.float32)
+
+
+def restoration(net, **changes):
+    """The loss, by default of L1, the lattice and the drift alone."""
+    args = dict(texture=0, latent=False, adapter=None, perceptual=0, device=torch.device("cpu"), dtype="fp32")
+    return autoencoder.Restoration(SimpleNamespace(**args | changes), net)
 
 
 @pytest.mark.parametrize("kind", kinds.KINDS)
@@ -77,8 +97,6 @@ def test_views_take_what_the_teacher_made(run, tmp_path):
 
 @pytest.mark.parametrize("texture", [0, 1])
 def test_training_lowers_the_loss_and_resumes(run, monkeypatch, texture):
-    dists = autoencoder.DISTS().requires_grad_(False)
-    monkeypatch.setattr(autoencoder.DISTS, "from_pretrained", lambda: dists)
     options = ["--steps", 8, "--lr", "2e-3", "--texture", texture]
     whole = run("whole", *options)
     rows = read_log(whole / "log.csv")
@@ -98,10 +116,8 @@ def test_training_lowers_the_loss_and_resumes(run, monkeypatch, texture):
         train.main(["--name", "whole", "--resume", "--perceptual", "0.5"])
 
 
-def test_drift_is_measured_from_the_first_encoder(tiny_model):
-    net = DCAE.from_pretrained(tiny_model / "vae", torch.float32)
-    args = SimpleNamespace(texture=0, latent=True, adapter=None, device=torch.device("cpu"), dtype="fp32")
-    loss, (x_l, x_h) = autoencoder.Restoration(args, net), noise(2, 2, 3, 64, 64).float()
+def test_drift_is_measured_from_the_first_encoder(net):
+    loss, (x_l, x_h) = restoration(net, latent=True), noise(2, 2, 3, 64, 64).float()
     z_l, z_h = net.encode(x_l).detach(), net.encode(x_h).detach()
     assert loss.drift(z_h, x_h).item() == pytest.approx(0, abs=1e-9)
     with torch.no_grad():
@@ -112,13 +128,9 @@ def test_drift_is_measured_from_the_first_encoder(tiny_model):
     assert value.item() == pytest.approx(((z_l - z_h).square().sum() / z_h.square().sum()).item(), rel=1e-5)
 
 
-def test_the_loss_holds_clean_latents_and_hears_the_critic_late(tiny_model, monkeypatch):
+def test_the_loss_holds_clean_latents_and_hears_the_critic_late(net):
     """Drift counts for the clean views alone, doubt once the critic has learnt alone."""
-    monkeypatch.setattr(autoencoder.DISTS, "from_pretrained", lambda: autoencoder.DISTS().requires_grad_(False))
-    net = DCAE.from_pretrained(tiny_model / "vae", torch.float32)
-    args = SimpleNamespace(texture=0, latent=False, adapter=None, perceptual=0, device=torch.device("cpu"),
-                           dtype="fp32")
-    loss, x = autoencoder.Restoration(args, net), noise(2, 3, 224, 224).float().clamp(-1, 1)
+    loss, x = restoration(net), noise(2, 3, 224, 224).float().clamp(-1, 1)
     z0 = net.encode(x)[0].detach()
     with torch.no_grad():
         net.encoder.conv_out.weight.mul_(1.1)
@@ -127,18 +139,15 @@ def test_the_loss_holds_clean_latents_and_hears_the_critic_late(tiny_model, monk
     terms = loss(batch)
     lattice = autoencoder.REPEATED * autoencoder.repeated(net.decode(net.encode(x)).detach() - x)
     assert (terms["loss"] - terms["l1"] - lattice).item() == pytest.approx(autoencoder.DRIFT * drift.item(), rel=1e-2)
-    texture = autoencoder.Restoration(SimpleNamespace(**vars(args) | {"texture": 2}), net)
+    texture = restoration(net, texture=2)
     texture.critic.eval()
     early, late = (texture(batch | {"late": torch.tensor([True, both])}) for both in (False, True))
     heard = (late["loss"] - early["loss"]).item()
     assert heard == pytest.approx(2 * autoencoder.DOUBT * late["doubt"].item(), rel=1e-3)
 
 
-def test_lpips_counts_for_what_the_teacher_made(tiny_model):
-    net = DCAE.from_pretrained(tiny_model / "vae", torch.float32)
-    args = SimpleNamespace(texture=0, latent=False, adapter=None, perceptual=2, device=torch.device("cpu"),
-                           dtype="fp32")
-    loss, (x, x_h) = autoencoder.Restoration(args, net), noise(2, 2, 3, 96, 96).float().clamp(-1, 1)
+def test_lpips_counts_for_what_the_teacher_made(net):
+    loss, (x, x_h) = restoration(net, perceptual=2), noise(2, 2, 3, 96, 96).float().clamp(-1, 1)
     batch = {"x_L": x, "x_H": x_h, "clean": torch.tensor([False] * 2), "shift": torch.tensor([[3, 5]] * 2)}
     for seen in ([True, True], [False, True], [False, False]):
         with torch.no_grad():
@@ -147,8 +156,8 @@ def test_lpips_counts_for_what_the_teacher_made(tiny_model):
         assert value == pytest.approx((each * torch.tensor(seen)).mean().item(), rel=1e-4)
 
 
-def test_the_critic_sees_what_is_real(monkeypatch):
-    """Its verdicts part noise from flat pictures within some steps, and its gradient does not reach what it judges."""
+def test_the_critic_sees_what_is_real():
+    """Its verdicts part the real from the rest within some steps."""
     torch.manual_seed(0)
     critic = autoencoder.Critic()
     taps = [[torch.randn(2, c, 8, 8).relu() + offset for c in (64, 128, 256)] for offset in (0.0, 1.0)]
@@ -163,13 +172,10 @@ def test_the_critic_sees_what_is_real(monkeypatch):
     assert values[-1] < 0.5 * values[0]
 
 
-def test_texture_moves_the_picture_and_the_critic_apart(monkeypatch):
+def test_texture_moves_the_picture_and_the_critic_apart():
     """DISTS and doubt pull on x alone, the critic's own loss on the critic alone; equal pictures have no distance."""
     torch.manual_seed(0)
-    monkeypatch.setattr(autoencoder.DISTS, "from_pretrained", lambda: autoencoder.DISTS().requires_grad_(False))
-    args = SimpleNamespace(texture=1, adapter=None, device=torch.device("cpu"), dtype="fp32")
-    loss = autoencoder.Restoration(args, None)
-    x_h = noise(2, 3, 224, 224).float().clamp(-1, 1)
+    loss, x_h = restoration(None, texture=1), noise(2, 3, 224, 224).float().clamp(-1, 1)
     x, shift = (x_h / 2).requires_grad_(), torch.tensor([3, 30])
     assert loss.texture(x_h, x_h, shift)[0].item() == pytest.approx(0, abs=1e-5)
     dists, doubt, verdict = loss.texture(x, x_h, shift)
@@ -188,46 +194,38 @@ def learnt(*folders):
 
 @pytest.mark.parametrize("part, options, terms", [
     ("decoder", ["--texture", 1], {"l1", "lpips", "dists", "doubt", "critic"}), ("encoder", ["--latent"], {"drift"})])
-def test_one_half_alone_learns(run, monkeypatch, tiny_model, part, options, terms):
-    monkeypatch.setattr(autoencoder.DISTS, "from_pretrained", lambda: autoencoder.DISTS().requires_grad_(False))
+def test_one_half_alone_learns(run, tiny_model, part, options, terms):
     folder = run(part, "--steps", 3, *options)
     columns = {*read_log(folder / "log.csv")[-1]}
     assert learnt(tiny_model, folder) == {part}
     assert {"l1", "lpips", "dists", "doubt", "critic", "drift"} & columns == terms
 
 
-def test_the_decoder_sees_what_the_adapter_makes(run, monkeypatch, tiny_model, tmp_path):
+def test_the_decoder_sees_what_the_adapter_makes(run, tiny_model, tmp_path):
     """D(ẑ) of the training is that of `SanaSR.restore`'s networks; clean views stay E(x_H)."""
-    monkeypatch.setattr(autoencoder.DISTS, "from_pretrained", lambda: autoencoder.DISTS().requires_grad_(False))
-    dit = load_model(tiny_model, "cpu", torch.float32).dit
-    inject_lora(dit, 2)
-    for n, p in enumerate(lora_parameters(dit).values()):
-        p.data = noise(*p.shape, seed=n).float()
-    save_lora(dit, tmp_path / "a.safetensors")
-    args = SimpleNamespace(texture=1, latent=False, adapter=tmp_path / "a.safetensors", model=tiny_model,
-                           device=torch.device("cpu"), dtype="fp32")
-    model = load_model(tiny_model, "cpu", torch.float32, args.adapter)
-    loss, x = autoencoder.Restoration(args, model.vae), noise(2, 3, 64, 64).float().clamp(-1, 1)
+    adapter = tiny.tiny_adapter(tmp_path / "a.safetensors", tiny_model, 2, gain=1)
+    model, x = SanaSR.from_pretrained(tiny_model, adapter=adapter), noise(2, 3, 64, 64).float().clamp(-1, 1)
+    loss = restoration(model.vae, texture=1, model=tiny_model, adapter=adapter)
     z = model.vae.encode(x)
     c, m = model.encode_prompt(build_prompt(""))
     z_hat = one_step(model.dit, z[:1] * model.scaling_factor, torch.tensor([900.0]), c, m) / model.scaling_factor
     assert relative(loss.encode(x, torch.tensor([False, True])), torch.cat([z_hat, z[1:]])) < 1e-4
     assert relative(z_hat, z[:1]) > 0.1
-    assert learnt(tiny_model, run("d", "--adapter", args.adapter, "--steps", 2)) == {"decoder"}
+    assert learnt(tiny_model, run("d", "--adapter", adapter, "--steps", 2)) == {"decoder"}
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--latent", "--texture", 1], "--latent: the encoder alone learns"),
-    (["--teacher", "."], "--teacher .* holds no picture of a name as in runs/pairs/"),
-    (["--teacher", "teacher"], "_[a-z]*.png is 128×128; a teacher's picture is 256×256"),
-    (["--dtype", "fp16"], "--dtype fp16: gradients here lie below its range")])
+    ("--latent --texture 1", "--latent: the encoder alone learns"),
+    ("--dtype fp16", "--dtype fp16: gradients here lie below its range"),
+    ("--teacher .", "--teacher .* holds no picture of a name as in runs/pairs/"),
+    ("--teacher teacher", "_[a-z]*.png is 128×128; a teacher's picture is 256×256")])
 def test_what_cannot_be_learned_from_is_refused(run, here, options, message):
     (here / "teacher").mkdir()
     for n in range(12):
         for kind in kinds.KINDS:
             Image.new("RGB", (128, 128)).save(here / "teacher" / f"{n:06d}_{kind}.png")
     with pytest.raises(SystemExit, match=message):
-        run("none", "--steps", 1, *options)
+        run("none", "--steps", 1, *options.split())
 
 
 def test_a_run_holds_to_the_autoencoder_that_it_began_with(run):
