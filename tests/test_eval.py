@@ -291,37 +291,26 @@ def test_a_folder_gives_its_pictures_only(run):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["a.png", "--out", "a.png"], "would overwrite a.png"),
-    (["a.png", "--out", "./link.png"], "would overwrite link.png"),
-    (["a.png", "hard.png", "--out", "."], "would overwrite a_x4.png"),
-    (["b.png", "b_bicubic.png", "--out", "here"], None),
-    (["a.png", "b.png", "--out", "c.png"], "is one file but there are 2 inputs"),
-    (["a.png", "--out", "c.pngg"], "no picture format is called .pngg"),
-    (["a.png", "--out", "a_file"], "a_file is a file, not a folder"),
-    (["a.png", "--hr", "hr", "--out", "hr"], "the result of a.png would overwrite hr/a_x4.png"),
-    (["rgba.png", "--out", "a.jpg"], "a.jpg cannot be written (cannot write mode RGBA as JPEG)"),
-    (["empty"], "empty: no pictures in this folder"),
-    (["a.png", "--device", "cuda"], "--device cuda"),
-    (["a.png", "--tile", "-1"], "--tile must be at least 0, not -1"),
-    (["a.png", "--timestep", "1001"], "--timestep must be above 0 and at most 1000"),
-    (["a.png", "--timestep", "0"], "--timestep must be above 0"),
-    (["a.png", "--instruction", "nothing.txt"], "--instruction nothing.txt: No such file"),
-    (["a.png", "--prompt-from", "hr", "--tagger", "ram"], "--prompt-from hr needs"),
-    (["a.png", "--steps", "0"], "--steps must be at least 1, not 0"),
-    (["a.png", "--cfg", "nan"], "--cfg must be at least 0, not nan"),
-    (["a.png", "--seed", "-1"], "--seed must be at least 0"),
-    (["a.png", "--hr", "nowhere"], "nowhere: no such folder"),
-    (["--sr", "nowhere", "--hr", "sr"], "nowhere: no such folder"),
-    (["a.png", "--metrics", "psnr"], "psnr: these need the references, --hr DIR"),
-    ([], "name pictures or folders to restore"),
-    (["--sr", "sr", "--hr", "few"], "no partner for 1.png"),
-    (["--sr", "sr", "--hr", "empty"], "empty: no pictures in this folder"),
-    (["--sr", "sr", "--hr", "large"], "sr/0.png is 7×5 but its reference large/0.png is 28×20"),
-    (["--sr", "sr", "--hr", "sr", "--protocol", "patch"], "too small for --protocol patch"),
-    (["--sr", "sr", "--metrics", "beauty"], "unknown metric beauty"),
-    (["--sr", "sr"], "NIQE needs at least two blocks"),
-    (["--sr", "compared"], "compared: only enlargements of --compare there"),
-])
+    ("b.png b_bicubic.png --out here", None), ("", "name pictures or folders to restore"),
+    ("a.png --out a.png", "would overwrite a.png"), ("a.png --out ./link.png", "would overwrite link.png"),
+    ("a.png hard.png --out .", "would overwrite a_x4.png"), ("empty", "empty: no pictures in this folder"),
+    ("a.png --hr hr --out hr", "the result of a.png would overwrite hr/a_x4.png"),
+    ("a.png b.png --out c.png", "is one file but there are 2 inputs"),
+    ("a.png --out c.pngg", "no picture format is called .pngg"), ("a.png --device cuda", "--device cuda"),
+    ("rgba.png --out a.jpg", "a.jpg cannot be written (cannot write mode RGBA as JPEG)"),
+    ("a.png --out a_file", "a_file is a file, not a folder"), ("a.png --tile -1", "--tile must be at least 0, not -1"),
+    ("a.png --timestep 1001", "--timestep must be above 0 and at most 1000"),
+    ("a.png --timestep 0", "--timestep must be above 0"), ("a.png --steps 0", "--steps must be at least 1, not 0"),
+    ("a.png --cfg nan", "--cfg must be at least 0, not nan"), ("a.png --seed -1", "--seed must be at least 0"),
+    ("a.png --instruction nothing.txt", "--instruction nothing.txt: No such file"),
+    ("a.png --prompt-from hr --tagger ram", "--prompt-from hr needs"), ("--sr sr --hr few", "no partner for 1.png"),
+    ("a.png --hr nowhere", "nowhere: no such folder"), ("--sr nowhere --hr sr", "nowhere: no such folder"),
+    ("a.png --metrics psnr", "psnr: these need the references, --hr DIR"),
+    ("--sr sr --hr empty", "empty: no pictures in this folder"), ("--sr sr", "NIQE needs at least two blocks"),
+    ("--sr sr --hr large", "sr/0.png is 7×5 but its reference large/0.png is 28×20"),
+    ("--sr sr --hr sr --protocol patch", "too small for --protocol patch"),
+    ("--sr sr --metrics beauty", "unknown metric beauty"),
+    ("--sr compared", "compared: only enlargements of --compare there")])
 def test_mistakes_are_told_before_anything_is_written(run, arguments, message):
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -338,7 +327,7 @@ def test_mistakes_are_told_before_anything_is_written(run, arguments, message):
     os.link("a.png", "a_x4.png")
     os.link("b.png", "hard.png")
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-    code, out, err = run(*arguments)
+    code, out, err = run(*arguments.split())
     if message:
         assert code == 1 and message in err and err.startswith("error: ") and err.count("\n") == 1
         assert {path for path in Path().rglob("*") if path.is_file()} == set(before)
@@ -509,14 +498,11 @@ def test_prompts_from_the_references_are_marked(run, monkeypatch):
 
 # --- the command itself, on a small model of the real classes ---
 
-def command(folder, *arguments, torchrun=()):
-    return python(*torchrun, ROOT / "eval.py", *arguments, cwd=folder, SANASR_CACHE=folder / "cache", OMP_NUM_THREADS=1)
-
-
 def test_the_command_restores_and_repeats_itself(tiny_model, tmp_path):
     Image.fromarray(noise(9, 13, 3)).save(tmp_path / "lr.png")
     for options, out in ((["--compare"], "results/lr_x4.png"), (["--seed", 7, "--out", "again.png"], "again.png")):
-        done = command(tmp_path, "lr.png", "--model", tiny_model, *options)
+        done = python(ROOT / "eval.py", "lr.png", "--model", tiny_model, *options, cwd=tmp_path, OMP_NUM_THREADS=1,
+                      SANASR_CACHE=tmp_path / "cache")
         assert (done.returncode, done.stderr) == (0, "")
         assert "lr.png  13×9 → 52×36  ms: text" in done.stdout and f"→ {out}" in done.stdout
     first, again = (np.asarray(opened(tmp_path / name)) for name in ("results/lr_x4.png", "again.png"))
@@ -528,22 +514,19 @@ def test_torchrun_splits_the_files_and_all_ranks_tell_of_a_failure(tiny_model, t
     for i in range(4):
         Image.fromarray(noise(8, 8, 3, seed=i)).save(tmp_path / f"in/{i}.png")
     (tmp_path / "in/0.png").write_bytes(b"broken: its rank is done first, and must wait for the other")
-    done = command(tmp_path, "in", "--model", tiny_model,
-                   torchrun=["-m", "torch.distributed.run", "--nproc_per_node=2"])
+    done = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / "eval.py", "in",
+                  "--model", tiny_model, cwd=tmp_path, OMP_NUM_THREADS=1)
     assert done.returncode == 1
     assert sorted(os.listdir(tmp_path / "results")) == ["1_x4.png", "2_x4.png", "3_x4.png"], done.stderr
     assert "1 restored, 1 skipped (rank 0)" in done.stdout and "2 restored, 0 skipped (rank 1)" in done.stdout
 
 
 @pytest.mark.parametrize("file, content, message", [
-    ("vae/config.json", None, "config.json"),
-    ("vae/config.json", "{", "vae/config.json"),
+    ("vae/config.json", None, "config.json"), ("vae/config.json", "{", "vae/config.json"),
     ("transformer/diffusion_pytorch_model.safetensors", "cut", "diffusion_pytorch_model.safetensors"),
     ("transformer/diffusion_pytorch_model.safetensors", None, "transformer"),
-    ("tokenizer/tokenizer.json", "{}", "tokenizer.json"),
-    ("text_encoder/model.safetensors", None, "text_encoder"),
-    ("adapter.safetensors", "no", "adapter.safetensors"),
-])
+    ("tokenizer/tokenizer.json", "{}", "tokenizer.json"), ("text_encoder/model.safetensors", None, "text_encoder"),
+    ("adapter.safetensors", "no", "adapter.safetensors")])
 def test_a_broken_model_is_one_line_that_names_the_file(run, tiny_model, monkeypatch, file, content, message):
     run.model = None
     path = shutil.copytree(tiny_model, "model") / Path(file)
