@@ -240,6 +240,7 @@ def randomise(dit, gain=0.1):
 @pytest.mark.parametrize("targets", ["attn", "attn+ffn"])
 def test_a_new_adapter_changes_nothing_off_is_the_prior_and_merged_is_the_same(targets):
     (dit, inputs), plain = adapted(targets), small_dit()
+    assert len(sanasr.lora_parameters(dit)) == 3 * 2 * {"attn": 8, "attn+ffn": 10}[targets]  # blocks, A and B
     prior = plain(*inputs)
     assert relative(dit(*inputs), prior) < 1e-6
     randomise(dit)
@@ -249,13 +250,6 @@ def test_a_new_adapter_changes_nothing_off_is_the_prior_and_merged_is_the_same(t
         assert torch.equal(dit(*inputs), prior)
     sanasr.merge_lora(dit)
     assert relative(dit(*inputs), y) < 1e-5 and set(dit.state_dict()) == set(plain.state_dict())
-
-
-def test_only_adapters_train():
-    dit, inputs = adapted("attn")
-    dit(*inputs).square().mean().backward()
-    assert {k for k, p in dit.named_parameters() if p.grad is not None} == set(sanasr.lora_parameters(dit))
-    assert len(sanasr.lora_parameters(dit)) == 3 * 2 * 4 * 2  # blocks, attentions, projections, A and B
 
 
 @pytest.mark.parametrize("prefix, ranks, alphas", [
