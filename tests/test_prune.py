@@ -41,22 +41,27 @@ def deep(tmp_path_factory):
 
 
 @pytest.fixture
-def run(tmp_path, photos, deep):
-    """run(name, options…) prunes the five-block model in this process and returns the folder written."""
+def line(tmp_path, photos, deep):
+    """line(name, options…): the arguments for a pruning of the five-block model into a folder of that name."""
+    return lambda name, *options: [
+        str(a) for a in ("--data", photos, "--model", deep, "--out", tmp_path / name, *QUICK, *options)]
+
+
+@pytest.fixture
+def run(tmp_path, line):
+    """run(name, options…) prunes in this process and returns the folder written."""
     def start(name, *options, steps=3):
-        out = tmp_path / name
-        argv = ["--data", photos, "--model", deep, "--out", out, "--steps", steps, *QUICK, *options]
-        assert prune.main([str(a) for a in argv]) == 0
-        return out
+        assert prune.main(line(name, "--steps", steps, *options)) == 0
+        return tmp_path / name
     return start
 
 
-def calibration_of(photos, deep, out, *options):
-    argv = ["--data", photos, "--model", deep, "--out", out, "--steps", 2, *QUICK, *options]
-    args, model = prune.parse([str(a) for a in argv]), SanaSR.from_pretrained(deep)
+def calibration_of(argv):
+    args = prune.parse([*argv, "--steps", "2"])
+    model = SanaSR.from_pretrained(args.model)
     fill_defaults(args, model)
-    out.mkdir()
-    return args, model, prune.Calibration(args, model, TrainingData(args, out, args.protocol))
+    args.out.mkdir()
+    return args, model, prune.Calibration(args, model, TrainingData(args, args.out, args.protocol))
 
 
 def l_cal(dit, prior, calibration, sample, tau):
@@ -81,9 +86,9 @@ def test_formulas():
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "all"])
-def test_fisher_is_the_weighted_mean_of_squared_gradients(photos, deep, tmp_path, checkpointing):
-    args, model, calibration = calibration_of(photos, deep, tmp_path / "out", "--checkpointing", checkpointing,
-                                              "--protocol", "hq", "--suffix", "appendix")
+def test_fisher_is_the_weighted_mean_of_squared_gradients(line, deep, checkpointing):
+    args, model, calibration = calibration_of(line("out", "--checkpointing", checkpointing, "--protocol", "hq",
+                                                   "--suffix", "appendix"))
     fisher = prune.calibrate(args, model.dit, calibration, {})
     dit, prior = (LinearDiT.from_pretrained(deep / "transformer") for _ in range(2))
     dit.load_state_dict(model.dit.state_dict())
@@ -206,7 +211,7 @@ def test_mask_leaves_the_largest_weights_and_exactly_as_many(deep, dtype):
     assert a[b == 0].max() <= a[b != 0].min() and torch.equal(a[b != 0], b[b != 0])
 
 
-def test_comparison_with_the_oracle(run, deep, photos, tmp_path, capsys):
+def test_comparison_with_the_oracle(run, line, deep, capsys):
     out = run("pruned", "--keep", 3, "--compare", "--samples", 2)
     rows, oracle = table(out / "compare.csv"), [*table(out / "oracle.csv").values()]
     assert len(oracle) == BLOCKS and len(rows) == 1 + 1 + len(prune.SALIENCIES) + 1 + prune.RANDOM + 11 + 1
@@ -217,7 +222,7 @@ def test_comparison_with_the_oracle(run, deep, photos, tmp_path, capsys):
     assert rows["oracle"]["kept"] == f"0 {best} 4" and rows["tail"]["kept"] == "0 1 4"
     assert rows["paper"]["kept"] == rows["paper, eps_p 1e-8"]["kept"] == " ".join(map(str, notes_of(out)["kept"]))
     # the same by another way: the folder that was written, through train's losses
-    calibration = calibration_of(photos, deep, tmp_path / "again", "--protocol", "lq", "--suffix", "main")[2]
+    calibration = calibration_of(line("again", "--protocol", "lq", "--suffix", "main"))[2]
     pruned, prior = (LinearDiT.from_pretrained(folder / "transformer") for folder in (out, deep))
     with torch.no_grad():  # after the three samples of the calibration
         total = sum(l_cal(pruned, prior, calibration, x, 999.0)[1].item() / 2 for x in calibration.samples(3, 5))
@@ -234,9 +239,8 @@ def test_an_interrupted_comparison_gives_no_numbers(run, monkeypatch):
     assert ended.value.code == 130 and not (out / "compare.csv").exists() and len(notes_of(out)["kept"]) == 3
 
 
-def test_validation_says_which_metric_fails(tmp_path, photos, deep, monkeypatch, capsys):
-    argv = [str(a) for a in ("--data", photos, "--model", deep, "--out", tmp_path / "out", *QUICK, "--saliency",
-                             "magnitude", "--validate", "--metrics", "psnr,lpips")]
+def test_validation_says_which_metric_fails(tmp_path, line, deep, monkeypatch, capsys):
+    argv = line("out", "--saliency", "magnitude", "--validate", "--metrics", "psnr,lpips")
     real = prune.mean_scores
     monkeypatch.setattr(prune, "mean_scores", lambda args, pairs, model, adapter=None:
                         {"psnr": 20.0, "lpips": 0.2} if model == str(deep) else {"psnr": 19.5, "lpips": 0.2061})
@@ -257,7 +261,7 @@ def test_validation_says_which_metric_fails(tmp_path, photos, deep, monkeypatch,
     assert float(rows["psnr"]["value"]) != pytest.approx(np.mean(psnr), rel=1e-6)
 
 
-def test_healing_trains_on_the_pruned_model_and_merges(run, photos, tmp_path, monkeypatch):
+def test_healing_trains_on_the_pruned_model_and_merges(run, photos, tmp_path):
     out = run("pruned", "--saliency", "magnitude", "--heal", 2)
     healed, pruned = (SanaSR.from_pretrained(folder) for folder in (out / "healed", out))
     run_folder, = out.glob("heal-*")
@@ -271,9 +275,8 @@ def test_healing_trains_on_the_pruned_model_and_merges(run, photos, tmp_path, mo
     run("pruned", "--saliency", "magnitude", "--heal", 3, "--resume")  # goes on with the same run
     assert SanaSR.from_pretrained(out / "healed").metadata["healed_steps"] == 3
     assert len(list(out.glob("heal-*"))) == 1
-    monkeypatch.chdir(tmp_path)  # and train.py by itself goes on from the pruned folder
     argv = ["--data", photos, "--model", out, *QUICK, "--name", "x", "--steps", 1, "--no-lpips", "--batch", 1]
-    assert train.main([str(a) for a in argv]) == 0
+    assert train.main([str(a) for a in argv]) == 0  # train.py by itself goes on from the pruned folder
     assert SanaSR.from_pretrained(out, adapter=tmp_path / "runs/x/adapter.safetensors").timestep == 900
 
 
@@ -314,20 +317,15 @@ def test_calibrations_on_other_tags_or_lr_pictures_are_not_mixed(run, tmp_path):
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--keep", "1"], "1 of 5 blocks: the first and the last are kept"),
-    (["--keep", "5"], "5 of 5 blocks: the first and the last are kept, and one is dropped"),
-    (["--model", "TINY"], "2 of 2 blocks"),
-    (["--model", "linearsr-embedded"], "is a LinearSR model"),
-    (["--adapter", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
-    (["--model", "nowhere"], "nowhere: neither a folder nor a known model"),
-    (["--data", "nowhere"], "nowhere: no such folder"),
-    (["--eps-p", "0"], "--eps-p must be above 0, not 0"),
-    (["--dtype", "fp16"], "take bf16 or fp32"),
-    (["--saliency", "random"], "invalid choice: 'random'"),
-])
+    ("--keep 1", "1 of 5 blocks: the first and the last are kept"), ("--model TINY", "2 of 2 blocks"),
+    ("--keep 5", "5 of 5 blocks: the first and the last are kept, and one is dropped"),
+    ("--model linearsr-embedded", "is a LinearSR model"), ("--eps-p 0", "--eps-p must be above 0, not 0"),
+    ("--adapter nowhere.safetensors", "nowhere.safetensors: no such file"), ("--dtype fp16", "take bf16 or fp32"),
+    ("--model nowhere", "nowhere: neither a folder nor a known model"), ("--data nowhere", "nowhere: no such folder"),
+    ("--saliency random", "invalid choice: 'random'")])
 def test_errors_are_one_line(run, tiny_model, capsys, options, message):
     with pytest.raises(SystemExit) as stop:
-        run("pruned", *(str(tiny_model) if word == "TINY" else word for word in options))
+        run("pruned", *options.replace("TINY", str(tiny_model)).split())
     assert stop.value.code not in (0, None)
     assert message in str(stop.value.code) + capsys.readouterr().err
 
