@@ -211,14 +211,11 @@ def test_bad_checkpoints(files, tmp_path):
             small(files)
     torch.save({"model": state}, files["ram"])
     files["ram"].write_bytes(files["ram"].read_bytes()[:5000])  # a download that broke off
-    with pytest.raises(ValueError, match="ram.pth: not a readable checkpoint"):
-        small(files)
     (tmp_path / "x.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="x.safetensors: not a readable checkpoint"):
-        small(files | {"ram": tmp_path / "x.safetensors"})
     (tagger.cache_dir() / tagger.LEAN).mkdir(parents=True)  # a folder in its place
-    with pytest.raises(ValueError, match=f"{tagger.LEAN}: not a readable checkpoint"):
-        small(files | {"ram": None})
+    for ram, name in ((files["ram"], "ram.pth"), (tmp_path / "x.safetensors", "x.safetensors"), (None, tagger.LEAN)):
+        with pytest.raises(ValueError, match=f"{name}: not a readable checkpoint"):
+            small(files | {"ram": ram})
     with pytest.raises(ValueError, match="'ramm'"):
         tagger.Tagger.from_pretrained("ramm")
 
