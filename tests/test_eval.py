@@ -7,6 +7,7 @@ import sys
 import weakref
 import zlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -468,9 +469,7 @@ def test_a_tagger_without_weights_or_with_broken_ones(run, monkeypatch, tmp_path
     code, _, err = run("a.png", "--tagger", "ram")
     assert code == 1 and err.startswith("error: ") and tagger.LEAN in err and err.count("\n") == 1
     assert not Path("results").exists()
-
-    def unavailable(*_):
-        raise weights.Unavailable("ram is not on this machine")
+    unavailable = Mock(side_effect=weights.Unavailable("ram is not on this machine"))
     monkeypatch.setattr(tagger.Tagger, "from_pretrained", unavailable)
     code, _, err = run("a.png", "--tagger", "dape")
     assert code == 0 and err.count("\n") == 1 and "suffix alone: ram is not on this machine" in err
