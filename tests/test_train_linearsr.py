@@ -221,7 +221,7 @@ def test_as_a_cuda_graph_it_trains_the_same(run, captured, monkeypatch):
     monkeypatch.setattr(train, "capturable", lambda args: True)
     monkeypatch.setattr(trainer, "average", lambda tensors, *_: averaged.append({x.data_ptr() for x in tensors}))
     graphed = run("pretrain", "--steps", 5, "--every", 5).rename("graphed")
-    assert averaged[0] == averaged[2] == averaged[8], "ranks average the gradients where the graph writes them"
+    assert captured and averaged[0] == averaged[2] == averaged[8], "gradients are averaged where the graph writes them"
     for steps in (2, 5):
         run("pretrain", "--steps", steps, "--every", steps, "--name", "again")
     assert same_state(graphed, Path("runs/again/pretrain"))
