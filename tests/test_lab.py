@@ -2,12 +2,13 @@
 stability."""
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from conftest import on_meta, photo, python
-from torch import nn
 
 import autoencoder
 import lab.profile
@@ -91,26 +92,14 @@ def test_the_command_of_profile(tiny_model, capsys):
 
 # --- stability ---
 
-class Identity(nn.Module):
-    """An autoencoder whose latents are the pixels, three times."""
-    factor = 32
-
-    def __init__(self):
-        super().__init__()
-        self.gain, self.seen = nn.Parameter(torch.tensor(3.0)), []
-
-    def encode(self, x):
-        self.seen.append(x)
-        return self.gain * x
-
-
 def test_latents_that_are_the_pixels_change_as_they_do():
-    vae = Identity()
+    seen, parameters = [], [torch.zeros(1)]
+    vae = SimpleNamespace(factor=32, parameters=lambda: iter(parameters), encode=lambda x: seen.append(x) or 3 * x)
     changes = stability(vae, [photo(70, 100), photo(70, 100, 1)])
     assert list(changes) == [(kind, s) for kind, strengths in STRENGTHS.items() for s in strengths]
     for pixels, latents in changes.values():
         assert 0 < pixels < 1 and latents == pytest.approx(pixels, rel=1e-5)
-    assert {x.shape for x in vae.seen} == {(1, 3, 96, 64)}, "the central part, a multiple of 32"
+    assert {x.shape for x in seen} == {(1, 3, 96, 64)}, "the central part, a multiple of 32"
     for kind, strengths in STRENGTHS.items():
         by_strength = [changes[kind, s][0] for s in strengths]
         assert by_strength == sorted(by_strength), f"{kind} grows"
@@ -186,10 +175,7 @@ def test_every_line_that_makes_the_bundled_models_is_understood_and_run_once(her
     (here / "runs/bundled/network/config.json").unlink()  # as if killed in the export
     assert bundled.main(line) == 0
     assert ran == [*learned, "train", "pretrain", "network", *rest]
-
-    def unavailable():
-        raise weights.Unavailable("no VGG16")
-    monkeypatch.setattr(bundled.DISTS, "from_pretrained", unavailable)
+    monkeypatch.setattr(bundled.DISTS, "from_pretrained", Mock(side_effect=weights.Unavailable("no VGG16")))
     ran.clear()
     with pytest.raises(SystemExit, match="error: no VGG16"):
         bundled.main(line)
