@@ -165,11 +165,8 @@ def test_times_are_the_steps_of_the_sampler_in_the_interval():
 def test_an_expert_begins_as_the_shared_network_and_sees_its_own_interval(run, monkeypatch):
     run("pretrain", "--steps", 1, "--every", 1)
     seen, loss = [], train.flow_loss
-
-    def flow_loss(network, z, t, *rest):
-        seen.extend(t.tolist())
-        return loss(network, z, t, *rest)
-    monkeypatch.setattr(train, "flow_loss", flow_loss)
+    monkeypatch.setattr(train, "flow_loss", lambda network, z, t, *rest: (
+        seen.extend(t.tolist()) or loss(network, z, t, *rest)))
     experts = run("experts", "--steps", 20, "--every", 20, "--expert", 2)
     assert len(seen) == 40 and 0.875 <= min(seen) < 0.885 and 0.93 < max(seen) <= 0.939
     middle = shifted((unshifted(0.875) + unshifted(0.939)) / 2)  # a batch is stratified: one time in each half
