@@ -163,7 +163,7 @@ def exif_bytes(*entries, following=0):
 
 
 def photo_with_exif(path, **options):
-    """A JPEG (or another format) as a camera writes it: rotated, with a place, an exposure and a thumbnail."""
+    """A JPEG (or another format) as a camera writes it: rotated, with a place and an exposure."""
     exif = Image.Exif()
     exif.update({0x0112: 6, 0x010F: "Maker", 0x8298: "Somebody", 0x0100: 7, 0x0101: 5})
     exif.get_ifd(ExifTags.IFD.Exif).update({0x829A: 0.5, 0xA002: 7, 0xA003: 5})
