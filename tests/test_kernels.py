@@ -11,6 +11,7 @@ from conftest import python, relative
 from torch.torch_version import TorchVersion as Version
 
 import kernels
+from kernels import bench
 from kernels.dispatch import INTERPRET, device_obstacle
 
 
@@ -153,8 +154,6 @@ def test_the_reason_is_said_once_and_only_where_it_matters(choice, lines):
 
 
 def test_bench_counts_and_checks(capsys, monkeypatch):
-    from kernels import bench
-
     ((moved, flop),) = bench.OPS["linear_attention"].counts(2, 4, 3, 0, 0, 2, backward=False)
     assert moved == 4 * 2 * 16 * 3 * 32 * 2 and flop == 2 * 2 * (2 * 16 * 3 * 32 * 32)
     bench.check(bench.OPS, torch.float32, "cpu", "torch")
