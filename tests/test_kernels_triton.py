@@ -15,7 +15,7 @@ import kernels
 from kernels.dcae import bias_silu_reference_, join_up_block_reference
 from kernels.depthwise import depthwise_gate_reference, depthwise_reference
 from kernels.dispatch import INTERPRET, device_obstacle
-from kernels.linear_attention import linear_attention_reference
+from kernels.linear_attention import CONFIG, MAX_STATES, linear_attention_reference, spans
 from kernels.norms import MAX_C, add_layer_norm_reference_, add_rms_norm_reference_, tile
 
 DEVICE = "cpu" if INTERPRET or not torch.cuda.is_available() else "cuda"
@@ -90,8 +90,6 @@ def test_attention_lengths_and_layouts(N, layout):
 
 
 def test_attention_adds_spans_in_the_launcher():
-    from kernels.linear_attention import CONFIG, MAX_STATES, spans
-
     assert spans(1, 1025, 1, CONFIG[32, 4][0])[1] > MAX_STATES  # so that N = 1025 above takes that path,
     assert 1 < spans(2, 70, 2, CONFIG[32, 4][0])[1] <= MAX_STATES  # and N = 70 the other
     for N in (1, 64, 1025, 1 << 22):
