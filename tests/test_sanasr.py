@@ -1,5 +1,6 @@
 """The model against the official implementations' outputs, and the properties the method promises."""
 import json
+import lzma
 import os
 import random
 import shutil
@@ -154,7 +155,6 @@ def test_unhonoured_config_values_are_named_at_once(cls, key, value, words, tmp_
 
 @pytest.fixture(scope="module")
 def gemma_tokenizer(tmp_path_factory):
-    import lzma
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     path.write_bytes(lzma.decompress(external("SANASR_ORACLE", "gemma2_tokenizer.json.xz").read_bytes()))
     return path
