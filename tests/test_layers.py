@@ -29,13 +29,6 @@ LAYERS = [  # each module may import, at the top or within a function, what stan
 PLACE = {name: i for i, names in enumerate(LAYERS) for name in names}
 
 
-def modules():
-    """{module: its file} of the whole project except the tests."""
-    files = {p.relative_to(ROOT).with_suffix("").parts: p for p in ROOT.rglob("*.py")}
-    return {".".join(parts).removesuffix(".__init__"): p for parts, p in files.items()
-            if parts[0] != "tests" and not any(part.startswith(".") for part in parts)}
-
-
 def imports(name, path, known):
     """The project's modules that a file imports anywhere in it."""
     found = set()
@@ -50,7 +43,9 @@ def imports(name, path, known):
 
 def test_no_import_runs_upward_or_in_a_circle(tmp_path):
     (tmp_path / "x.py").write_text("import eval\ndef f():\n    from metrics import score\n    import metrics.report\n")
-    known = modules()
+    files = {p.relative_to(ROOT).with_suffix("").parts: p for p in ROOT.rglob("*.py")}
+    known = {".".join(parts).removesuffix(".__init__"): p for parts, p in files.items()
+             if parts[0] != "tests" and not any(part.startswith(".") for part in parts)}
     assert imports("x", tmp_path / "x.py", known) == {"eval", "metrics", "metrics.score", "metrics.report"}
     assert set(known) == set(PLACE), f"LAYERS lacks or has in excess: {sorted(set(known) ^ set(PLACE))}"
     wrong = [f"{name} imports {other}" for name, path in known.items() for other in imports(name, path, known)
