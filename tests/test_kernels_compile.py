@@ -41,9 +41,9 @@ FLOAT32 = ("state", "dstate", "dweight")  # pointers to float32 whatever the inp
 POINTERS = {*FLOAT32, *"q k v g out dq dk dv u weight bias dy dp du x y h gate gain shift".split()}
 
 
-def resources(kernel, dtype, arch, constants, strided=False):
-    """(bytes spilled to the stack, bytes of shared memory) of a kernel compiled with 16-byte aligned pointers and row
-    strides, and unit channel strides unless strided. constants: as the launcher passes them, num_warps among them."""
+def faults(kernel, dtype, arch, constants, strided=False):
+    """Registers spilled to the stack and too much shared memory, of a kernel compiled with 16-byte aligned pointers and
+    row strides, and unit channel strides unless strided. constants: as the launcher passes them, with num_warps."""
     options = {name: value for name, value in constants.items() if name.startswith("num_")}
     constants = {name: value for name, value in constants.items() if name not in options}
     signature, hints = {}, {}
@@ -64,11 +64,7 @@ def resources(kernel, dtype, arch, constants, strided=False):
     path = Path(triton.knobs.cache.dir) / "kernel.cubin"
     path.write_bytes(binary.asm["cubin"])
     text = subprocess.run([CUOBJDUMP, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"STACK:(\d+)", text)[1]), binary.metadata.shared  # nothing else lies on the stack
-
-
-def faults(kernel, dtype, arch, constants, strided=False):
-    stack, shared = resources(kernel, dtype, arch, constants, strided)
+    stack, shared = int(re.search(r"STACK:(\d+)", text)[1]), binary.metadata.shared  # nothing else lies on the stack
     found = [f"{stack} bytes of registers spilled"] if stack else []
     return found + ([f"{shared} bytes of shared memory, the card has {SHARED[arch]}"] if shared > SHARED[arch] else [])
 
