@@ -37,6 +37,7 @@ from photos.pairs import find_tags
 from photos.pictures import bicubic, find_inputs, read_rgb, reason
 from photos.restorer import NotFinite
 from runs import UserError
+from sanasr import build_prompt, conditioning
 
 # --- inputs and results ---
 
@@ -46,12 +47,24 @@ def beside(result):
     return result.with_name(f"{result.stem}_bicubic{result.suffix}")
 
 
+def protect(args, read, targets):
+    """Raise UserError where one of the files to write, [(what, path or None, option)], is one of those to read."""
+    def identity(path):  # the same for all names of one file
+        path = Path(path)
+        return (path.stat().st_dev, path.stat().st_ino) if path.exists() else None
+    table = [args.tagger] if args.tagger not in ("none", "ram", "dape") else []
+    kept = {identity(path) for path in [*read, *(find_inputs([args.hr]) if args.hr else []), *table]} - {None}
+    for what, target, option in (*targets, ("--csv", args.csv, "--csv"), ("--report", args.report, "--report")):
+        if target and identity(target) in kept:
+            raise UserError(f"{what} would overwrite {target}: choose another {option}")
+
+
 def plan(args):
     """[Pair] of the inputs, where their results go and their references: --out is a file for a single input, else a
     folder, results/ by default.
 
-    Inputs of one stem (a.png, a.jpg) get different results. Raises UserError where an input or a reference would be
-    overwritten, ValueError where a picture or a reference is missing.
+    Inputs of one stem (a.png, a.jpg) get different results. Raises UserError as `protect` does, ValueError where a
+    picture or a reference is missing.
     """
     inputs, folder, single = find_inputs(args.inputs), Path(args.out or "results"), None
     if args.out and not folder.is_dir() and not args.out.endswith(("/", os.sep)) and folder.suffix:
@@ -71,13 +84,8 @@ def plan(args):
         taken.add(stem.lower())
         results.append(single or folder / f"{stem}_x{args.scale}.png")
 
-    def identity(path):  # the same for all names of one file
-        return (path.stat().st_dev, path.stat().st_ino) if path.exists() else None
-    kept = {identity(path) for path in [*inputs, *(find_inputs([args.hr]) if args.hr else [])]} - {None}
-    for source, result in zip(inputs, results, strict=True):
-        for target in (result, beside(result)):
-            if identity(target) in kept:
-                raise UserError(f"the result of {source} would overwrite {target}: choose another --out")
+    protect(args, inputs, [(f"the result of {source}", target, "--out") for source, result in
+                           zip(inputs, results, strict=True) for target in (result, beside(result))])
     return pair_up([source.name for source in inputs], results, inputs, args.hr)
 
 
@@ -86,6 +94,7 @@ def existing(args):
     results = [p for p in find_inputs([args.sr]) if not re.search(r"_x[124]_bicubic$", p.stem)]  # of --compare
     if not results:
         raise UserError(f"{args.sr}: only enlargements of --compare there; rename them to score them")
+    protect(args, results, [])
     names = [p.name for p in results]
     inputs = args.inputs and partners(names, " ".join(args.inputs), find_inputs(args.inputs))
     return pair_up(names, results, inputs or [None] * len(names), args.hr)
@@ -120,6 +129,11 @@ def tile_bar():
     return progress
 
 
+def joined(args, tags):
+    """The content part of a prompt."""
+    return ", ".join(filter(None, [args.prompt, *tags]))
+
+
 def restore(pair, model, args, tags=(), progress=None):
     """Restore the picture pair.lr and write the result pair.sr: the line that is printed for it.
 
@@ -136,13 +150,14 @@ def restore(pair, model, args, tags=(), progress=None):
     except Exception as error:  # on broken files the decoders raise anything, from struct.error to IndexError
         raise Skipped(f"not a picture that can be read ({reason(error, pair.lr)})") from error
     width, height = picture.rgb.size
-    prompt = ", ".join(filter(None, [args.prompt, *tags]))
+    prompt = joined(args, tags)
     try:
         result = pictures.restored(model, picture, prompt, args.color_fix, args.scale, suffix=args.suffix,
                                    tile=args.tile, instruction=args.instruction, progress=progress, **args.sampling)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
-            raise Skipped(f"{width}×{height} needs more memory than there is; try a smaller --tile") from error
+        if runs.out_of_memory(error):
+            raise Skipped(f"{width}×{height} needs more memory than there is; cut it, or take a smaller "
+                          "--tile") from error
         raise
     try:
         metadata = () if args.no_metadata else (picture.icc, picture.exif)
@@ -172,7 +187,17 @@ def input_tags(pairs, args):
         except (MemoryError, ValueError):  # restore() will say what is wrong with it
             return None
     found = find_tags(args.tagger, [pair.name for pair in pairs], picture, args.device)
+    if found and args.tagger != "none" and (lacking := found.count([])):
+        print(f"note: {args.tagger} has no tags for {lacking} of {len(pairs)} pictures", file=sys.stderr)
     return dict(zip(pairs, found, strict=True)) if found else {}
+
+
+def encode_prompts(model, args, tags):
+    """Keep the text states of all prompts on the disk: the text encoder is loaded once, not for each picture."""
+    how = conditioning(model.metadata, args.suffix, instruction=args.instruction)
+    prompts = sorted({build_prompt(joined(args, found), how["suffix"]) for found in tags.values()})
+    for i in range(0, len(prompts), 64):
+        model.prompts(prompts[i:i + 64], how["instruction"])
 
 
 # --- scores ---
@@ -191,6 +216,10 @@ def score(pairs, args, note=""):
 
 
 # --- the command ---
+
+RESTORING = ("out", "scale", "color_fix", "no_metadata", "compare", "model", "fast", "tile", "prompt", "suffix",
+             "instruction", "tagger", "adapter", "timestep", "steps", "seed", "cfg", "offload")
+
 
 def parse(argv=None):
     parser = runs.parser(__doc__)
@@ -211,6 +240,8 @@ def parse(argv=None):
     add_method_options(parser)
     add_score_options(parser.add_argument_group("scores"))
     args = parser.parse_args(argv)
+    if args.sr and (given := [name for name in RESTORING if getattr(args, name) != parser.get_default(name)]):
+        raise UserError(f"--sr restores nothing: leave out --{' --'.join(given).replace('_', '-')}")
     args.score = any([args.hr, args.sr, args.metrics, args.csv, args.report])
     check(args)
     return args
@@ -310,13 +341,15 @@ def main(argv=None):
     if args.sr:
         score(existing(args), args)
         return 0
-    choose_system(args)
     pairs = plan(args)
+    choose_system(args)
     with runs.process_group(torch.device("cpu")):
         rank, world = runs.ranks()
         mine = pairs[rank::world]
         tags = input_tags(mine, args)
         model = load_model(args.model, args.device, args.dtype, args.adapter, args.fast, args.offload)
+        if any(tags.values()):
+            encode_prompts(model, args, tags)
         skipped = restore_all(mine, model, args, tags, single=len(pairs) == 1, quiet=rank > 0)
         if len(pairs) > 1:
             where = f" (rank {rank})" if world > 1 else ""

@@ -38,18 +38,31 @@ class UserError(Exception):
     """What a user can mend: one line that names the file or option and the mend."""
 
 
+def out_of_memory(error):
+    """Whether an exception says that memory ran out; without CUDA PyTorch raises a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("allocate memory", "out of memory"))
+
+
 def command(main):
     """Decorates a command's main(argv), which returns the exit code, or nothing for 0: what a user can mend ends it
     with one line `error: …` and exit code 1, Ctrl-C with exit code 130."""
     @functools.wraps(main)
     def run(argv=None):
+        for stream in (sys.stdout, sys.stderr):  # a file's name may hold what the terminal cannot show
+            with contextlib.suppress(AttributeError):  # a stand-in
+                stream.reconfigure(errors="backslashreplace")
         try:
             return main(argv) or 0
         except (UserError, OSError, ValueError, weights.Unavailable) as error:
             sys.exit(f"error: {one_line(error).rpartition(' OSError: ')[2]}")  # of a loader's traceback the last line
         except KeyboardInterrupt:  # outside the loops, which save
-            print("interrupted; every file is whole, rerun to resume", file=sys.stderr)
+            print("interrupted; every file is whole", file=sys.stderr)
             sys.exit(130)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            sys.exit(f"error: there is not enough memory ({one_line(error)[:200]})")
     return run
 
 
@@ -134,7 +147,7 @@ def parser(doc):
 
 RANGES = {  # option: (least, most); where the least is a string, the number lies above it
     **dict.fromkeys(("steps", "every", "batch", "accumulate", "rank", "pairs", "val_steps", "samples", "draws",
-                     "limit", "fine_steps", "latents"), (1, math.inf)),
+                     "limit", "fine_steps", "latents", "sample"), (1, math.inf)),
     **dict.fromkeys(("workers", "val", "knee", "heal", "min_side", "tile", "cfg"), (0, math.inf)),
     **dict.fromkeys(("lr", "eps_p"), ("0", math.inf)), "timestep": ("0", 1000), "share": ("0", 1),
     **dict.fromkeys(("mild", "unconditional"), (0, 1)),

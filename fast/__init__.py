@@ -366,6 +366,11 @@ class FastDiT(nn.Module):
             a.to_qkv = merged(a.to_q, a.to_k, a.to_v)
             del a.to_q, a.to_k, a.to_v, a.to_out[0].weight
 
+    def _apply(self, *args):  # .to(device): what is kept stays behind
+        self.texts.clear()
+        self.times.clear()
+        return super()._apply(*args)
+
     def text(self, c, mask):
         """Keys and values of all L blocks (L,2,B,T',n·d) and the bias (B,1,1,T') of a text c: B,T,Dt, mask: B,T.
 

@@ -570,6 +570,7 @@ def main(argv=None):
         help="one input in N of each kind, 50 / N signals to each command; above 50 on one command")
     add("--only", default="", metavar="TEXT", help="of signals, machine, inputs: KIND: those that contain this text")
     args = parser.parse_args(argv)
+    runs.check_ranges(args)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the cases' address space is limited, and runs are compared bit for bit
     torch.set_num_threads(1)
     began, work, rows, seen = time.monotonic(), (args.out / "work").resolve(), [], Counter()
@@ -588,6 +589,8 @@ def main(argv=None):
         if args.only in f"inputs: {case.kind}" and seen[case.kind] % args.sample == 1 % args.sample:
             note(case.kind, case.command, case.name, check(case, work / f"{n:04d}", shared))
             shutil.rmtree(work / f"{n:04d}")
+    if not rows:
+        raise runs.UserError(f"--only {args.only}: nothing was tried")
     about = (f"Seed {args.seed}, sample {args.sample}, revision {revision(ROOT)}, {time.strftime('%Y-%m-%d')}, "
              f"{time.monotonic() - began:.0f} s, torch {torch.__version__}.")
     lines = [about, "", "| kind | tried | failures |", "| --- | ---: | ---: |"]

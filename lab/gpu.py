@@ -208,8 +208,10 @@ def main(argv=None):
         args.out.mkdir(parents=True, exist_ok=True)
         results = {"rehearsal": args.rehearse, "lines": {}}
         if (args.out / "gpu.json").exists():
-            before = json.loads((args.out / "gpu.json").read_text())
-            results = before if before["rehearsal"] == args.rehearse else results
+            results = json.loads((args.out / "gpu.json").read_text())
+            if results["rehearsal"] != args.rehearse:
+                raise UserError(f"{args.out} holds {'a rehearsal' * results['rehearsal'] or 'results of a GPU'}: name "
+                                "another --out")
         about = "no GPU" if args.rehearse else machine("cuda")
         about += f", {machine()}, torch {torch.__version__}, triton {triton and triton.__version__}, "
         about += f"revision {revision(ROOT)}, {time.strftime('%Y-%m-%d')}"

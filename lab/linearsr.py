@@ -217,11 +217,13 @@ def draw(path, table, also, width=960, height=480):
 def table(args):
     """Make the rows that are lacking, and the table."""
     settings = open_pairs(args)
-    rows, folder, model = table_rows(args), args.out / "rows", weights.folder(args.model)
+    rows, folder = table_rows(args), args.out / "rows"
+    model, sanasr = weights.folder(args.model), weights.folder(args.sanasr)
     wanted = chosen(args, rows, "row")
     keep_settings(folder, settings | {
-        "linearsr": [fingerprint(part) for part in (parts(model)[2], model / "stem")],
-        "sanasr": fingerprint(weights.folder(args.sanasr) / "vae"), "pretrained": args.pretrained,
+        "linearsr": [fingerprint(part) for part in (model, parts(model)[2], model / "stem", model / "experts")
+                     if part.is_dir()],
+        "sanasr": [fingerprint(sanasr / part) for part in ("", "vae", "transformer")], "pretrained": args.pretrained,
         "steps": args.pretrained and args.steps, "best": args.best, "fine-steps": args.best and args.fine_steps,
         "options": args.options or None})
 

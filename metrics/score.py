@@ -60,7 +60,7 @@ def folder_pairs(lr, hr):
 def pick(text, has_reference):
     """Metric names out of `text`: a comma-separated list, `all` (the usual ones), or None for those of them that need
     no download. Without a reference, `all` and None stand for the no-reference metrics. Raises ValueError."""
-    if text in (None, "all"):
+    if text is None or text.strip().lower() == "all":
         return [name for name, m in METRICS.items()
                 if m.usual and (text or not m.download) and (has_reference or not m.needs_reference)]
     names = list(dict.fromkeys(n.strip().lower() for n in text.split(",") if n.strip()))

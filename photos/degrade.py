@@ -228,6 +228,8 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sheet", action="store_true", help="also write OUT.sheet.png, which shows every stage")
     args = parser.parse_args(argv)
+    if args.out.resolve() == Path(args.image).resolve():
+        raise ValueError(f"--out {args.out} is the photo itself")
     hr = to_tensor(read_rgb(args.image))
     hr = hr[:, :hr.shape[1] // SCALE * SCALE, :hr.shape[2] // SCALE * SCALE]
     stages = [("photo", hr)]

@@ -122,11 +122,11 @@ class Picture:
 
 def to_8_bit(image):
     """Modes of more than 8 bits, which Pillow's own conversion would clip: I;16… and I (0…65535), F (0…1, where nothing
-    reaches 2, or 0…255)."""
+    reaches 2, 0…255, where nothing reaches 512, or 0…65535)."""
     x = np.asarray(image, np.float64)
     if not np.isfinite(x).all():
         raise ValueError("it has pixels that are not finite numbers")
-    scale = 65535 if image.mode.startswith("I") else 1 if x.max() < 2 else 255
+    scale = 65535 if image.mode.startswith("I") or x.max() >= 512 else 1 if x.max() < 2 else 255
     if x.max() > 65535:
         raise ValueError("it has pixel values of more than 16 bits")
     return Image.fromarray((x / scale * 255).clip(0, 255).round().astype(np.uint8))
@@ -135,7 +135,7 @@ def to_8_bit(image):
 # EXIF tags that describe how the file stores its pixels: strips and tiles, sizes, compression, colour tables, profiles
 FILE_TAGS = {254, 255, *range(256, 270), *range(273, 282), 284, *range(288, 294), 301, 317, *range(318, 326), 330, 332,
              *range(336, 344), 347, *range(512, 522), *range(529, 533), 700, 33723, 34377, 34675}
-SIZE_TAGS = (40962, 40963)  # of the Exif part: width and height
+SIZE_TAGS = (40962, 40963, 40965)  # of the Exif part: width, height, and where another part lies in the file
 
 
 def kept_exif(image):

@@ -45,7 +45,7 @@ class Restorer:
 
     def tiling(self, tile=None, progress=None):
         """`tiled` for tiles of `tile` pixels, with the `progress` of `restore`: (stage, f, x, down=1, up=1) -> f(x)."""
-        tile = self.TILE if tile is None else math.ceil(tile / self.vae.factor) or math.inf
+        tile = self.TILE if tile is None else max(1, tile // self.vae.factor) if tile else math.inf
         overlap = min(self.OVERLAP, tile // 4) if tile < math.inf else 0
         return lambda stage, f, x, **sides: tiled(f, x, tile, overlap, **sides,
                                                   progress=progress and functools.partial(progress, stage))

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 import weights
 from photos.pictures import read_rgb, to_tensor, write_bytes
 from photos.swin import Block, WindowAttention
-from runs import command
+from runs import command, pick_device
 from sanasr import attend, clean_tags
 from weights import cache_dir
 from weights.dtypes import choose_dtypes
@@ -335,18 +335,20 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Content tags of photos, by RAM or DAPE.")
     parser.add_argument("photos", nargs="*", type=Path, metavar="photo")
     parser.add_argument("--tagger", choices=("ram", "dape"), default="dape")
-    parser.add_argument("--device", help="cpu, cuda, …; default: a GPU if there is one")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     parser.add_argument("--convert", metavar="OUT.safetensors", nargs="?", type=Path, const=cache_dir() / LEAN,
                         help=f"write the lean fp16 copy of RAM's checkpoint, by default into the cache; it is found "
                              f"there and, as {LEAN}, in $SANASR_WEIGHTS")
     args = parser.parse_args(argv)
     if not args.photos and not args.convert:
         parser.error("name a photo")
+    if args.convert and args.convert.suffix != ".safetensors":
+        parser.error(f"--convert {args.convert}: a checkpoint's name ends with .safetensors")
     if args.convert:
         out = convert(args.convert)
         print(f"wrote {out}, {out.stat().st_size / 1e6:.0f} MB")
     if args.photos:
-        tagger = Tagger.from_pretrained(args.tagger, args.device)
+        tagger = Tagger.from_pretrained(args.tagger, pick_device(args.device))
     for photo in args.photos:
         image = read_rgb(photo)
         start = time.perf_counter()

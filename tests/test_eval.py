@@ -32,7 +32,10 @@ class Nearest:
     It raises `error`, if set, for a white picture.
     """
     stages = {"encode": 1.0, "decode": 2.0}
-    error = None
+    error, metadata = None, {}
+
+    def prompts(self, prompts, instruction):
+        self.encoded = prompts
 
     def restore(self, image, prompt, scale, progress, **options):
         assert image.mode == "RGB"
@@ -110,6 +113,7 @@ PICTURES = {  # file name: (picture or the file's bytes, mode of the result, the
     "16bit_rgb.png": (png_16(COLOURS.astype(np.uint16) * 257), "RGB", COLOURS),
     "16bit_rgba.png": (png_16(COLOURS_ALPHA.astype(np.uint16) * 257), "RGBA", COLOURS_ALPHA),
     "float.tiff": (Image.fromarray(GREY.astype(np.float32) / 255), "L", GREY),
+    "float_16bit.tiff": (Image.fromarray(GREY * np.float32(257)), "L", GREY),
     "float_above_1.tiff": (Image.fromarray((GREY + np.float32(20)) / 255), "L", (GREY + 20.0).clip(max=255)),
     "first_frame.webp": (BLACK, "RGB", BLACK),
 }
@@ -166,7 +170,7 @@ def photo_with_exif(path, **options):
     """A JPEG (or another format) as a camera writes it: rotated, with a place and an exposure."""
     exif = Image.Exif()
     exif.update({0x0112: 6, 0x010F: "Maker", 0x8298: "Somebody", 0x0100: 7, 0x0101: 5})
-    exif.get_ifd(ExifTags.IFD.Exif).update({0x829A: 0.5, 0xA002: 7, 0xA003: 5})
+    exif.get_ifd(ExifTags.IFD.Exif).update({0x829A: 0.5, 0xA002: 7, 0xA003: 5, 0xA005: 90})
     exif.get_ifd(ExifTags.IFD.GPSInfo).update({1: "N", 2: (48.0, 8.0, 0.0)})
     RGB.save(path, exif=exif.tobytes(), **options)
 
@@ -183,7 +187,7 @@ def test_exif_is_kept_upright_and_without_thumbnail(run, source, target):
             assert (exif[0x010F], exif[0x8298]) == ("Maker", "Somebody")
             assert exif.get(0x0112, 1) == 1 and exif.get(0x0100, 20) == 20 and exif.get(0x0101, 28) == 28
             assert exif.get_ifd(ExifTags.IFD.Exif)[0x829A] == 0.5
-            assert not {0xA002, 0xA003} & set(exif.get_ifd(ExifTags.IFD.Exif))
+            assert not {0xA002, 0xA003, 0xA005} & set(exif.get_ifd(ExifTags.IFD.Exif))
             assert exif.get_ifd(ExifTags.IFD.GPSInfo)[1] == "N"
             assert not exif.get_ifd(ExifTags.IFD.IFD1)
 
@@ -308,6 +312,9 @@ def test_a_folder_gives_its_pictures_only(run):
     ("a.png --hr nowhere", "nowhere: no such folder"), ("--sr nowhere --hr sr", "nowhere: no such folder"),
     ("a.png --metrics psnr", "psnr: these need the references, --hr DIR"),
     ("--sr sr --hr empty", "empty: no pictures in this folder"), ("--sr sr", "NIQE needs at least two blocks"),
+    ("a.png --hr hr --csv hr/a_x4.png", "--csv would overwrite hr/a_x4.png: choose another --csv"),
+    ("--sr sr --report sr/0.png", "--report would overwrite sr/0.png"),
+    ("--sr sr --scale 2 --no-metadata", "--sr restores nothing: leave out --scale --no-metadata"),
     ("--sr sr --hr large", "sr/0.png is 7×5 but its reference large/0.png is 28×20"),
     ("--sr sr --hr sr --protocol patch", "too small for --protocol patch"),
     ("--sr sr --metrics beauty", "unknown metric beauty"),
@@ -364,7 +371,7 @@ def test_broken_files_among_many_are_reported_and_skipped(run):
 
 @pytest.mark.parametrize("error, said", [
     (NotFinite("the result has values that are no finite numbers; try --dtype fp32"), "no finite numbers; try --dtype"),
-    (torch.OutOfMemoryError("CUDA out of memory"), "7×5 needs more memory than there is; try a smaller --tile"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "7×5 needs more memory than there is; cut it, or take"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "7×5 needs more memory than there is"),
     (ValueError("text_encoder/config.json: no such key"), None)])
 def test_a_picture_that_cannot_be_restored_is_skipped(run, error, said):
@@ -456,8 +463,11 @@ def test_all_is_tagged_and_the_tagger_gone_before_the_model_is_loaded(run, monke
 def test_tags_from_a_file(run):
     RGB.save("a.png")
     Path("tags.csv").write_text('image,tags\nelsewhere/a.png,"a wall, blurry picture, red"\n')
-    assert run("a.png", "--tagger", "tags.csv")[0] == 0
+    assert run("a.png", "--tagger", "tags.csv")[::2] == (0, "")
     assert run.model.seen["prompt"] == "a wall, red", "words of degradation are left out, as in training"
+    assert run.model.encoded == [sanasr.build_prompt("a wall, red")], "before the first picture, all prompts at once"
+    RGB.save("b.png")
+    assert run("a.png", "b.png", "--tagger", "tags.csv")[2] == "note: tags.csv has no tags for 1 of 2 pictures\n"
     code, _, err = run("a.png", "--tagger", "none.csv")
     assert code == 1 and "none.csv: No such file" in err
 

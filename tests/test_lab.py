@@ -51,6 +51,12 @@ def test_a_good_result_outlives_a_failure_and_each_line_is_ended_at_its_time(tmp
         assert bool(lines["a"].get("since")) == bool(since) and lines["b"]["printed"] == ["5"]
 
 
+def test_a_rehearsal_does_not_take_the_place_of_results(tmp_path):
+    (tmp_path / "gpu.json").write_text('{"rehearsal": false, "lines": {}}')
+    with pytest.raises(SystemExit, match="holds results of a GPU"):
+        gpu.main(["timings", "--out", str(tmp_path), "--rehearse"])
+
+
 def test_an_unknown_line_is_named(tmp_path):
     with pytest.raises(SystemExit, match="error: --only nothing: no such line; there are card, stages 512,"):
         gpu.main(["timings", "--out", str(tmp_path), "--rehearse", "--only", "nothing"])

@@ -1,6 +1,7 @@
 """The one atomic write, and the helpers of runs.py that write through it."""
 import os
 import time
+from unittest.mock import Mock
 
 import pytest
 from conftest import ROOT, python
@@ -64,6 +65,14 @@ def test_nothing_else_writes_to_a_temporary_name():
     for path in (p for d in (".", "*") for p in ROOT.glob(f"{d}/*.py") if p.parent.name != "tests"):
         text = path.read_text(encoding="utf-8")
         assert path.name in exempt or not ("os.replace(" in text or '.tmp"' in text), path
+
+
+def test_a_command_ends_with_one_line_where_memory_ran_out():
+    for error in (MemoryError(), RuntimeError("MPS backend out of memory")):
+        with pytest.raises(SystemExit, match="^error: there is not enough memory"):
+            runs.command(Mock(side_effect=error))()
+    with pytest.raises(RuntimeError, match="a shape"):
+        runs.command(Mock(side_effect=RuntimeError("a shape")))()
 
 
 def test_numbers_and_commas_in_a_table(tmp_path):

@@ -413,6 +413,7 @@ def test_scale_and_progress(sana, scale):
     result = sana.restore(image, scale=scale, tile=64, progress=lambda *what: seen.append(what))
     assert result.size == enlarged.size
     assert result.tobytes() == sana.restore(enlarged, scale=1, tile=64).tobytes()
+    assert result.tobytes() == sana.restore(image, scale=scale, tile=95).tobytes(), "at most so large"
     assert [stage for stage, done, _ in seen if done == 0] == ["encode", "dit", "decode"]
     total = seen[0][2]
     assert [what[1:] for what in seen if what[0] == "dit"] == [(i, total) for i in range(total + 1)] and total > 1
