@@ -14,7 +14,7 @@
 It prints the command of each stage, and first how many hours they take here: an estimate for one core of an AMD EPYC
 (family 25 model 17, with bf16 instructions), times what a training step of the autoencoder takes here by what it took
 there. The numbers of steps are a plan: with all of them no chain has been run to its end yet. --share 0.002 runs all
-stages with one step and one picture in 500: a rehearsal, whose models restore nothing.
+stages with one step and one picture in 500, in 16 minutes of CPU time: a rehearsal, whose models restore nothing.
 --teacher: pictures that a restorer made of runs/pairs/KEY/lr, of the same names; KEY is printed by the first stage.
 Without them the autoencoder learns from the photos alone. The stage texture takes VGG16, 553 MB, fetched first of all.
 """

@@ -249,7 +249,7 @@ def run_stage(args):
         print(data.report, flush=True)
     drawn = EightBitPairs(data.photos, data.prompts, args.crop, None, None, args.pairs_seed, data.lq, mild=args.mild)
     folder = Path("runs") / "pairs" / pairs_key(model.vae, args, data)
-    data.fingerprints |= {"the encoded pairs": folder.name, "the model": fingerprint(model.folder / "transformer")}
+    data.fingerprints |= {f"the model's {part}": fingerprint(model.folder / part) for part in ("vae", "transformer")}
     pairs = EncodedPairs(drawn, args.pairs, folder, latents, device, args.workers)
     held = Held(data.pairs, data.val_prompts, latents, conditions, device)
 
