@@ -97,7 +97,7 @@ def test_views_take_what_the_teacher_made(run, tmp_path):
 
 @pytest.mark.parametrize("texture", [0, 1])
 def test_training_lowers_the_loss_and_resumes(run, monkeypatch, texture):
-    options = ["--steps", 4 if texture else 8, "--lr", "2e-3", "--texture", texture]
+    options = ["--steps", 4 if texture else 8, "--every", 4, "--lr", "2e-3", "--texture", texture]
     whole = run("whole", *options)
     rows = read_log(whole / "log.csv")
     assert texture or rows[-1]["val_psnr"] > rows[0]["val_psnr"], "on held-out pairs, from seeded weights"
