@@ -179,6 +179,8 @@ def test_command_line(tmp_path, capsys):
     d.main([str(tmp_path / "hq.png"), "--out", str(tmp_path / "lr.png"), "--seed", "5", "--sheet"])
     assert Image.open(tmp_path / "lr.png").size == (24, 32)
     assert Image.open(tmp_path / "lr.sheet.png").width > 300 and "jpeg" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--out .*hq.png is the photo itself"):
+        d.main([str(tmp_path / "hq.png"), "--out", str(tmp_path / "hq.png")])
     (tmp_path / "bad.png").write_bytes(b"nothing")
     with pytest.raises(SystemExit, match="bad.png"):
         d.main([str(tmp_path / "bad.png"), "--out", str(tmp_path / "no.png")])

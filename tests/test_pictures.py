@@ -1,5 +1,7 @@
 """The one atomic write, and the helpers of runs.py that write through it."""
+import io
 import os
+import sys
 import time
 from unittest.mock import Mock
 
@@ -65,6 +67,13 @@ def test_nothing_else_writes_to_a_temporary_name():
     for path in (p for d in (".", "*") for p in ROOT.glob(f"{d}/*.py") if p.parent.name != "tests"):
         text = path.read_text(encoding="utf-8")
         assert path.name in exempt or not ("os.replace(" in text or '.tmp"' in text), path
+
+
+def test_a_name_that_the_terminal_cannot_show_ends_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert runs.command(lambda argv: print("→ é"))() == 0
+    sys.stdout.flush()
+    assert sys.stdout.buffer.getvalue() == b"\\u2192 \\xe9\n"
 
 
 def test_a_command_ends_with_one_line_where_memory_ran_out():
