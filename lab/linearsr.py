@@ -49,7 +49,8 @@ from weights.files import fingerprint
 SEEDS = 0, 1
 STEPS = 1, 2, 4, 8, 20
 VARIANTS = {  # name: (what, options of linearsr.train, the row whose experts are fine-tuned)
-    "pretrained": ("the pretrained network alone", [], None),
+    "pretrained": ("the pretrained network alone, at its knee", [], None),
+    "pretrained-end": ("the pretrained network alone, at its end", ["--start", "end"], None),
     "one": ("one expert", ["--boundaries"], None),
     "two": ("two experts", ["--boundaries", "0.875"], None),
     "four": ("four experts", [], None),
@@ -146,15 +147,15 @@ def train_variant(args, name, seed):
     """Train a variant's experts, or go on with them, and export the model, unless it is there. Returns its folder."""
     _, options, tuned = VARIANTS[name]
     model, run = args.out / "models" / f"{name}-{seed}", (args.out / f"{tuned or name}-{seed}").resolve()
-    count = {"one": 1, "two": 2}.get(name, 4)
+    count, alone = {"one": 1, "two": 2}.get(name, 4), name.startswith("pretrained")
     steps, fine_steps = args.steps // count, args.fine_steps // count
     if (model / "config.json").is_file():  # it is written last
         made = json.loads((model / "config.json").read_text())["_provenance"]["steps"]
-        if name != "pretrained" and set(made) != {wanted := fine_steps if tuned else steps}:
+        if not alone and set(made) != {wanted := fine_steps if tuned else steps}:
             raise UserError(f"{model}: its experts have {made} steps, not {wanted} each: choose another --out")
         return model
-    of = "pretrain" if name == "pretrained" else "finetune" if tuned else "experts"
-    end = ["--start", "end"] * (name != "pretrained")  # equal steps, wherever the curves have their knees
+    of = "pretrain" if alone else "finetune" if tuned else "experts"
+    end = ["--start", "end"] * (not alone)  # equal steps, wherever the curves have their knees
 
     def line(stage, *more):
         return ["linearsr.train", "--stage", stage, *more, *shlex.split(args.options), *options, "--pretrained",
@@ -163,26 +164,27 @@ def train_variant(args, name, seed):
     if tuned:
         todo.insert(0, Stage(f"{model.name}, fine-tuning", line(
             "finetune", "--data", args.best, "--steps", fine_steps, "--every", args.every)))
-    if name != "pretrained":
+    if not alone:
         todo.insert(0, Stage(f"{model.name}, experts", line(
             "experts", "--seed", seed, "--steps", steps, "--every", args.every)))
     stages.run(todo)
     return model
 
 
-def draw(path, table, also, width=960, height=480):
+def draw(path, table, also, width=960, height=540):
     """A chart of LPIPS against GMAC, the latter on a logarithmic axis: a point a row, LinearSR's of one seed joined.
 
-    table: what `tabulate` wrote; rows without GMAC are left out. also: [(what, GMAC, LPIPS)], from elsewhere.
+    table: what `tabulate` wrote; a row without GMAC is a level. also: [(what, GMAC, LPIPS)], from elsewhere.
     """
     with open(table, newline="", encoding="utf-8") as f:
-        points = [(row["name"], row["what"], float(row["GMAC"]), float(row["lpips"]))
-                  for row in csv.DictReader(f) if row.get("lpips") and row.get("GMAC")]
-    points += [("", what, float(gmac), float(lpips)) for what, gmac, lpips in also]
+        rows = [(row["name"], row["what"], float(row.get("GMAC") or 0), float(row["lpips"]))
+                for row in csv.DictReader(f) if row.get("lpips")]
+    rows += [("", what, float(gmac), float(lpips)) for what, gmac, lpips in also]
+    points = [row for row in rows if row[2]]
     if not points:
         return
     low, high = (f(gmac for _, _, gmac, _ in points) for f in (min, max))
-    bottom, top = min(y for *_, y in points) - 0.01, max(y for *_, y in points) + 0.01
+    bottom, top = min(y for *_, y in rows) - 0.01, max(y for *_, y in rows) + 0.01
     canvas = Image.new("RGB", (width, height), "white")
     pen, font, last, labels = ImageDraw.Draw(canvas), ImageFont.load_default(13), {}, []
 
@@ -197,6 +199,10 @@ def draw(path, table, also, width=960, height=480):
     for lpips in (bottom, top):
         pen.text((10, at(low, lpips)[1] - 8), f"{lpips:.3f}", "black", font)
     pen.text((60, height - 22), "GMAC of one picture (logarithmic); up: LPIPS, lower is better", "black", font)
+    for _, what, gmac, lpips in rows:
+        if not gmac:
+            pen.line((*at(low, lpips), *at(high, lpips)), "#808080")
+            pen.text((at(high, lpips)[0] + 8, at(high, lpips)[1] - 8), what, "black", font)
     for name, what, gmac, lpips in sorted(points, key=lambda point: point[2]):
         x, y = at(gmac, lpips)
         seed = name.rpartition("-")[2] if name.startswith("steps-") else None
