@@ -87,7 +87,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def set_flags(repeatable=False, tf32=False):
-    """PyTorch's global switches for GPUs. Each command sets them here, first of all, and nowhere else.
+    """PyTorch's global switches for GPUs. Each command sets them here, first of all; `evaluate` does for its scores.
 
     repeatable: a resumed run repeats an uninterrupted one: for trainings. Else cuDNN tries its algorithms at the first
     convolution of a shape, and takes the fastest.
@@ -135,7 +135,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """Names the default of every option that has one and does not speak of it."""
 
     def _get_help_string(self, action):
-        silent = "default" in action.help or action.default in (None, False, "", argparse.SUPPRESS)
+        silent = "default" in action.help or str(action.default) in ("None", "False", "", argparse.SUPPRESS)  # not 0
         return action.help + " (default: %(default)s)" * (not silent)
 
 

@@ -187,6 +187,7 @@ def make_latents(args, vae, photos, held, side):
 def train(args):
     """Train the prior in --out. Returns the exit code."""
     device, dtype = args.device, DTYPES[args.dtype]
+    runs.set_flags(repeatable=True, tf32=True)
     folder = weights.folder(args.vae) / "vae"
     vae = DCAE.from_pretrained(folder, torch.float32, device)
     side = PRIOR["sample_size"] * vae.factor

@@ -279,8 +279,8 @@ def export(args):
     if len(shared) > 1:
         raise UserError(f"{folders[0].parent}: the experts belong to different networks: {', '.join(sorted(shared))}")
     model = load_model(args.model, torch.device("cpu"), torch.float32, adapter=False)
-    if target.resolve() == model.folder.resolve():  # its transformer would be replaced
-        raise UserError(f"--to {target} is the folder of --model {args.model}: name another one")
+    if (target / "vae").exists():  # a whole model, whose transformer would be replaced
+        raise UserError(f"--to {target} is the folder of a model of SANA-SR: name another one")
     network = Network(model.dit, Stem({"width": model.dit.config["cross_attention_dim"]}))
     load_network(network, shared.pop())
     (target / "config.json").unlink(missing_ok=True)  # of an earlier export, as the experts are: no model until the end
@@ -297,7 +297,7 @@ def export(args):
         with open_weights(point) as file:
             save_tensors({key: file.get_tensor(key).half() for key in file.keys()},
                          target / "experts" / f"{k}.safetensors", file.metadata())
-    base = args.model if args.model in weights.MODELS else os.path.relpath(model.folder, target)
+    base = args.model if args.model in weights.MODELS else os.path.relpath(model.folder.resolve(), target.resolve())
     boundaries = [] if alone else args.boundaries
     settings = {key: value for key, value in notes[-1]["settings"].items() if key not in ("data", "lq", "model")}
     if settings["tags"] not in ("none", "ram", "dape"):
@@ -365,7 +365,8 @@ def parse(argv=None):
     if noted:
         settings = json.loads(noted[0].read_text())["settings"]
         own = OWN if root / args.stage in noted[0].parents else []
-        p.set_defaults(**{key: settings[key] for key in (*SETTINGS, *own) if key in settings})
+        p.set_defaults(**{key: settings[key] for key in (*SETTINGS, *own)  # --lq is of the photos in --data
+                          if key in settings and not (key == "lq" and args.data)})
         args = p.parse_args(argv)
     args.root = root
     args.boundaries = list(check_boundaries(args.boundaries))

@@ -11,7 +11,7 @@ import torch
 import weights
 from metrics import METRICS, load
 from photos.pictures import central, find_inputs, read_picture, read_rgb, restored, to_tensor
-from runs import write_csv
+from runs import set_flags, write_csv
 
 PATCH = 256  # side of the central crop of the protocol `patch`
 
@@ -102,9 +102,10 @@ def evaluate(model, pairs: list, names: list, *, protocol: str = "full", device=
     model: anything with restore(image, prompt, scale=…, **options); None scores the pictures `Pair.sr` that exist.
     pairs: [Pair], with `lr` to restore or `sr` to score. names: of metrics, see `pick`. prompts: one for each pair.
     options: go to model.restore. progress: wraps the iteration, as tqdm does.
-    Metrics: see `load_all`. Raises ValueError for pairs that do not fit or cannot be read, weights.Unavailable where no
-    metric is left.
+    Metrics: see `load_all`; NaN where a picture is too small for one. Raises ValueError for pairs that do not fit or
+    cannot be read, weights.Unavailable where no metric is left.
     """
+    set_flags()  # a training in this process, before, has set others
     functions, rows = load_all(names, device), []
     for pair, prompt in zip(progress(pairs), prompts or [""] * len(pairs), strict=True):
         if model is None:
@@ -123,8 +124,9 @@ def evaluate(model, pairs: list, names: list, *, protocol: str = "full", device=
         for name, function in functions.items():
             try:
                 row[name] = function(x, y).item()
-            except ValueError as error:
-                raise ValueError(f"{pair.sr or pair.lr}: {error}; leave {name} out of --metrics") from error
+            except ValueError as error:  # a picture too small for it; the others have their scores
+                print(f"note: {pair.sr or pair.lr}: {error}", file=sys.stderr)
+                row[name] = nan
         rows.append(row)
     return rows
 

@@ -8,6 +8,7 @@
 import csv
 import hashlib
 import json
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -49,7 +50,7 @@ def inspect(path):
 
 
 def photo_paths(folders):
-    """All files below the folders with a picture's suffix, hidden ones left out, each once, sorted.
+    """All files below the folders with a picture's suffix, hidden ones left out, sorted. A link keeps its own name.
 
     Raises UserError for a folder that is missing.
     """
@@ -57,7 +58,7 @@ def photo_paths(folders):
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise UserError(f"--data {folder}: no such folder")
-        paths |= {p.resolve() for p in folder.rglob("*")
+        paths |= {Path(os.path.abspath(p)) for p in folder.rglob("*")
                   if p.suffix.lower() in suffixes and not p.name.startswith(".") and p.is_file()}
     return sorted(paths)
 
@@ -265,8 +266,13 @@ def read_tags(path):
             rows = csv.DictReader(f)
             if not {"image", "tags"} <= set(rows.fieldnames or ()):
                 raise UserError(f"{path}: the first line must name the columns image and tags")
-            return {Path(row["image"]).name: clean_tags(filter(None, map(str.strip, (row["tags"] or "").split(","))))
-                    for row in rows if row["image"]}
+            found = {}
+            for row in filter(lambda row: row["image"], rows):
+                name = Path(row["image"]).name
+                tags = clean_tags(filter(None, map(str.strip, (row["tags"] or "").split(","))))
+                if found.setdefault(name, tags) != tags:
+                    raise UserError(f"{path}: two pictures are called {name} and have different tags; rename one")
+            return found
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: {reason(error, path)}")
 

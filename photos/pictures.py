@@ -48,17 +48,22 @@ def atomically(path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for old in path.parent.glob(f".{glob.escape(path.name[:80])}.*.tmp"):
+    short = path.name[:40]  # a name has at most 255 bytes, a character up to four
+    for old in path.parent.glob(f".{glob.escape(short)}.*.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - old.stat().st_mtime > 3600:
                 old.unlink()
-    temporary = path.with_name(f".{path.name[:80]}.{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(f".{short}.{secrets.token_hex(8)}.tmp")
     try:
         yield temporary
         _flush(temporary)
         os.replace(temporary, path)
         if os.name == "posix":  # elsewhere a folder cannot be opened
             _flush(path.parent)
+    except OSError as error:
+        if error.filename == str(temporary):
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -76,8 +81,8 @@ def _flush(path):
 
 def write_bytes(path, content):
     """Write `content`, bytes or a str in UTF-8, to `path`, see `atomically`."""
-    with atomically(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    with atomically(path) as temporary:  # names of files can hold bytes that are no UTF-8
+        temporary.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
 # --- Pictures in ---
@@ -91,7 +96,7 @@ def picture_suffixes(table):
 
 
 def find_inputs(paths):
-    """The files that `paths` name, each once, folders sorted by name. Raises ValueError for an empty folder."""
+    """The files that `paths` name, each name once, folders sorted by name. Raises ValueError for an empty folder."""
     files, known = {}, picture_suffixes(Image.OPEN)
     for path in map(Path, paths):
         inside = [path] if not path.is_dir() else sorted(
@@ -99,7 +104,7 @@ def find_inputs(paths):
         if not inside:
             raise ValueError(f"{path}: no pictures in this folder")
         for p in inside:
-            files.setdefault(os.path.realpath(p), p)
+            files.setdefault(os.path.abspath(p), p)
     return list(files.values())
 
 
@@ -285,12 +290,12 @@ def write(image: Image.Image, path: Path, icc: bytes | None = None, exif: bytes 
 
     icc: a colour profile; exif: as `Picture.exif`. A JPEG cannot hold more than 64 kB of EXIF: it then gets none.
     """
-    suffix = path.suffix.lower()
-    options = {"quality": 95} if suffix in (".jpg", ".jpeg", ".webp") else {}
-    if exif and not (suffix in (".jpg", ".jpeg") and len(exif) > 65533):
+    kind = Image.registered_extensions().get(path.suffix.lower(), "PNG")
+    options = {"quality": 95} if kind in ("JPEG", "WEBP") else {}
+    if exif and not (kind == "JPEG" and len(exif) > 65533):
         options["exif"] = exif
     with atomically(path) as temporary, open(temporary, "wb") as f:
-        image.save(f, Image.registered_extensions().get(suffix, "PNG"), icc_profile=icc, **options)
+        image.save(f, kind, icc_profile=icc, **options)
 
 
 def png(image):

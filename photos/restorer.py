@@ -10,7 +10,6 @@ import time
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from photos.pictures import to_image
 
@@ -52,9 +51,10 @@ class Restorer:
 
     def to_tensor(self, image, dtype, multiple):
         """8-bit RGB picture -> 1,3,H,W in [-1, 1], its sides padded to multiples of `multiple` by replication."""
-        x = torch.from_numpy(np.array(image)).to(self.device).permute(2, 0, 1)[None].float()
-        x = x.div_(127.5).sub_(1).to(dtype)  # in float32: bfloat16 would lose grey levels
-        return F.pad(x, (0, -x.shape[3] % multiple, 0, -x.shape[2] % multiple), mode="replicate")
+        sides = (0, -image.height % multiple), (0, -image.width % multiple), (0, 0)
+        x = np.pad(np.array(image), sides, "edge")  # here: CUDA's padding takes no more than 2³¹ values
+        x = torch.from_numpy(x).to(self.device).permute(2, 0, 1)[None].float()
+        return x.div_(127.5).sub_(1).to(dtype)  # in float32: bfloat16 would lose grey levels
 
     def decode(self, z, width, height, by_tiles):
         """Scaled latents 1,C,h,w -> PIL image, the upper left width × height of the decoded ones. Raises NotFinite."""
