@@ -341,18 +341,14 @@ class _DepthwiseGate(torch.autograd.Function):
 # --- the public names -------------------------------------------------------------------------------------------------
 
 
-def depthwise_gate(u, height, width, depth_weight, depth_bias, backend=None):
+def depthwise_gate(u, height, width, depth_weight, depth_bias, backend=None, inplace=False):
     """SiLU, depthwise 3x3 with zero padding + bias, split into halves a and g, a * SiLU(g): the middle of mix_ffn.
 
     u: B, N, 2H, the output of the 1x1 expand BEFORE its SiLU, tokens row by row, N = height * width  ->  B, N, H.
     depth_weight: 2H, 1, 3, 3; depth_bias: 2H. For models whose two 1x1 are more than a matrix product (LoRA).
-    backend: None (SANASR_KERNELS), "auto", "torch" or "triton"; see kernels.dispatch.use_triton.
-    Differentiable once in u, depth_weight and depth_bias. Raises ValueError for sizes that disagree.
+    backend: None (SANASR_KERNELS), "auto", "torch" or "triton"; see kernels.dispatch.use_triton. inplace: u may be
+    overwritten. Differentiable once in u, depth_weight and depth_bias. Raises ValueError for sizes that disagree.
     """
-    return _depthwise_gate(u, height, width, depth_weight, depth_bias, backend, inplace=False)
-
-
-def _depthwise_gate(u, height, width, depth_weight, depth_bias, backend, inplace):
     check(u.ndim == 3 and u.shape[2] % 2 == 0 and u.shape[2] > 0, lambda: f"u must be B, N, 2H, got {tuple(u.shape)}")
     _, N, channels = u.shape
     check(height > 0 and width > 0, lambda: f"height and width must be positive, got {height} and {width}")
@@ -384,13 +380,11 @@ def mix_ffn(
     for name, w in (("inverted_weight", w1), ("point_weight", w2)):
         check(w.ndim == 4 and w.shape[2:] == (1, 1), lambda: f"{name} must be out, in, 1, 1, got {tuple(w.shape)}")  # noqa: B023
     check(w1.shape[1] == x.shape[2], lambda: f"inverted_weight {tuple(w1.shape)} does not fit x {tuple(x.shape)}")
-    check(
-        w1.shape[0] == 2 * w2.shape[1],
-        lambda: f"point_weight {tuple(w2.shape)} does not fit inverted_weight {tuple(w1.shape)}",
-    )
+    check(w1.shape[0] == 2 * w2.shape[1],
+          lambda: f"point_weight {tuple(w2.shape)} does not fit inverted_weight {tuple(w1.shape)}")
     check_same(x, inverted_weight=w1, inverted_bias=inverted_bias, point_weight=w2, point_bias=point_bias)
     u = F.linear(x, w1.flatten(1), inverted_bias)  # B N 2H
-    y = _depthwise_gate(u, height, width, depth_weight, depth_bias, backend, inplace=not u.requires_grad)  # B N H
+    y = depthwise_gate(u, height, width, depth_weight, depth_bias, backend, inplace=not u.requires_grad)  # B N H
     return F.linear(y, w2.flatten(1), point_bias)  # B N C
 
 
