@@ -50,24 +50,11 @@ TEXT = 304  # text tokens with CUDA graphs: MAX_TOKENS up to a multiple of 8, as
 TOKENS = 2048  # tokens in a strip of an up block: many rows, so that the one extra row it needs costs little
 
 
-def merged(*linears):
-    """One nn.Linear that computes several of the same input, outputs joined."""
-    first = linears[0]
-    with torch.device("meta"):
-        joined = nn.Linear(first.in_features, sum(m.out_features for m in linears), bias=first.bias is not None)
-    joined.weight = frozen(torch.cat([m.weight for m in linears]))
-    if first.bias is not None:
-        joined.bias = frozen(torch.cat([m.bias for m in linears]))
-    return joined
-
-
 def frozen(x):
     return nn.Parameter(x, requires_grad=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# DC-AE
-# ---------------------------------------------------------------------------------------------------------------------
+# --- DC-AE ---
 
 
 def rows_of(x):
@@ -160,7 +147,8 @@ class MultiscaleAttention(nn.Module):
 
     def __init__(self, plain):
         super().__init__()
-        self.to_qkv, self.head_dim = merged(plain.to_q, plain.to_k, plain.to_v), plain.head_dim
+        self.head_dim = plain.head_dim
+        self.to_qkv = frozen(torch.cat([plain.to_q.weight, plain.to_k.weight, plain.to_v.weight]))  # 3C,C
         self.depth = nn.ParameterList(frozen(m.proj_in.weight) for m in plain.to_qkv_multiscale)  # 3C,1,k,k
         self.point = nn.ParameterList(frozen(  # 3C/d,d,d: of each group, from column to row
             m.proj_out.weight.view(-1, self.head_dim, self.head_dim).mT.contiguous()) for m in plain.to_qkv_multiscale)
@@ -168,10 +156,10 @@ class MultiscaleAttention(nn.Module):
 
     def forward(self, x):  # B,C,H,W
         x = x.contiguous(memory_format=torch.channels_last)
-        (batch, _, height, width), (wide, d) = x.shape, (len(self.to_qkv.weight), self.head_dim)
+        (batch, _, height, width), (wide, d) = x.shape, (len(self.to_qkv), self.head_dim)
         qkv = x.new_empty(batch, height * width, (1 + len(self.depth)) * wide)  # B,N,s·3C
         parts = qkv.flatten(0, 1).split(wide, dim=1)
-        torch.mm(rows_of(x), self.to_qkv.weight.t(), out=parts[0])
+        torch.mm(rows_of(x), self.to_qkv.t(), out=parts[0])
         for depth, point, part in zip(self.depth, self.point, parts[1:], strict=True):
             y = kernels.depthwise(qkv[..., :wide], height, width, depth).view(-1, wide // d, d)
             torch.bmm(y.transpose(0, 1), point, out=part.unflatten(1, (-1, d)).transpose(0, 1))
@@ -341,9 +329,7 @@ def optimise_vae(vae, rewrites=tuple(REWRITES), graphs=False):
     return vae.requires_grad_(False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# LinearDiT
-# ---------------------------------------------------------------------------------------------------------------------
+# --- LinearDiT ---
 
 
 class FastDiT(nn.Module):
@@ -354,6 +340,9 @@ class FastDiT(nn.Module):
     """
 
     def __init__(self, plain, graphs=False):
+        """plain: a sanasr.LinearDiT, which is changed and must not be used again. Raises ValueError where it carries
+        unmerged adapters. graphs: CUDA graphs, see `Graphed`. They serve all prompts and timesteps: what is kept of
+        those is copied to them."""
         super().__init__()
         if sanasr.lora_modules(plain):
             raise ValueError("fast.optimise: the adapters are not merged; call sanasr.merge_lora first")
@@ -363,8 +352,12 @@ class FastDiT(nn.Module):
         self.out = frozen(torch.stack([block.attn1.to_out[0].weight for block in plain.transformer_blocks]))  # L,D,D
         for block in plain.transformer_blocks:
             a = block.attn1
-            a.to_qkv = merged(a.to_q, a.to_k, a.to_v)
+            a.to_qkv, linears = a.to_q, (a.to_q, a.to_k, a.to_v)  # one product for the three
+            a.to_qkv.weight = frozen(torch.cat([m.weight for m in linears]))
+            if a.to_qkv.bias is not None:
+                a.to_qkv.bias = frozen(torch.cat([m.bias for m in linears]))
             del a.to_q, a.to_k, a.to_v, a.to_out[0].weight
+        self.requires_grad_(False)
 
     def _apply(self, *args):  # .to(device): what is kept stays behind
         self.texts.clear()
@@ -450,15 +443,6 @@ def prediction(plain, z, condition, keys_values, bias, norms, gates, out, querie
     return to_picture(plain.proj_out(h), height, width)
 
 
-def optimise_dit(dit, graphs=False):
-    """A FastDiT of a sanasr.LinearDiT, which is changed and must not be used again.
-
-    graphs: CUDA graphs, see `Graphed`. They serve all prompts and timesteps: what is kept of those is copied to them.
-    Raises ValueError where the transformer carries unmerged adapters.
-    """
-    return FastDiT(dit, graphs).requires_grad_(False)
-
-
 def keep_memory():
     """Let glibc reuse the memory of freed tensors. By default large tensors get new pages, which the kernel zeroes.
 
@@ -477,9 +461,9 @@ def optimise(model: sanasr.SanaSR, graphs: bool = False) -> sanasr.SanaSR:
     device and back (offload) have none.
     """
     if hasattr(model, "experts"):
-        model.experts = [optimise_dit(expert, graphs and not model.offload) for expert in model.experts]
+        model.experts = [FastDiT(expert, graphs and not model.offload) for expert in model.experts]
     else:
-        model.dit = optimise_dit(model.dit, graphs)
+        model.dit = FastDiT(model.dit, graphs)
     model.vae = optimise_vae(model.vae, graphs=graphs)
     return model
 

@@ -246,7 +246,7 @@ def build(args, dtype):
                     module.compile()
         elif name != "plain":
             graphs = name == "graphs"
-            new.vae, new.dit = fast.optimise_vae(new.vae, graphs=graphs), fast.optimise_dit(new.dit, graphs)
+            new.vae, new.dit = fast.optimise_vae(new.vae, graphs=graphs), fast.FastDiT(new.dit, graphs)
     for name in args.rewrites:
         others = [other for other in fast.REWRITES if other != name]
         variants[f"no {name}"] = ours(fast.optimise_vae(shared(vae), others),

@@ -95,7 +95,7 @@ def test_vae_bfloat16_is_hardly_further_from_float32_than_the_plain_path():
 @torch.inference_mode()
 def test_dit(batch):
     plain = golden(LinearDiT, "dit_small")[0]
-    quick, config = fast.optimise_dit(deepcopy(plain)), plain.config
+    quick, config = fast.FastDiT(deepcopy(plain)), plain.config
     z = seeded_input("z", (batch, config["in_channels"], 4, 6))
     c, t = seeded_input("c", (batch, 7, config["caption_channels"])), torch.full((batch,), 900.0)
     mask = torch.ones(batch, 7)
@@ -149,7 +149,7 @@ def test_graphs_of_the_autoencoder(graphs):
 def test_graphs_of_the_transformer_serve_all_prompts_and_timesteps(graphs):
     device, captured = graphs
     dit = golden(LinearDiT, "dit_small")[0].to(device)
-    quick, channels = fast.optimise_dit(deepcopy(dit), graphs=True), dit.config["caption_channels"]
+    quick, channels = fast.FastDiT(deepcopy(dit), graphs=True), dit.config["caption_channels"]
     texts = [(seeded_input(name, (1, n, channels)).to(device), torch.ones(1, n, device=device))
              for name, n in (("tree", 7), ("house", 9), ("", 2))]
     texts[2][1].zero_()  # masked as a whole: attention is uniform, over its own two tokens
@@ -211,7 +211,7 @@ def test_adapters_must_be_merged():
     dit = golden(LinearDiT, "dit_small")[0]
     inject_lora(dit, rank=2)
     with pytest.raises(ValueError, match="merge_lora"):
-        fast.optimise_dit(dit)
+        fast.FastDiT(dit)
 
 
 def test_eval_restores_by_the_rewrites_unless_told_otherwise(tmp_path, tiny_model, monkeypatch):
@@ -247,7 +247,7 @@ def test_official_size():
     c = seeded_input("c", (1, 300, dit.config["caption_channels"]))
     arguments = plain.encode(x), torch.full((1,), 900.0), c, torch.ones(1, 300)
     f = dit(*arguments)
-    assert relative(fast.optimise_dit(dit)(*arguments), f) < 1e-4
+    assert relative(fast.FastDiT(dit)(*arguments), f) < 1e-4
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc only")
