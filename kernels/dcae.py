@@ -72,11 +72,9 @@ def _bias_silu(h, bias, n, channels, PIXELS: tl.constexpr, BLOCK_C: tl.constexpr
 
 
 @jit
-def _join_up_block(
-    y, x, bias, out,
-    n, height, width, channels, hidden,
-    REPEATS: tl.constexpr, PIXELS: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+def _join_up_block(y, x, bias, out,
+                   n, height, width, channels, hidden,
+                   REPEATS: tl.constexpr, PIXELS: tl.constexpr, BLOCK_C: tl.constexpr):
     """Program (i, j) owns PIXELS pixels of out (of n) and a tile of its channels. x: hidden channels."""
     p = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from kernels.dispatch import check, check_same, jit, launch, no_gradient, plain_obstacle, tl, triton, use_triton
+from kernels.dispatch import check, check_same, jit, no_gradient, plain_obstacle, tl, triton, use_triton
 
 # --- reference: the specification -------------------------------------------------------------------------------------
 
@@ -156,11 +156,9 @@ def _slide(above, here, row, taps, COLS: tl.constexpr):
 
 
 @jit
-def _gate(
-    u, weight, bias, dy, out,
-    height, width, hidden, rows, across, tiles,
-    BACKWARD: tl.constexpr, BLOCK_C: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+def _gate(u, weight, bias, dy, out,
+          height, width, hidden, rows, across, tiles,
+          BACKWARD: tl.constexpr, BLOCK_C: tl.constexpr, COLS: tl.constexpr):
     """Forward: out = Y: B, N, H. Backward: out = (dA, dG): B, N, 2H, with A and G computed again."""
     c, y0, y1, x0 = _place(rows, across, height, tiles, BLOCK_C, COLS)
     b = tl.program_id(1).to(tl.int64) * height * width
@@ -196,11 +194,9 @@ def _gate(
 
 
 @jit
-def _backward_input(
-    u, weight, dp, du, dweight,
-    height, width, channels, rows, across, tiles,
-    NEED_WEIGHT: tl.constexpr, BLOCK_C: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+def _backward_input(u, weight, dp, du, dweight,
+                    height, width, channels, rows, across, tiles,
+                    NEED_WEIGHT: tl.constexpr, BLOCK_C: tl.constexpr, COLS: tl.constexpr):
     """From dp = (dA, dG), B, N, 2H: du = SiLU'(u) * (dp convolved with the flipped filter), and into
     dweight[strip, 0..8] the strip's sums for the taps, into dweight[strip, 9] those for the bias."""
     c, y0, y1, x0 = _place(rows, across, height, tiles, BLOCK_C, COLS)
@@ -274,12 +270,10 @@ def _slide_square(pending, row, taps, K: tl.constexpr, COLS: tl.constexpr):
 
 
 @jit
-def _depthwise(
-    u, weight, out,
-    height, width, channels, rows, across, tiles,
-    u_b, u_n,
-    K: tl.constexpr, BLOCK_C: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+def _depthwise(u, weight, out,
+               height, width, channels, rows, across, tiles,
+               u_b, u_n,
+               K: tl.constexpr, BLOCK_C: tl.constexpr, COLS: tl.constexpr):
     """Program (i, b) owns one channel tile of one strip of picture b."""
     c, y0, y1, x0 = _place(rows, across, height, tiles, BLOCK_C, COLS)
     b = tl.program_id(1).to(tl.int64)
@@ -299,13 +293,17 @@ def _depthwise(
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
+def _launch(kernel, tensors, height, width, channels, *strides, **constants):
+    """Over the strips and channel tiles of a batch of pictures."""
+    B = len(tensors[0])
+    rows, across, down, tiles = strips(B, height, width, channels)
+    kernel[(tiles * across * down, B)](*tensors, height, width, channels, rows, across, tiles, *strides,
+                                       BLOCK_C=BLOCK_C, COLS=COLS, num_warps=WARPS, **constants)
+
+
 def _run_gate(u, weight, bias, dy, out, height, width):
-    B, _, channels = u.shape
-    rows, across, down, tiles = strips(B, height, width, channels // 2)
-    _gate[(tiles * across * down, B)](
-        u, weight, bias, u if dy is None else dy, out, height, width, channels // 2, rows, across, tiles,
-        BACKWARD=dy is not None, BLOCK_C=BLOCK_C, COLS=COLS, num_warps=WARPS,
-    )  # fmt: skip
+    tensors = u, weight, bias, u if dy is None else dy, out
+    _launch(_gate, tensors, height, width, u.shape[2] // 2, BACKWARD=dy is not None)
     return out
 
 
@@ -324,14 +322,11 @@ class _DepthwiseGate(torch.autograd.Function):
         height, width = ctx.size
         dp = _run_gate(u, weight, bias, dy.contiguous(), torch.empty_like(u), height, width)
         B, _, channels = u.shape
-        rows, across, down, tiles = strips(B, height, width, channels)
+        _, across, down, _ = strips(B, height, width, channels)
         du = torch.empty_like(u)
         need_weight = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         dweight = u.new_empty(B * across * down if need_weight else 0, 10, channels, dtype=torch.float32)
-        _backward_input[(tiles * across * down, B)](
-            u, weight, dp, du, dweight, height, width, channels, rows, across, tiles,
-            NEED_WEIGHT=need_weight, BLOCK_C=BLOCK_C, COLS=COLS, num_warps=WARPS,
-        )  # fmt: skip
+        _launch(_backward_input, (u, weight, dp, du, dweight), height, width, channels, NEED_WEIGHT=need_weight)
         if not need_weight:
             return du, None, None, None, None
         dweight = dweight.sum(0).to(weight.dtype)  # 10 2H
@@ -364,10 +359,8 @@ def depthwise_gate(u, height, width, depth_weight, depth_bias, backend=None, inp
     return depthwise_gate_reference(u, height, width, depth_weight, depth_bias, inplace)
 
 
-def mix_ffn(
-    x, height, width, inverted_weight, inverted_bias, depth_weight, depth_bias, point_weight, point_bias=None,
-    backend=None,
-):  # fmt: skip
+def mix_ffn(x, height, width, inverted_weight, inverted_bias, depth_weight, depth_bias, point_weight, point_bias=None,
+            backend=None):
     """1x1 expand -> SiLU -> depthwise 3x3 -> a * SiLU(g) -> 1x1 project: the feed-forward of a SANA or DC-AE block.
 
     x: B, N, C tokens, row by row, N = height * width  ->  B, N, C. Weights in the official convolutions' shapes:
@@ -410,7 +403,6 @@ def depthwise(u, height, width, weight, backend=None):
     if not use_triton(u, backend, obstacle):
         return depthwise_reference(u, height, width, weight)
     out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    rows, across, down, tiles = strips(B, height, width, C)
-    launch(_depthwise, (tiles * across * down, B), u, weight, out, height, width, C, rows, across, tiles, u.stride(0),
-           u.stride(1), K=K, BLOCK_C=BLOCK_C, COLS=COLS, num_warps=WARPS)
+    with torch.cuda.device(u.get_device()):
+        _launch(_depthwise, (u, weight, out), height, width, C, u.stride(0), u.stride(1), K=K)
     return out

@@ -120,10 +120,8 @@ def _store_state(state, s, b, h, B, heads, kv, z, D: tl.constexpr):
 
 
 @jit
-def _sum_state(
-    k, v, start, end, k_n, k_d, v_n, v_d, D: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
+def _sum_state(k, v, start, end, k_n, k_d, v_n, v_d, D: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr,
+               PRECISION: tl.constexpr):
     """relu(K)^T V: D, D and relu(K)^T 1: D of the tokens start .. end - 1 of one head."""
     kv = tl.zeros([D, D], tl.float32)
     z = tl.zeros([BLOCK, D], tl.float32)  # summed over tokens once, after the loop
@@ -137,9 +135,8 @@ def _sum_state(
 
 
 @jit
-def _write_out(
-    q, out, kv, z, start, end, heads, eps, q_n, q_d, D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr
-):
+def _write_out(q, out, kv, z, start, end, heads, eps, q_n, q_d, D: tl.constexpr, BLOCK: tl.constexpr,
+               PRECISION: tl.constexpr):
     """out = relu(Q) kv / (relu(Q) z + eps) for the tokens start .. end - 1 of one head."""
     for first in range(start, end, BLOCK):
         n = first + tl.arange(0, BLOCK)
@@ -150,12 +147,10 @@ def _write_out(
 
 
 @jit
-def _forward_state(
-    k, v, state,
-    N, tokens, B, heads,
-    k_b, k_n, k_h, k_d, v_b, v_n, v_h, v_d,
-    D: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def _forward_state(k, v, state,
+                   N, tokens, B, heads,
+                   k_b, k_n, k_h, k_d, v_b, v_n, v_h, v_d,
+                   D: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """state[s] = (relu(K)^T V, relu(K)^T 1) over the program's tokens."""
     s, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     k += b.to(tl.int64) * k_b + h.to(tl.int64) * k_h
@@ -166,12 +161,10 @@ def _forward_state(
 
 
 @jit
-def _forward_out(
-    q, state, out,
-    N, tokens, S, B, heads, eps,
-    q_b, q_n, q_h, q_d,
-    D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def _forward_out(q, state, out,
+                 N, tokens, S, B, heads, eps,
+                 q_b, q_n, q_h, q_d,
+                 D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
     """out = relu(Q) kv / (relu(Q) z + eps) for the program's tokens."""
     s, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     q += b.to(tl.int64) * q_b + h.to(tl.int64) * q_h
@@ -181,12 +174,10 @@ def _forward_out(
 
 
 @jit
-def _forward_short(
-    q, k, v, state, out,
-    N, tokens, B, heads, eps,
-    q_b, q_n, q_h, q_d, k_b, k_n, k_h, k_d, v_b, v_n, v_h, v_d,
-    D: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def _forward_short(q, k, v, state, out,
+                   N, tokens, B, heads, eps,
+                   q_b, q_n, q_h, q_d, k_b, k_n, k_h, k_d, v_b, v_n, v_h, v_d,
+                   D: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """Both for few tokens: each program sums the state of all of them itself, and span 0 stores it."""
     s, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     q += b.to(tl.int64) * q_b + h.to(tl.int64) * q_h
@@ -200,12 +191,10 @@ def _forward_short(
 
 
 @jit
-def _backward_query(
-    q, g, state, dq, dstate,
-    N, tokens, S, B, heads, eps,
-    q_b, q_n, q_h, q_d, g_b, g_n, g_h, g_d,
-    D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def _backward_query(q, g, state, dq, dstate,
+                    N, tokens, S, B, heads, eps,
+                    q_b, q_n, q_h, q_d, g_b, g_n, g_h, g_d,
+                    D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
     """dQ for the program's tokens, and dstate[s] = (relu(Q)^T dNum, relu(Q)^T dDen) over them, where g = dO,
     dNum = g / den and dDen = -(dNum . num) / den."""
     s, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -232,12 +221,10 @@ def _backward_query(
 
 
 @jit
-def _backward_key_value(
-    k, v, dstate, dk, dv,
-    N, tokens, S, B, heads,
-    k_b, k_n, k_h, k_d, v_b, v_n, v_h, v_d,
-    D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def _backward_key_value(k, v, dstate, dk, dv,
+                        N, tokens, S, B, heads,
+                        k_b, k_n, k_h, k_d, v_b, v_n, v_h, v_d,
+                        D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
     """dK = (V dkv^T + dz) where K > 0 and dV = relu(K) dkv for the program's tokens."""
     s, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     k += b.to(tl.int64) * k_b + h.to(tl.int64) * k_h
@@ -289,10 +276,8 @@ class _LinearAttention(torch.autograd.Function):
         state = torch.empty(1 if short else S, B, heads, d + 1, d, dtype=torch.float32, device=q.device)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if short:
-            _forward_short[grid](
-                q, k, v, state, out, N, tokens, B, heads, eps, *q.stride(), *k.stride(), *v.stride(), DOT=dot,
-                **constants,
-            )  # fmt: skip
+            _forward_short[grid](q, k, v, state, out, N, tokens, B, heads, eps, *q.stride(), *k.stride(), *v.stride(),
+                                 DOT=dot, **constants)
         else:
             _forward_state[grid](k, v, state, N, tokens, B, heads, *k.stride(), *v.stride(), DOT=dot, **constants)
             state = _few(state)
@@ -310,14 +295,11 @@ class _LinearAttention(torch.autograd.Function):
         grid = (S, heads, B)
         dstate = torch.empty(S, B, heads, d + 1, d, dtype=torch.float32, device=q.device)
         dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
-        _backward_query[grid](
-            q, g, state, dq, dstate, N, tokens, state.shape[0], B, heads, ctx.eps, *q.stride(), *g.stride(),
-            **_half_tile(constants),
-        )  # fmt: skip
+        _backward_query[grid](q, g, state, dq, dstate, N, tokens, state.shape[0], B, heads, ctx.eps, *q.stride(),
+                              *g.stride(), **_half_tile(constants))
         dstate = _few(dstate)
-        _backward_key_value[grid](
-            k, v, dstate, dk, dv, N, tokens, dstate.shape[0], B, heads, *k.stride(), *v.stride(), **constants
-        )
+        _backward_key_value[grid](k, v, dstate, dk, dv, N, tokens, dstate.shape[0], B, heads, *k.stride(), *v.stride(),
+                                  **constants)
         return dq, dk, dv, None
 
 

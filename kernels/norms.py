@@ -87,9 +87,8 @@ def _add_rms_norm(x, y, weight, bias, n, channels, eps, ROWS: tl.constexpr, BLOC
 
 
 @jit
-def _add_layer_norm(
-    x, y, gate, gain, shift, out, n, channels, eps, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr
-):
+def _add_layer_norm(x, y, gate, gain, shift, out, n, channels, eps, GATED: tl.constexpr, ROWS: tl.constexpr,
+                    BLOCK_C: tl.constexpr):
     c, at, inside = _place(n, channels, ROWS, BLOCK_C)
     v = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)  # ROWS BLOCK_C
     if GATED:
