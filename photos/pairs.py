@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -23,6 +24,7 @@ from tqdm import tqdm
 import weights
 from photos.degrade import SCALE, degrade, enlarge, sharpen, to_image, to_tensor
 from photos.pictures import bicubic, picture_suffixes, png, read, reason, write_bytes
+from photos.tagger import Tagger
 from runs import UserError, from_first
 from sanasr import build_prompt, clean_tags
 
@@ -278,7 +280,7 @@ def read_tags(path):
 
 
 def find_tags(kind, names, picture, device=None):
-    """[[tags of a picture], …] for pictures called `names`; None where the tagger's weights are unavailable.
+    """[[tags of a picture], …] for pictures called `names`. Without the tagger's weights None, and a line on stderr.
 
     kind: none, ram, dape, or a CSV file. picture(i): the RGB picture i that a tagger looks at, or None for no tags.
     device: the tagger's, by default a GPU where there is one. The tagger is gone when this returns.
@@ -291,9 +293,10 @@ def find_tags(kind, names, picture, device=None):
         return [tags.get(Path(name).name, []) for name in names]
     if not names:
         return []
-    from photos.tagger import open_tagger
-    tagger = open_tagger(kind, device)
-    if not tagger:
+    try:
+        tagger = Tagger.from_pretrained(kind, device)
+    except weights.Unavailable as error:
+        print(f"no tags, the prompt is the quality suffix alone: {error}", file=sys.stderr)
         return None
     seen = (picture(i) for i in tqdm(range(len(names)), "tagging", unit="img", disable=None))
     return [tagger.tags(image) if image else [] for image in seen]

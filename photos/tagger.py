@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import hashlib
 import json
-import sys
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -87,24 +86,12 @@ class Stage(nn.Module):
         return self.downsample(self.blocks(x))
 
 
-class PatchEmbed(nn.Module):
-    """B, 3, H, W → B, H/4, W/4, C."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.proj = nn.Conv2d(3, width, 4, stride=4)
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, x):
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
-
-
 class Swin(nn.Module):
     """B, 3, size, size → B, 1 + L, 8·width: the mean of all tokens, then the L tokens of the last stage."""
 
     def __init__(self, config):
         super().__init__()
-        self.patch_embed = PatchEmbed(config.width)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, config.width, 4, 4), "norm": nn.LayerNorm(config.width)})
         last = len(config.depths) - 1
         self.layers = nn.Sequential(*(
             Stage(config.width << i, depth, heads, config.window, config.size // 4 >> i, i == last)
@@ -112,7 +99,8 @@ class Swin(nn.Module):
         self.norm = nn.LayerNorm(config.width << last)
 
     def forward(self, x):
-        x = self.norm(self.layers(self.patch_embed(x))).flatten(1, 2)
+        x = self.patch_embed["norm"](self.patch_embed["proj"](x).permute(0, 2, 3, 1))  # B, size/4, size/4, width
+        x = self.norm(self.layers(x)).flatten(1, 2)
         return torch.cat([x.mean(1, keepdim=True), x], 1)
 
 
@@ -218,13 +206,7 @@ def add_dape(state, path):
     return state
 
 
-LEAN = "ram_fp16.safetensors"
-
-
-def lean_path():
-    """The lean checkpoint, in $SANASR_WEIGHTS or in the cache; None where there is none (see --convert)."""
-    cached = cache_dir() / LEAN
-    return weights.find_own(LEAN) or (cached if cached.exists() else None)  # a folder: error later
+LEAN = "ram_fp16.safetensors"  # what --convert writes, looked for in $SANASR_WEIGHTS and in the cache
 
 
 def convert(out, path=None, config=None):
@@ -284,7 +266,8 @@ class Tagger:
             raise ValueError(f"no tagger is called {name!r}: choose ram or dape")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or choose_dtypes(device)[0]
-        paths, missing = {"ram": ram or lean_path(), "dape": dape}, []
+        lean = weights.find_own(LEAN) or (cache_dir() / LEAN if (cache_dir() / LEAN).exists() else None)
+        paths, missing = {"ram": ram or lean, "dape": dape}, []
         for part in sorted({"ram", name}):
             try:
                 paths[part] = paths[part] or weights.file(part)
@@ -318,15 +301,6 @@ class Tagger:
     def tags(self, image):
         """PIL image → the tags for a prompt: those of `tag` without the words of degradation (`sanasr.clean_tags`)."""
         return clean_tags([tag for tag, _ in self.tag(image)])
-
-
-def open_tagger(kind, device=None):
-    """The Tagger for `--tagger kind` (ram, dape); without its weights None, with a line on stderr."""
-    try:
-        return Tagger.from_pretrained(kind, device)
-    except weights.Unavailable as error:
-        print(f"no tags, the prompt is the quality suffix alone: {error}", file=sys.stderr)
-        return None
 
 
 @command

@@ -177,7 +177,7 @@ def test_validation_pictures_are_those_of_this_run(found, tmp_path):
 def seen(monkeypatch):
     """The pictures that taggers were shown. Each gets a tag of its own."""
     seen = []
-    monkeypatch.setattr(tagger, "open_tagger", lambda kind, device=None: Namespace(
+    monkeypatch.setattr(tagger.Tagger, "from_pretrained", lambda kind, device=None: Namespace(
         tags=lambda image: seen.append(image) or [kind, f"{image.width}", f"tag {len(seen)}"]))
     return seen
 

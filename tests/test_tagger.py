@@ -13,7 +13,7 @@ from seeded import seeded_input, seeded_state_dict
 
 import sanasr
 import weights
-from photos import tagger
+from photos import pairs, tagger
 
 DATA = ROOT / "tests" / "data" / "ram"
 MANIFEST = json.loads((DATA / "manifest.json").read_text())
@@ -45,8 +45,9 @@ def dape(seeded_ram):
 def taps(net, x):
     """The intermediate results that the goldens hold, cut as they are; and the whole output of the image encoder."""
     swin, (first, second), found = net.visual_encoder, net.tagging_head["encoder"]["layer"], {}
-    modules = {"patch_embed": swin.patch_embed, "image_embeds": net.image_proj, "swin": swin, "tag_layer0": first,
-               "tagging_head": second} | {f"stage{i}": layer for i, layer in enumerate(swin.layers)}
+    modules = {"patch_embed": swin.patch_embed["norm"], "image_embeds": net.image_proj, "swin": swin,
+               "tag_layer0": first, "tagging_head": second}
+    modules |= {f"stage{i}": layer for i, layer in enumerate(swin.layers)}
     for name, module in modules.items():
         module.register_forward_hook(lambda module, args, out, name=name: found.__setitem__(name, out))
     with torch.no_grad():
@@ -244,7 +245,7 @@ def test_without_weights(monkeypatch, capsys):
     def unavailable(name):
         raise weights.Unavailable(f"{name} is not on this machine")
     monkeypatch.setattr(weights, "file", unavailable)
-    assert tagger.open_tagger("dape") is None
+    assert pairs.find_tags("dape", ["x.png"], None) is None
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "suffix alone" in message
     assert "dape is not on" in message and "ram is not on" in message  # all that is to be fetched, at once

@@ -415,7 +415,7 @@ def test_the_verdict_compares_the_first_validation_with_the_last(lpips, psnr, sa
 
 def test_select_ranks_by_the_scores_of_the_evaluator(line, monkeypatch, here):
     seen = []
-    monkeypatch.setattr(tagger, "open_tagger", lambda kind, device=None: Namespace(
+    monkeypatch.setattr(tagger.Tagger, "from_pretrained", lambda kind, device=None: Namespace(
         tags=lambda image: seen.append(image) or ["tree"]))
     argv = line("r", "--every", 1, "--val", 1)
     argv.remove("--tags"), argv.remove("none")  # the default of this model: ram
