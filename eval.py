@@ -237,18 +237,6 @@ def parse(argv=None):
         "rounding, sooner; on a GPU with CUDA graphs (auto: on a CPU or an NVIDIA GPU)")
     add("--tile", type=int, metavar="N", help="largest side, in pixels of the result, that the networks see at once "
         "(default: 1408; 0: no limit)")
-    add_method_options(parser)
-    add_score_options(parser.add_argument_group("scores"))
-    args = parser.parse_args(argv)
-    if args.sr and (given := [name for name in RESTORING if getattr(args, name) != parser.get_default(name)]):
-        raise UserError(f"--sr restores nothing: leave out --{' --'.join(given).replace('_', '-')}")
-    args.score = any([args.hr, args.sr, args.metrics, args.csv, args.report])
-    check(args)
-    return args
-
-
-def add_method_options(parser):
-    """The prompt, and what either system alone takes."""
     add = parser.add_argument_group("prompt").add_argument
     add("--prompt", default="", metavar="TEXT", help="what the picture shows")
     add("--suffix", metavar="appendix|main|none|TEXT", help="quality words after the prompt (default: what the adapter "
@@ -270,10 +258,7 @@ def add_method_options(parser):
     add("--cfg", type=float, metavar="X", help="scale of classifier-free guidance; other than 1 it doubles the time "
         "(default: 1)")
     add("--offload", action="store_true", help="keep only the expert in use on the device")
-
-
-def add_score_options(parser):
-    add = parser.add_argument
+    add = parser.add_argument_group("scores").add_argument
     add("--hr", metavar="DIR", help="references, matched by file name")
     add("--sr", metavar="DIR", help="results that exist already: nothing is restored")
     add("--metrics", metavar="LIST", help=f"{','.join(METRICS)} or all, which leaves out "
@@ -281,6 +266,12 @@ def add_score_options(parser):
     add("--protocol", choices=["full", "patch"], default="full", help="the whole image or its central 256×256")
     add("--csv", metavar="FILE", help="scores image by image, and a mean row")
     add("--report", metavar="FILE.html", help="a page that shows pictures and scores side by side")
+    args = parser.parse_args(argv)
+    if args.sr and (given := [name for name in RESTORING if getattr(args, name) != parser.get_default(name)]):
+        raise UserError(f"--sr restores nothing: leave out --{' --'.join(given).replace('_', '-')}")
+    args.score = any([args.hr, args.sr, args.metrics, args.csv, args.report])
+    check(args)
+    return args
 
 
 def check(args):
