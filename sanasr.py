@@ -530,16 +530,12 @@ class GatedConv(GLUMBConv):
         return x + to_picture(self.norm(super().forward(to_tokens(x), *x.shape[2:])), *x.shape[2:])
 
 
-class EfficientViTBlock(nn.Module):
-    """Global mixing by linear attention, then local mixing: the low-resolution stages."""
+class EfficientViTBlock(nn.Sequential):
+    """Global mixing by linear attention, then local mixing: the low-resolution stages. B,C,H,W -> the same."""
 
     def __init__(self, channels, head_dim, kernel_sizes):
-        super().__init__()
-        self.attn = MultiscaleLinearAttention(channels, head_dim, kernel_sizes)
-        self.conv_out = GatedConv(channels)
-
-    def forward(self, x):
-        return self.conv_out(self.attn(x))
+        attention = MultiscaleLinearAttention(channels, head_dim, kernel_sizes)
+        super().__init__(OrderedDict(attn=attention, conv_out=GatedConv(channels)))
 
 
 class DownBlock(nn.Module):
