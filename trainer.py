@@ -165,7 +165,7 @@ class Trainer:
         """The caller's files, then the state: so what the state has reached exists, whenever the run is killed."""
         if self.main:
             mark = self.past_knee()[0] if self.watch else None
-            self.picture("curves.png", runs.curves(self.rows, self.columns[1:-3], mark))
+            write_bytes(self.folder / "curves.png", png(runs.curves(self.rows, self.columns[1:-3], mark)))
             if self.export:
                 self.export(self.step, dict(zip(self.names, self.ema, strict=True)))
             runs.save_state(self.folder / "state.pt", {
@@ -184,9 +184,6 @@ class Trainer:
         except OSError as error:
             raise UserError(f"{self.folder}/log.csv cannot be written ({reason(error)})")
 
-    def picture(self, name, image):
-        write_bytes(self.folder / name, png(image))
-
     def look(self):
         """The columns of `validate`, by the EMA weights; writes its picture."""
         if not self.main or not self.validate:
@@ -194,7 +191,7 @@ class Trainer:
         with holding(self.parameters, self.ema), torch.no_grad():
             scores, picture = self.validate()
         if picture:
-            self.picture(f"samples/{self.step:06d}.png", picture)
+            write_bytes(self.folder / "samples" / f"{self.step:06d}.png", png(picture))
         return scores
 
     def past_knee(self):
