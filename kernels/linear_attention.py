@@ -257,11 +257,6 @@ def _half_tile(constants):
     return {**constants, "BLOCK": constants["BLOCK"] // 2, "num_stages": 2}
 
 
-def _dot_dtype(dtype):
-    """What K and V are multiplied in. The interpreter multiplies bf16 wrongly, without a word."""
-    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype if not INTERPRET else None, tl.float32)
-
-
 def _few(state):
     return state.sum(0, keepdim=True) if state.shape[0] > MAX_STATES else state
 
@@ -272,7 +267,8 @@ class _LinearAttention(torch.autograd.Function):
         B, N, heads, d = q.shape
         tokens, S, constants = _plan(q)
         grid = (S, heads, B)
-        short, dot = S == 1 or N <= SHORT, _dot_dtype(q.dtype)
+        short, half = S == 1 or N <= SHORT, {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+        dot = tl.float32 if INTERPRET else half.get(q.dtype, tl.float32)  # the interpreter multiplies bf16 wrongly
         state = torch.empty(1 if short else S, B, heads, d + 1, d, dtype=torch.float32, device=q.device)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if short:

@@ -549,9 +549,7 @@ def make_shared(shared):
     ram = {k: torch.randn(v.shape) / 8 for k, v in tagger.RAM().state_dict().items()}
     save_tensors(ram, shared / "ram" / "ram_fp16.safetensors")
     torch.save({"model": ram}, shared / "ram" / "ram.pth")
-    dit = sanasr.LinearDiT.from_pretrained(shared / "model" / "transformer")
-    sanasr.inject_lora(dit, 2)
-    sanasr.save_lora(dit, shared / "adapter.safetensors", {"timestep": "900"})
+    tiny.tiny_adapter(shared / "adapter.safetensors", shared / "model", 2, metadata={"timestep": "900"})
     for name, folder in (("train.py", "run"), ("prune.py", "pruned")):
         run = Run(name, shared / name, shared)
         if run.wrong:
