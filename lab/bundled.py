@@ -19,13 +19,13 @@ stages with one step and one picture in 500, in 16 minutes of CPU time: a rehear
 Without them the autoencoder learns from the photos alone. The stage texture takes VGG16, 553 MB, fetched first of all.
 """
 import shutil
-import time
 from pathlib import Path
 
 import torch
 
 import runs
 import weights
+from kernels.timer import timed
 from lab import stages
 from lab.stages import Stage
 from metrics import DISTS
@@ -39,13 +39,11 @@ def step(args):
     """Seconds of a step of the autoencoder's training, the second of two: batch 8 of 224²."""
     net = DCAE.from_pretrained(weights.folder("embedded") / "vae", torch.float32, args.device)
     net.requires_grad_(True).to(memory_format=torch.channels_last)
-    for _ in range(2):
-        began = time.perf_counter()
+
+    def once():
         with torch.autocast(args.device.type, DTYPES[args.dtype], args.dtype != "fp32"):
             net.decode(net.encode(torch.zeros(8, 3, 224, 224, device=args.device))).float().mean().backward()
-        if args.device.type == "cuda":
-            torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return timed(once, args.device, 2)[1][1]
 
 
 def plan(args, slower):
