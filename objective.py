@@ -56,7 +56,7 @@ class Update:
     f, f0:  (z, t, c, m) -> prediction, the adapted and the frozen network, float32 outside (see `in_float32`)
     vae:    a `Latents`; lpips: (x, x_H, batch) -> B, see `load_lpips`
     batch:  x_L, x_H: B,3,H,W in [-1, 1]; c: B,T,Dt and m: B,T; t: B; noise: B,C,H/32,W/32; shift: B,2
-    target: whether x_H is encoded in one pass with x_L, for z_h and q_h
+    target: whether x_H is encoded in one pass with x_L, for z_H and q_h
     Gradients flow through ẑ into every term, through f0 as well; f0's weights do not move and z_H's side is a target.
     So f0 takes z_H's side apart: in one batch with ẑ's the backward pass would go through both. At batch 4 of 512
     pixels, of official size, that would be 3 % more operations and 2.8 GB more of activations (counted).
@@ -73,16 +73,8 @@ class Update:
         return self.vae.encode(torch.cat(pictures)).split(len(self.t))
 
     @cached_property
-    def z_l(self):
-        return self.encoded[0]
-
-    @cached_property
-    def z_h(self):
-        return self.encoded[1]
-
-    @cached_property
     def z(self):  # ẑ
-        return one_step(self.f, self.z_l, torch.full_like(self.t, self.tau), *self.prompt)
+        return one_step(self.f, self.encoded[0], torch.full_like(self.t, self.tau), *self.prompt)
 
     @cached_property
     def x(self):  # x̂, not clamped
@@ -99,7 +91,7 @@ class Update:
     @cached_property
     @torch.no_grad()
     def q_h(self):
-        return self.f0(noised(self.z_h, self.t, self.batch["noise"]), self.t, *self.prompt)
+        return self.f0(noised(self.encoded[1], self.t, self.batch["noise"]), self.t, *self.prompt)
 
 
 def cells(error, period):
@@ -136,7 +128,7 @@ TERMS = {
     "align": Term(1.0, lambda u: align_loss(u.q, u.q_h)),                                               # Eq. 5
     "cons": Term(1.0, lambda u: F.mse_loss(u.f(u.z_noised, u.t, *u.prompt), u.q)),                      # Eq. 6
     "lattice": Term(0.0, lambda u: repeated(u.x - u.x_h, 8) + repeated(u.x - u.x_h, 32)),
-    "latent": Term(0.0, lambda u: latent_error(u.z, u.z_l, u.z_h)),  # alone it needs no decoder: train.py --latent
+    "latent": Term(0.0, lambda u: latent_error(u.z, *u.encoded)),  # alone it needs no decoder: train.py --latent
 }
 PAPER = {name: term.weight for name, term in TERMS.items() if term.weight}
 REC_AND_ALIGN = {name: PAPER[name] for name in ("mse", "lpips", "align")}  # of the calibration (Eq. 21)

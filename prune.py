@@ -237,7 +237,7 @@ def mean_losses(calibration, networks, first, count, what):
             of_prior = calibration.update(calibration.f0, batch=batch)
             for name, dit in networks.items():
                 update = calibration.update(in_float32(dit), batch=batch)
-                update.z_l, update.q_h = of_prior.z_l, of_prior.q_h  # the same for every network
+                update.encoded, update.q_h = of_prior.encoded, of_prior.q_h  # the same for every network
                 totals[name] += calibration_loss(update).item() / count
                 bar.update()
     return totals
