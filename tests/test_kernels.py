@@ -21,26 +21,18 @@ def ffn_weights(C, H, dtype=torch.float32):
     return [torch.randn(s, generator=g, dtype=torch.float64).mul(0.3).to(dtype) for s in shapes]
 
 
-def test_linear_attention_is_the_quadratic_form():
+@pytest.mark.parametrize("dtype, tolerance", [
+    (torch.float64, 1e-13), (torch.float32, 1e-6), (torch.float16, 5e-4), (torch.bfloat16, 4e-3)])
+def test_references_follow_their_formulas_and_round_only_at_the_end(dtype, tolerance):
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 50, 3, 8, dtype=torch.float64)
-    scores = torch.einsum("bnhd,bmhd->bhnm", F.relu(q), F.relu(k))
-    expected = torch.einsum("bhnm,bmhd->bnhd", scores / (scores.sum(-1, keepdim=True) + 1e-15), v)
+    q, k, v = torch.randn(2, 300, 3, 2, 32).to(dtype).unbind(2)
+    scores = torch.einsum("bnhd,bmhd->bhnm", F.relu(q.double()), F.relu(k.double()))
+    expected = torch.einsum("bhnm,bmhd->bnhd", scores / (scores.sum(-1, keepdim=True) + 1e-15), v.double())
     out = kernels.linear_attention(q, k, v, backend="torch")
-    assert out.dtype == torch.float64 and relative(out, expected) < 1e-13
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float16, 5e-4), (torch.bfloat16, 4e-3)])
-def test_references_round_only_at_the_end(dtype, tolerance):
-    torch.manual_seed(0)
-    q, k, v = torch.randn(1, 300, 3, 2, 32).to(dtype).unbind(2)
-    out = kernels.linear_attention(q, k, v, backend="torch")
-    assert out.dtype == dtype and out.shape == q.shape
-    assert relative(out, kernels.linear_attention(q.double(), k.double(), v.double())) < tolerance
+    assert out.dtype == dtype and out.shape == q.shape and relative(out, expected) < tolerance
     x, y, (weight, bias) = *torch.randn(2, 3, 5, 96).to(dtype).unbind(), torch.randn(2, 96)  # weights of another dtype
     rms = y.double().square().mean(-1, keepdim=True).add(0.1).sqrt()
     expected = x.double() + y.double() / rms * weight.double() + bias.double()
-    assert relative(kernels.add_rms_norm_(x.double(), y.double(), weight, bias, 0.1), expected) < 1e-13
     out = kernels.add_rms_norm_(x, y, weight, bias, 0.1, backend="torch")
     assert out is x and out.dtype == dtype and relative(out, expected) < tolerance
 
@@ -82,14 +74,12 @@ def test_autocast_concerns_products_only():
     assert out.dtype == torch.bfloat16 and relative(out, kernels.mix_ffn(x, 3, 4, *weights)) < 3e-2
 
 
-def test_references_on_the_meta_device_and_traced_without_a_graph_break():
+def test_references_traced_without_a_graph_break():
     q, x, weights = torch.randn(1, 6, 2, 32), torch.randn(1, 6, 4), ffn_weights(4, 4)
     attention, ffn = (torch.compile(f, fullgraph=True, backend="eager")
                       for f in (kernels.linear_attention, kernels.mix_ffn))
     assert torch.equal(attention(q, q, q), kernels.linear_attention(q, q, q))
     assert torch.equal(ffn(x, 2, 3, *weights), kernels.mix_ffn(x, 2, 3, *weights))
-    q, x, *weights = (t.to("meta", torch.bfloat16) for t in (q, x, *weights))
-    assert kernels.linear_attention(q, q, q).shape == q.shape and kernels.mix_ffn(x, 2, 3, *weights).shape == x.shape
 
 
 Q = torch.zeros(1, 4, 2, 16)
