@@ -76,10 +76,13 @@ def test_a_name_that_the_terminal_cannot_show_ends_nothing(monkeypatch):
     assert sys.stdout.buffer.getvalue() == b"\\u2192 \\xe9\n"
 
 
-def test_a_command_ends_with_one_line_where_memory_ran_out():
+def test_a_command_ends_with_one_line_where_memory_ran_out_or_it_was_interrupted(capsys):
     for error in (MemoryError(), RuntimeError("MPS backend out of memory")):
         with pytest.raises(SystemExit, match="^error: there is not enough memory"):
             runs.command(Mock(side_effect=error))()
+    with pytest.raises(SystemExit, match="^130$"):
+        runs.command(Mock(side_effect=KeyboardInterrupt))()
+    assert capsys.readouterr().err == "interrupted; every file is whole\n"
     with pytest.raises(RuntimeError, match="a shape"):
         runs.command(Mock(side_effect=RuntimeError("a shape")))()
 
