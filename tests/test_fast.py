@@ -8,11 +8,9 @@ from unittest.mock import Mock
 import pytest
 import torch
 from conftest import golden, on_meta, python, relative
-from PIL import Image
 from seeded import seeded_input, seeded_module
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import eval as command
 import fast
 import sanasr
 from lab.bench import seeded
@@ -214,16 +212,6 @@ def test_adapters_must_be_merged():
         fast.FastDiT(dit)
 
 
-def test_eval_restores_by_the_rewrites_unless_told_otherwise(tmp_path, tiny_model, monkeypatch):
-    source, pictures, calls, really = tmp_path / "in.png", [], [], fast.optimise
-    Image.effect_noise((40, 24), 80).convert("RGB").save(source)
-    monkeypatch.setattr(fast, "optimise", lambda model, **how: calls.append(model) or really(model, **how))
-    for options in ([], ["--fast", "off"]):
-        out = tmp_path / f"{len(options)}.png"
-        argv = [source, "--model", tiny_model, "--out", out, "--device", "cpu", "--prompt", "tree", "--tile", 96]
-        assert command.main([*map(str, argv), *options]) == 0 and len(calls) == 1
-        pictures.append(Image.open(out).tobytes())
-    assert max(abs(a - b) for a, b in zip(*pictures, strict=True)) <= 1  # one step of the rounding to 8 bits
 
 
 def test_auto_means_graphs_on_a_gpu(monkeypatch):
