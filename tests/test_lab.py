@@ -51,22 +51,16 @@ def test_a_good_result_outlives_a_failure_and_each_line_is_ended_at_its_time(tmp
         assert bool(lines["a"].get("since")) == bool(since) and lines["b"]["printed"] == ["5"]
 
 
-def test_a_rehearsal_does_not_take_the_place_of_results(tmp_path):
+@pytest.mark.parametrize("options, message", [
+    (["--rehearse"], "holds results of a GPU"),
+    (["--rehearse", "--only", "nothing"], "--only nothing: no such line; there are card, stages 512,"),
+    pytest.param([], "finds no NVIDIA GPU here; --rehearse", marks=pytest.mark.skipif(
+        torch.cuda.is_available(), reason="about machines without a GPU"))])
+def test_results_of_a_gpu_outlive_what_is_refused(tmp_path, options, message):
     (tmp_path / "gpu.json").write_text('{"rehearsal": false, "lines": {}}')
-    with pytest.raises(SystemExit, match="holds results of a GPU"):
-        gpu.main(["timings", "--out", str(tmp_path), "--rehearse"])
-
-
-def test_an_unknown_line_is_named(tmp_path):
-    with pytest.raises(SystemExit, match="error: --only nothing: no such line; there are card, stages 512,"):
-        gpu.main(["timings", "--out", str(tmp_path), "--rehearse", "--only", "nothing"])
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
-def test_without_a_gpu_it_says_so(tmp_path):
-    with pytest.raises(SystemExit, match="finds no NVIDIA GPU here; --rehearse"):
-        gpu.main(["timings", "--out", str(tmp_path)])
-    assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        gpu.main(["timings", "--out", str(tmp_path), *options])
+    assert [path.read_text() for path in tmp_path.iterdir()] == ['{"rehearsal": false, "lines": {}}']
 
 
 # --- profile ---
