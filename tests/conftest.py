@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from seeded import seeded_module
 
 from fast import graphs
+from photos import tagger
 from sanasr import SanaSR
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,6 +135,15 @@ def captured(monkeypatch):
     return steps
 
 
+@pytest.fixture
+def seen(monkeypatch):
+    """The pictures that taggers were shown. Each gets a tag of its own."""
+    seen = []
+    monkeypatch.setattr(tagger.Tagger, "from_pretrained", lambda kind, device=None: SimpleNamespace(
+        tags=lambda image: seen.append(image) or [kind, f"{image.width}", f"tag {len(seen)}"]))
+    return seen
+
+
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     """Five photos in nested folders, a duplicate, a small one, a broken one and a text."""
@@ -171,5 +181,6 @@ def sana(tiny_model):
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
-    """Tests neither read nor fill the user's cache."""
+    """Tests neither read nor fill the user's cache, and find no weights of theirs."""
     monkeypatch.setenv("SANASR_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.delenv("SANASR_WEIGHTS", raising=False)

@@ -215,7 +215,6 @@ def test_lpips_is_a_loss(value):
 
 
 def test_unavailable_weights_are_skipped(monkeypatch, tmp_path, capsys):
-    monkeypatch.delenv("SANASR_WEIGHTS", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *a, **k: None)
     pictures(tmp_path, 1)

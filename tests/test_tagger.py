@@ -23,9 +23,8 @@ TINY = tagger.Config(size=96, width=8, depths=(2, 2, 2, 2), heads=(1, 2, 4, 8), 
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def empty_cache(own_cache, tmp_path, monkeypatch):
     monkeypatch.setenv("SANASR_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("SANASR_WEIGHTS", raising=False)
 
 
 @pytest.fixture(scope="module")
