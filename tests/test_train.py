@@ -310,9 +310,6 @@ def test_resume_refuses_what_changed(here, run, photos, tiny_model, monkeypatch)
     (hq / "new.png").unlink()
     assert (folder / "state.pt").read_bytes() == before
     assert train.main(["--name", "r", "--resume", "--steps", "2"]) == 0
-    (folder / "state.pt").write_bytes(before[:5000])
-    with pytest.raises(SystemExit, match="^error: runs/r/state.pt cannot be read"):
-        train.main(["--name", "r", "--resume"])
 
 
 def test_resumed_by_its_own_line_where_something_was_unavailable(line, monkeypatch):
@@ -331,7 +328,8 @@ def test_resumed_by_its_own_line_where_something_was_unavailable(line, monkeypat
     ("--accumulate 0", "--accumulate must be at least 1, not 0"), ("--no-mse --no-align --no-cons", "no loss is left"),
     ("--texture 1", "--learn adapter does not take --texture"),
     ("--learn autoencoder --no-lpips", "--learn autoencoder does not take --crop .* --no-lpips"),
-    ("--name r --select psnr --lq .", "--lq DIR --data DIR, both"), ("--name r --select psnr", "cannot be read")])
+    ("--name r --select psnr --lq .", "--lq DIR --data DIR, both"),
+    ("--name r --resume", "state.pt cannot be read"), ("--name r --select psnr", "state.pt cannot be read")])
 def test_bad_settings_are_one_line(here, line, capsys, options, message):
     (here / "runs" / "r").mkdir(parents=True)
     (here / "runs" / "r" / "state.pt").touch()
