@@ -111,7 +111,6 @@ def test_training_lowers_the_loss_and_resumes(run, monkeypatch, texture):
     assert a == b, "a resumed run is one that was not interrupted"
     losses = [[row["loss"] for row in read_log(f / "log.csv")[1:]] for f in (whole, again)]
     assert losses[0] == losses[1], "with texture the critic's among them"
-    assert DCAE.from_pretrained(whole / "vae", torch.float32).encode(torch.zeros(1, 3, 64, 64)).shape == (1, 8, 2, 2)
     with pytest.raises(SystemExit, match=r"--perceptual 0.5 \(was 0.1\)"):
         train.main(["--name", "whole", "--resume", "--perceptual", "0.5"])
 
