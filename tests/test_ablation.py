@@ -92,8 +92,6 @@ def test_without_update_the_result_is_that_of_the_autoencoder(tiny_model):
     assert not isinstance(model.dit, type(lambda: 0))  # the model itself is as it was
 
 
-
-
 def test_stages_go_on_where_they_stopped(here, monkeypatch, capsys):
     made, codes = [], {"b": 130, "c": 3}
     monkeypatch.setattr(train, "main", lambda line: (made.append(line), codes.get(line[0]) or (

@@ -278,8 +278,6 @@ def test_inputs_of_one_stem_get_results_of_their_own(run):
     assert len(results) == 3 and len({p.name.lower() for p in results}) == 3
 
 
-
-
 @pytest.mark.parametrize("arguments, message", [
     ("b.png b_bicubic.png --out here", None), ("", "name pictures or folders to restore"),
     ("a.png --out a.png", "would overwrite a.png"), ("a.png --out ./link.png", "would overwrite link.png"),

@@ -212,8 +212,6 @@ def test_adapters_must_be_merged():
         fast.FastDiT(dit)
 
 
-
-
 def test_auto_means_graphs_on_a_gpu(monkeypatch):
     found = []
     monkeypatch.setattr(fast, "is_linearsr", lambda *args: False)

@@ -51,8 +51,6 @@ def test_sampler_reaches_the_moments():
     assert abs((nearest == 0).double().mean() - 0.3) < 0.015
 
 
-
-
 def test_one_step_gives_the_mean():
     z = noise(100, 2)  # at t = 1 nothing is known of x_0
     assert torch.allclose(sample(mixture_velocity, z, 1), (WEIGHTS @ MEANS).expand(100, 2))
@@ -74,8 +72,6 @@ def test_boundaries_send_each_t_to_its_expert():
     for wrong in ([0.9, 0.5], [0.5, 0.5], [0.0, 0.5], [0.5, 1.0], [0.5, float("nan")], ["x"], 3):
         with pytest.raises(ValueError, match="boundaries must"):
             linearsr.check_boundaries(wrong)
-
-
 
 
 # --- the network ---

@@ -171,8 +171,6 @@ def test_validation_pictures_are_those_of_this_run(found, tmp_path):
         assert [len(list((tmp_path / "val" / kind).iterdir())) for kind in ("lr", "hr")] == [n, n]
 
 
-
-
 def test_tags_of_a_file(found, tmp_path, capsys):
     table = tmp_path / "tags.csv"
     table.write_text('image,tags\na.png,"tree, blurry, road"\nb.webp,cat\n')

@@ -299,8 +299,6 @@ def test_conditioning_takes_the_word_of_the_caller_then_of_the_adapter():
     assert sanasr.conditioning({}, default_timestep=999)["timestep"] == 999
 
 
-
-
 # --- loading ---
 
 def test_shards_prefix_and_stored_dtypes(tiny_model, tmp_path):
@@ -381,8 +379,6 @@ def test_tiles_cover_evenly_and_stay_within_the_limit():
     length = 4096 // 32  # of our largest pictures, whose tiles cost little more than the whole
     sides = [end - start for start, end in restorer.spans(length, SanaSR.TILE, SanaSR.OVERLAP)]
     assert sum(sides) ** 2 <= 1.07 * length**2
-
-
 
 
 def test_restore_follows_the_equations(sana):

@@ -183,8 +183,6 @@ def test_bf16_and_batches(files):
     assert got.dtype == torch.float32 and (got - want[0]).std() < 0.05 * want[0].std()
 
 
-
-
 def test_bad_checkpoints(files, tmp_path):
     state = tiny_weights()[0]
     without = {k: v for k, v in state.items() if k != "label_embed"}

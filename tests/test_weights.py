@@ -69,8 +69,6 @@ def test_where_the_cache_lies(tmp_path, monkeypatch, value, inside):
     assert weights.cache_dir() == tmp_path / inside
 
 
-
-
 def make_model(path, *variants):
     stems = dict.fromkeys(weights.PARTS, "diffusion_pytorch_model") | {"text_encoder": "model"}
     for name in ["tokenizer/tokenizer.json", *(f"{part}/config.json" for part in stems),

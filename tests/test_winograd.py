@@ -31,8 +31,6 @@ def test_sizes_layouts_and_dtypes(shape, bias, tiles, monkeypatch):
     check(convolution.bfloat16(), x.bfloat16(), 4 * 2 ** -9)  # the result's own rounding: 2 ** -9
 
 
-
-
 @torch.inference_mode()
 def test_large_values_and_zeros():
     convolution, x = seeded_module(torch.nn.Conv2d(16, 8, 3, padding=1, bias=False)), torch.zeros(1, 16, 16, 16)
