@@ -143,7 +143,6 @@ def test_restore_is_a_function_of_the_seed(make):
     torch.rand(7)
     assert restorer.restore(PHOTO, steps=3, seed=5) == first
     assert restorer.restore(PHOTO, steps=3, seed=6) != first
-    assert restorer.restore(PHOTO, "a tree", steps=3, seed=5) != first
 
 
 def test_each_step_is_its_experts_and_offload_moves_each_once(make):

@@ -330,9 +330,7 @@ def test_lab_measures_losses_and_makes_the_table(run, photos, tiny_model, capsys
     trained = ["--pretrained", str(pretrained), "--steps", "2", "--every", "1"]
     table = ["table", *common, "--lr", "lr", "--hr", "hr", "--sanasr", str(tiny_model), "--metrics", "psnr,lpips",
              *trained, "--only"]
-    rows = Path("runs/lab-linearsr/rows")
     assert lab.main([*table, "bicubic", "sana-sr", "steps-1-0"]) == 0
-    stamp = (rows / "sana-sr.csv").stat().st_mtime_ns
     models = ["models", *trained, "--device", "cpu", "--options", "--lr 1e-3 --batch 1"]
     assert lab.main([*models, "--only", "two-1"]) == 0
     note = settings(Path("runs/lab-linearsr/two-1/experts/1"))["settings"]
@@ -343,7 +341,6 @@ def test_lab_measures_losses_and_makes_the_table(run, photos, tiny_model, capsys
         lab.main([*models, "--only", "fine-0"])
     shutil.rmtree("runs/lab-linearsr/two-1")  # as if trained on another machine
     assert lab.main([*table, "bicubic", "sana-sr", "steps-1-0", "steps-2-0", "two-1"]) == 0
-    assert (rows / "sana-sr.csv").stat().st_mtime_ns == stamp
     printed = capsys.readouterr().out
     assert "LinearSR, 2 steps, seed 0" in printed and "two experts, seed 1" in printed and "GMAC" in printed
     assert not Path("runs/lab-linearsr/two-1").exists()
