@@ -3,6 +3,7 @@ import io
 import math
 from collections import Counter
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -13,10 +14,8 @@ from photos import degrade as d
 
 
 def photo(height=128, width=160):
-    """A smooth coloured picture with edges, (3, H, W) in [0, 1]."""
-    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
-    rgb = torch.stack([x, y, 0.5 + 0.5 * torch.sin(9 * x * y)])
-    return (0.2 + 0.6 * rgb - 0.3 * ((x - 0.5) ** 2 + (y - 0.5) ** 2 < 0.05)).clamp(0, 1)
+    """(3, H, W) in [0, 1]."""
+    return d.to_tensor(conftest.photo(width, height))
 
 
 def near(count, p, trials):
