@@ -69,7 +69,7 @@ def plan(args):
     inputs, folder, single = find_inputs(args.inputs), Path(args.out or "results"), None
     if args.out and not folder.is_dir() and not args.out.endswith(("/", os.sep)) and folder.suffix:
         if folder.suffix.lower() not in pictures.picture_suffixes(Image.SAVE) - {".ico", ".icns"}:  # of fixed sizes
-            raise UserError(f"--out {folder}: no picture format is called {folder.suffix}; end a folder's name with /")
+            raise UserError(f"--out {folder}: {folder.suffix} cannot hold a result; end a folder's name with /")
         if len(inputs) != 1:
             raise UserError(f"--out {folder} is one file but there are {len(inputs)} inputs: name a folder")
         single = folder

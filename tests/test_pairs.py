@@ -178,6 +178,9 @@ def test_tags_of_a_file(found, tmp_path, capsys):
     tags = dict(zip((Path(p.path).name for p in found), tags, strict=True))
     assert tags == {"a.png": ["tree", "road"], "b.webp": ["cat"], "c.jpg": [], "d.png": [], "e.PNG": []}
     assert "3 of 5" in capsys.readouterr().out
+    table.write_text("image,tags\nhq/a.png,tree\nlr/a.png,road\n")
+    with pytest.raises(UserError, match="two pictures are called a.png"):
+        photo_tags(str(table), "hq", found, {}, None)
     table.write_text("name,words\n")
     with pytest.raises(UserError, match="image and tags"):
         photo_tags(str(table), "hq", found, {}, None)

@@ -9,7 +9,8 @@ import pytest
 from conftest import ROOT, python
 
 import runs
-from photos.pictures import atomically, write_bytes
+from photos.pairs import photo_paths
+from photos.pictures import atomically, find_inputs, write_bytes
 
 
 def test_the_file_appears_whole_and_alone(tmp_path):
@@ -32,6 +33,24 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
         temporary.write_bytes(b"half")
         raise error
     assert (tmp_path / "x").read_bytes() == b"old" and os.listdir(tmp_path) == ["x"]
+
+
+def test_odd_names(tmp_path):
+    (tmp_path / ("あ" * 80)).mkdir()
+    with pytest.raises(IsADirectoryError) as error:
+        write_bytes(tmp_path / ("あ" * 80), "x")
+    assert "あ'" in str(error.value) and ".tmp" not in str(error.value)
+    write_bytes(tmp_path / "names", "b\udcff.png")  # as Python shows a name that is not UTF-8
+    assert (tmp_path / "names").read_bytes() == b"b\\udcff.png"
+
+
+def test_links_keep_their_names(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).symlink_to("c.png")
+    (tmp_path / "c.png").touch()
+    names = ["a.png", "b.png", "c.png"]
+    assert [p.name for p in find_inputs([tmp_path, tmp_path / "a.png"])] == names
+    assert [p.name for p in photo_paths([tmp_path, tmp_path])] == names
 
 
 def test_it_reaches_the_disk_before_it_is_renamed(tmp_path, monkeypatch):

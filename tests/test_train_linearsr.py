@@ -136,7 +136,7 @@ def test_a_model_of_sana_sr_shares_its_transformer(run, photos, tiny_model):
     photo = Image.new("RGB", (24, 24), (200, 30, 30))
     alone, shared = (LinearSR.from_pretrained(name).restore(photo, steps=2) for name in ("alone", "shared"))
     assert alone.tobytes() == shared.tobytes()
-    assert "--to model is the folder of --model model" in error_of(*export, "model/.", "--model", "model")
+    assert "--to model is the folder of a model of SANA-SR" in error_of(*export, "model/.", "--model", "model")
     config = Path("model/transformer/config.json")  # which the export would have taken away
     config.write_text(config.read_text().replace('"sample_size": 4', '"sample_size": 3'))  # for the small photos
     assert lab.main(["losses", "--model", "shared", "--device", "cpu", "--data", str(photos), "--draws", "1", "--val",
