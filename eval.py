@@ -196,8 +196,8 @@ def encode_prompts(model, args, tags):
     """Keep the text states of all prompts on the disk: the text encoder is loaded once, not for each picture."""
     how = conditioning(model.metadata, args.suffix, instruction=args.instruction)
     prompts = sorted({build_prompt(joined(args, found), how["suffix"]) for found in tags.values()})
-    for i in range(0, len(prompts), 64):
-        model.prompts(prompts[i:i + 64], how["instruction"])
+    for i in range(0, len(prompts), 512):
+        model.prompts(prompts[i:i + 512], how["instruction"])
 
 
 # --- scores ---

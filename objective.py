@@ -254,7 +254,7 @@ class Conditions:
         """The most tokens of any of the prompts."""
         return max(len(self.one(prompt)[1]) for prompt in prompts)
 
-    def prepare(self, prompts, chunk=64):
+    def prepare(self, prompts, chunk=512):
         """Encode what the disk does not have yet; the text encoder is loaded once a chunk, and only if needed."""
         for i in tqdm(range(0, len(prompts), chunk), "encoding prompts", leave=False, disable=len(prompts) <= chunk):
             self.model.encode_prompt(prompts[i:i + chunk])
