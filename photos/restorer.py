@@ -50,9 +50,10 @@ class Restorer:
                                                   progress=progress and functools.partial(progress, stage))
 
     def to_tensor(self, image, dtype, multiple):
-        """8-bit RGB picture -> 1,3,H,W in [-1, 1], its sides padded to multiples of `multiple` by replication."""
-        sides = (0, -image.height % multiple), (0, -image.width % multiple), (0, 0)
-        x = np.pad(np.array(image), sides, "edge")  # here: CUDA's padding takes no more than 2³¹ values
+        """8-bit RGB picture or array H,W,3 -> 1,3,H,W in [-1, 1], its sides replicated to multiples of `multiple`."""
+        x = np.array(image)
+        sides = (0, -x.shape[0] % multiple), (0, -x.shape[1] % multiple), (0, 0)
+        x = np.pad(x, sides, "edge")  # here: CUDA's padding takes no more than 2³¹ values
         x = torch.from_numpy(x).to(self.device).permute(2, 0, 1)[None].float()
         return x.div_(127.5).sub_(1).to(dtype)  # in float32: bfloat16 would lose grey levels
 
