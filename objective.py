@@ -74,7 +74,8 @@ class Update:
 
     @cached_property
     def z(self):  # ẑ
-        return one_step(self.f, self.encoded[0], torch.full_like(self.t, self.tau), *self.prompt)
+        z_l, *_ = self.encoded
+        return one_step(self.f, z_l, torch.full_like(self.t, self.tau), *self.prompt)
 
     @cached_property
     def x(self):  # x̂, not clamped
@@ -91,7 +92,8 @@ class Update:
     @cached_property
     @torch.no_grad()
     def q_h(self):
-        return self.f0(noised(self.encoded[1], self.t, self.batch["noise"]), self.t, *self.prompt)
+        _, z_h = self.encoded
+        return self.f0(noised(z_h, self.t, self.batch["noise"]), self.t, *self.prompt)
 
 
 def cells(error, period):

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from kernels.dispatch import check, check_same, jit, no_gradient, plain_obstacle, tl, triton, use_triton
+from kernels.dispatch import check, check_same, jit, launch, no_gradient, plain_obstacle, tl, triton, use_triton
 
 # --- reference: the specification -------------------------------------------------------------------------------------
 
@@ -297,8 +297,8 @@ def _launch(kernel, tensors, height, width, channels, *strides, **constants):
     """Over the strips and channel tiles of a batch of pictures."""
     B = len(tensors[0])
     rows, across, down, tiles = strips(B, height, width, channels)
-    kernel[(tiles * across * down, B)](*tensors, height, width, channels, rows, across, tiles, *strides,
-                                       BLOCK_C=BLOCK_C, COLS=COLS, num_warps=WARPS, **constants)
+    launch(kernel, (tiles * across * down, B), *tensors, height, width, channels, rows, across, tiles, *strides,
+           BLOCK_C=BLOCK_C, COLS=COLS, num_warps=WARPS, **constants)
 
 
 def _run_gate(u, weight, bias, dy, out, height, width):
@@ -354,8 +354,7 @@ def depthwise_gate(u, height, width, depth_weight, depth_bias, backend=None, inp
     check_same(u, depth_weight=depth_weight, depth_bias=depth_bias)
     depth_weight, depth_bias = depth_weight.to(u.dtype), depth_bias.to(u.dtype)  # they differ under autocast alone
     if use_triton(u, backend, plain_obstacle(u, contiguous=False)):
-        with torch.cuda.device(u.get_device()):  # Triton launches on the current device
-            return _DepthwiseGate.apply(u, depth_weight, depth_bias, height, width)
+        return _DepthwiseGate.apply(u, depth_weight, depth_bias, height, width)
     return depthwise_gate_reference(u, height, width, depth_weight, depth_bias, inplace)
 
 
@@ -403,6 +402,5 @@ def depthwise(u, height, width, weight, backend=None):
     if not use_triton(u, backend, obstacle):
         return depthwise_reference(u, height, width, weight)
     out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    with torch.cuda.device(u.get_device()):
-        _launch(_depthwise, (u, weight, out), height, width, C, u.stride(0), u.stride(1), K=K)
+    _launch(_depthwise, (u, weight, out), height, width, C, u.stride(0), u.stride(1), K=K)
     return out

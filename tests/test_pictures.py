@@ -88,6 +88,15 @@ def test_nothing_else_writes_to_a_temporary_name():
         assert path.name in exempt or not ("os.replace(" in text or '.tmp"' in text), path
 
 
+def test_help_names_defaults_but_none_that_says_nothing():
+    parser = runs.parser("a command")
+    for name, default in (("--seed", 0), ("--rate", 0.5), ("--folder", None), ("--words", "")):
+        parser.add_argument(name, default=default, help="x")
+    parser.add_argument("--flag", action="store_true", help="x")
+    shown = parser.format_help()
+    assert shown.count("default") == 2 and "(default: 0)" in shown and "(default: 0.5)" in shown
+
+
 def test_a_name_that_the_terminal_cannot_show_ends_nothing(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
     assert runs.command(lambda argv: print("→ é"))() == 0
